@@ -1,0 +1,1 @@
+"""Nouns and rules, pure: nothing in here touches a socket, a file, a process or the clock."""
