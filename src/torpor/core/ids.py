@@ -53,6 +53,8 @@ def parse_session_id(text: str) -> SessionId:
     prefix, _, digits = text.partition("_")
     if prefix != "ses" or len(digits) != 26 or any(digit not in _ALPHABET for digit in digits):
         raise InvalidInput(
-            "session_id_malformed", f"cannot read session id {text!r}: it is not ses_ and 26 characters", hint="`torpor ls` lists the sessions."
+            "session_id_malformed",
+            f"cannot read session id {text!r}: it is not ses_ and 26 characters",
+            hint="`torpor ls` lists the sessions.",
         )
     return SessionId(text)

@@ -1,0 +1,120 @@
+"""A checkpoint: an immutable point of a session, and the rules of which one restores.
+
+Pure. RECOVERY's cut is here as data: the log position, the streams that were open with their positions, and the
+output offsets, all of one instant. `seq` is the cut's; the commit's own event comes after it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torpor.core.call import Call, CallState
+from torpor.core.ids import CallId, CheckpointId, SessionId, SnapshotId, StreamId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStream:
+    """One stream as it was at a cut.
+
+    Attributes:
+        call_id: None while its request has not been durably intended.
+        read, acknowledged, taken: R, A and V of the init protocol, in bytes.
+        untouched_bytes: response bytes that do not count as an answer (an interim 100 Continue).
+    """
+
+    stream: StreamId
+    port: int
+    call_id: CallId | None
+    read: int
+    acknowledged: int
+    taken: int
+    untouched_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One row of the checkpoint table.
+
+    Attributes:
+        seq: the log head at the cut.
+        cursor_seq: the last context event of the branch at the cut.
+        incarnation: the life of the sandbox that was cut.
+        snapshot_id: None for a checkpoint without an image (checkpoint 0 of a workspace before the agent starts).
+        manifest_digest: SHA-256 (hex) of the snapshot's manifest, checked before a restore.
+        next_stream: streams of a restored incarnation that are not inherited count from here.
+        stdout_bytes, stderr_bytes: output read from the agent up to the cut.
+        reason: "start", "call", "age", "manual".
+        freeze_ns, commit_ns, raw_bytes, stored_bytes: measurements, for people.
+        pending_redo: calls of earlier redo sets that no checkpoint contained yet.
+    """
+
+    checkpoint_id: CheckpointId
+    session_id: SessionId
+    number: int
+    seq: int
+    committed_seq: int
+    cursor_seq: int
+    incarnation: int
+    snapshot_id: SnapshotId
+    manifest_digest: str
+    has_memory: bool
+    open_streams: tuple[OpenStream, ...]
+    next_stream: int
+    stdout_bytes: int
+    stderr_bytes: int
+    reason: str
+    wall_ns: int
+    freeze_ns: int
+    commit_ns: int
+    raw_bytes: int
+    stored_bytes: int
+    pending_redo: tuple[CallId, ...] = ()
+
+
+class StreamFate(StrEnum):
+    """What a restored (or adopted) sandbox's open stream gets."""
+
+    DELIVER = "deliver"
+    """From the log (or the live pump), from the guest's V on."""
+    RESEND = "resend"
+    """The call goes upstream again as its next attempt; V is 0, so no byte of the torn one is seen."""
+    RECEIVE = "receive"
+    """Its request is not complete: go on receiving it."""
+    RESET = "reset"
+    """The agent saw part of an answer that can't be continued."""
+
+
+def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> StreamFate:
+    """Decide one stream: answered or still arriving is delivered, torn is sent again only if nothing of it was seen."""
+    if call is None:
+        return StreamFate.RECEIVE
+    if call.answered or pump_alive:
+        return StreamFate.DELIVER
+    if call.state is CallState.FAILED:
+        # Its recorded error response, if any, is complete and is delivered; a failure without one resets.
+        return StreamFate.DELIVER if call.attempts and call.attempts[-1].finished else StreamFate.RESET
+    return StreamFate.RESEND if stream.taken <= stream.untouched_bytes else StreamFate.RESET
+
+
+def eligible(
+    checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]
+) -> bool:
+    """Every stream open at its cut is answered, or its pump is alive, or nothing of its answer was delivered."""
+    return all(
+        stream_fate(
+            stream,
+            calls.get(stream.call_id) if stream.call_id else None,
+            pump_alive=stream.call_id is not None and pump_alive(stream.call_id),
+        )
+        is not StreamFate.RESET
+        for stream in checkpoint.open_streams
+    )
+
+
+def restore_order(
+    checkpoints: Sequence[Checkpoint], calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]
+) -> list[Checkpoint]:
+    """The ladder: newest eligible first, and when none is eligible, newest first (its torn streams are RESET)."""
+    newest_first = sorted(checkpoints, key=lambda point: point.seq, reverse=True)
+    good = [point for point in newest_first if eligible(point, calls, pump_alive)]
+    return good + [point for point in newest_first if point not in good]

@@ -1,0 +1,121 @@
+"""The event envelope and its hash chain.
+
+An event is never changed. `seq` counts from 1 without gaps in one session; `parent_seq` makes the context events a
+tree (rewind, divergence and fork are parent pointers); bookkeeping events have none. `hash` is SHA-256 over the
+canonical JSON of all other fields, `prev_hash` included: redacting a block leaves the chain valid, because events hold
+only the block's digest.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torpor.core.ids import CallId, SessionId
+
+GENESIS_HASH = "0" * 64
+
+
+class Kind(StrEnum):
+    """What happened. `CONTEXT_KINDS` carry `parent_seq`, the rest is bookkeeping."""
+
+    SESSION_CREATED = "session.created"
+    SESSION_STATUS = "session.status"
+    INCARNATION_STARTED = "incarnation.started"
+    INCARNATION_ENDED = "incarnation.ended"
+    LEASE_ACQUIRED = "lease.acquired"
+    CALL_INTENDED = "call.intended"
+    CALL_SENT = "call.sent"
+    CALL_ANSWERING = "call.answering"
+    CALL_COMPLETED = "call.completed"
+    CALL_FAILED = "call.failed"
+    CALL_TORN = "call.torn"
+    CALL_REPEATED = "call.repeated"
+    CALL_JOINED = "call.joined"
+    CALL_DIVERGED = "call.diverged"
+    STREAM_RESET = "stream.reset"
+    CHECKPOINT_COMMITTED = "checkpoint.committed"
+    CHECKPOINT_FAILED = "checkpoint.failed"
+    RECOVERY_CHOSEN = "recovery.chosen"
+    RECOVERY_REJECTED = "recovery.rejected"
+    OUTPUT_DIFFERED = "output.differed"
+    AGENT_EXITED = "agent.exited"
+
+
+CONTEXT_KINDS = frozenset({Kind.SESSION_CREATED, Kind.CALL_INTENDED, Kind.CALL_COMPLETED, Kind.CALL_FAILED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventDraft:
+    """What the caller knows of an event before it is appended.
+
+    Attributes:
+        data: small JSON object (strings, whole numbers, booleans, null, lists, objects; no floats).
+        refs: SHA-256 digests (hex) of the blocks that belong to it.
+        parent_seq: for context events, the event that it follows in the tree.
+    """
+
+    kind: Kind
+    incarnation: int
+    call_id: CallId | None = None
+    parent_seq: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refs: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One row of the event log."""
+
+    session_id: SessionId
+    seq: int
+    parent_seq: int | None
+    incarnation: int
+    wall_ns: int
+    kind: Kind
+    call_id: CallId | None
+    data: Mapping[str, Any]
+    refs: tuple[str, ...]
+    prev_hash: str
+    hash: str
+
+
+def canonical_json(value: object) -> str:
+    """The one spelling of a JSON value that hashes are taken of: sorted keys, no spaces, no floats, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def event_hash(*, session_id: SessionId, seq: int, draft: EventDraft, wall_ns: int, prev_hash: str) -> str:
+    """SHA-256 (hex) that chains an event to its predecessor."""
+    fields = {
+        "session": session_id,
+        "seq": seq,
+        "parent_seq": draft.parent_seq,
+        "incarnation": draft.incarnation,
+        "wall_ns": wall_ns,
+        "kind": draft.kind.value,
+        "call": draft.call_id,
+        "data": dict(draft.data),
+        "refs": list(draft.refs),
+        "prev_hash": prev_hash,
+    }
+    return hashlib.sha256(canonical_json(fields).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def seal(*, session_id: SessionId, seq: int, draft: EventDraft, wall_ns: int, prev_hash: str) -> Event:
+    """Make the event that follows `prev_hash`."""
+    return Event(
+        session_id=session_id,
+        seq=seq,
+        parent_seq=draft.parent_seq,
+        incarnation=draft.incarnation,
+        wall_ns=wall_ns,
+        kind=draft.kind,
+        call_id=draft.call_id,
+        data=draft.data,
+        refs=tuple(draft.refs),
+        prev_hash=prev_hash,
+        hash=event_hash(session_id=session_id, seq=seq, draft=draft, wall_ns=wall_ns, prev_hash=prev_hash),
+    )
