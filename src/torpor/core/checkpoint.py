@@ -20,6 +20,7 @@ class OpenStream:
         call_id: None while its request has not been durably intended.
         read, acknowledged, taken: R, A and V of the init protocol, in bytes.
         untouched_bytes: response bytes that do not count as an answer (an interim 100 Continue).
+        attempt: the attempt that `taken` counts bytes of.
     """
 
     stream: StreamId
@@ -29,6 +30,7 @@ class OpenStream:
     acknowledged: int
     taken: int
     untouched_bytes: int = 0
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +90,19 @@ def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> S
     """Decide one stream: answered or still arriving is delivered, torn is sent again only if nothing of it was seen."""
     if call is None:
         return StreamFate.RECEIVE
+    touched = stream.taken > stream.untouched_bytes
+    if touched and call.attempts and call.attempts[-1].number != stream.attempt:
+        # The agent holds bytes of an attempt that was given up: no other attempt may go on where it stopped.
+        return StreamFate.RESET
     if call.answered or pump_alive:
         return StreamFate.DELIVER
     if call.state is CallState.FAILED:
         # Its recorded error response, if any, is complete and is delivered; a failure without one resets.
         return StreamFate.DELIVER if call.attempts and call.attempts[-1].finished else StreamFate.RESET
-    return StreamFate.RESEND if stream.taken <= stream.untouched_bytes else StreamFate.RESET
+    return StreamFate.RESET if touched else StreamFate.RESEND
 
 
-def eligible(
-    checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]
-) -> bool:
+def eligible(checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]) -> bool:
     """Every stream open at its cut is answered, or its pump is alive, or nothing of its answer was delivered."""
     return all(
         stream_fate(

@@ -1,0 +1,1 @@
+"""What tests, the demo and users' own tests run against: a scripted model server, a simulator, a fake clock."""
