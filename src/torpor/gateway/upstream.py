@@ -124,7 +124,7 @@ class UpstreamClient:
         try:
             yield UpstreamAnswer(
                 status=response.status_code,
-                reason=response.extensions.get("reason_phrase", b"").decode("latin-1"),
+                reason=_reason(response),
                 headers=_answer_headers(response, bodiless=outgoing.method == "HEAD"),
                 response=response,
             )
@@ -191,6 +191,12 @@ def _without(headers: Headers, dropped: frozenset[str]) -> Headers:
 def _answer_headers(response: httpx.Response, *, bodiless: bool) -> Headers:
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw)
     return _without(headers, _HOP_BY_HOP if bodiless else _HOP_BY_HOP | {"content-length"})
+
+
+def _reason(response: httpx.Response) -> str:
+    """The phrase as it came, or the usual one: there are clients that trip over a status line without any."""
+    said: bytes = response.extensions.get("reason_phrase", b"")
+    return said.decode("latin-1") or response.reason_phrase
 
 
 def _translated(error: httpx.HTTPError | httpx.InvalidURL) -> NoAnswer:
