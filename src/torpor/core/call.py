@@ -35,8 +35,8 @@ CALL_TRANSITIONS: Mapping[CallState, frozenset[CallState]] = {
 class RequestKey:
     """What a request is matched by (SHA-256, hex): its exact bytes, its canonical form, and the logical call.
 
-    `exact` is over method, target, the headers that matter and the decoded body; `canonical` over the same with the body's
-    JSON in canonical form; `logical` leaves out what only shapes the answer (stream or not).
+    `exact` is over method, target, the headers that matter and the decoded body; `canonical` over the same with the
+    body's JSON in canonical form; `logical` leaves out what only shapes the answer (stream or not).
     """
 
     exact: str

@@ -4,9 +4,10 @@ Pure. RECOVERY's cut is here as data: the log position, the streams that were op
 output offsets, all of one instant. `seq` is the cut's; the commit's own event comes after it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
 from torpor.core.call import Call, CallState
 from torpor.core.ids import CallId, CheckpointId, SessionId, SnapshotId, StreamId
@@ -47,7 +48,8 @@ class Checkpoint:
         stdout_bytes, stderr_bytes: output read from the agent up to the cut.
         reason: "start", "call", "age", "manual".
         freeze_ns, commit_ns, raw_bytes, stored_bytes: measurements, for people.
-        pending_redo: calls of earlier redo sets that no checkpoint contained yet.
+        pending_redo: calls of earlier redo sets that the agent had not yet made again at the cut.
+        joinable: calls whose stream had ended unconsumed at the cut: the agent may be about to retry them.
     """
 
     checkpoint_id: CheckpointId
@@ -71,6 +73,7 @@ class Checkpoint:
     raw_bytes: int
     stored_bytes: int
     pending_redo: tuple[CallId, ...] = ()
+    joinable: tuple[CallId, ...] = ()
 
 
 class StreamFate(StrEnum):
@@ -102,8 +105,12 @@ def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> S
     return StreamFate.RESET if touched else StreamFate.RESEND
 
 
-def eligible(checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]) -> bool:
-    """Every stream open at its cut is answered, or its pump is alive, or nothing of its answer was delivered."""
+PumpAlive: TypeAlias = Callable[[CallId], bool]
+"""Whether this node is still receiving a call's answer."""
+
+
+def every_stream_goes_on(streams: Iterable[OpenStream], calls: Mapping[CallId, Call], pump_alive: PumpAlive) -> bool:
+    """None of these streams needs a RESET. A live sandbox of which this is false is not adopted (RECOVERY 4)."""
     return all(
         stream_fate(
             stream,
@@ -111,12 +118,17 @@ def eligible(checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: C
             pump_alive=stream.call_id is not None and pump_alive(stream.call_id),
         )
         is not StreamFate.RESET
-        for stream in checkpoint.open_streams
+        for stream in streams
     )
 
 
+def eligible(checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: PumpAlive) -> bool:
+    """Every stream open at its cut is answered, or its pump is alive, or nothing of its answer was delivered."""
+    return every_stream_goes_on(checkpoint.open_streams, calls, pump_alive)
+
+
 def restore_order(
-    checkpoints: Sequence[Checkpoint], calls: Mapping[CallId, Call], pump_alive: Callable[[CallId], bool]
+    checkpoints: Sequence[Checkpoint], calls: Mapping[CallId, Call], pump_alive: PumpAlive
 ) -> list[Checkpoint]:
     """The ladder: newest eligible first, and when none is eligible, newest first (its torn streams are RESET)."""
     newest_first = sorted(checkpoints, key=lambda point: point.seq, reverse=True)

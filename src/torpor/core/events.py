@@ -34,6 +34,8 @@ class Kind(StrEnum):
     CALL_TORN = "call.torn"
     CALL_REPEATED = "call.repeated"
     CALL_JOINED = "call.joined"
+    CALL_DELIVERED = "call.delivered"
+    """Its stream ended; data: end (a StreamEnd), taken_bytes. Logged before init may forget the stream."""
     CALL_DIVERGED = "call.diverged"
     STREAM_RESET = "stream.reset"
     CHECKPOINT_COMMITTED = "checkpoint.committed"
