@@ -16,26 +16,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
 """
 
-import asyncio
 import logging
-import shutil
-from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
-
-from torpor.core.checkpoint import Checkpoint, OpenStream
-from torpor.core.clock import Clock
-from torpor.core.crash import crash_point
-from torpor.core.errors import MachineUnfit, TorporError
-from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
-from torpor.gateway.server import Gateway
-from torpor.runtime.incarnation import Incarnation
-from torpor.runtime.records import Records
-from torpor.runtime.staging import Staging
-from torpor.sandbox.frames import GuestStatus
-from torpor.snapshots.store import SnapshotStore
-from torpor.snapshots.tree import TreeCapture, TreeIndex, capture
 
 logger = logging.getLogger(__name__)
 

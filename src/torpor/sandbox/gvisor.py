@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torpor.core.clock import Clock
-from torpor.core.errors import MachineUnfit, SandboxFailed
+from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
 from torpor.sandbox.driver import SandboxPlan
 
@@ -244,9 +243,9 @@ def bundle_config(plan: SandboxPlan) -> dict[str, Any]:
             "cwd": "/",
             "terminal": False,
             "noNewPrivileges": True,
-            "capabilities": {
-                name: capabilities for name in ("bounding", "effective", "inheritable", "permitted", "ambient")
-            },
+            "capabilities": dict.fromkeys(
+                ("bounding", "effective", "inheritable", "permitted", "ambient"), capabilities
+            ),
         },
         "root": {"path": plan.image.root, "readonly": False},
         "hostname": "torpor",
@@ -259,22 +258,6 @@ def bundle_config(plan: SandboxPlan) -> dict[str, Any]:
         ],
         "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
     }
-
-
-def free_memory_directory(minimum_bytes: int) -> Path:
-    """A memory-backed directory with room for an image.
-
-    Raises:
-        MachineUnfit: `no_staging_space`.
-    """
-    directory = Path("/dev/shm")
-    if not directory.is_dir() or shutil.disk_usage(directory).free < minimum_bytes:
-        raise MachineUnfit(
-            "no_staging_space",
-            f"cannot stage an image: /dev/shm has no {minimum_bytes >> 20} MiB free",
-            hint="Give /dev/shm more room (`mount -o remount,size=…`) or end other sessions.",
-        )
-    return directory
 
 
 def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:

@@ -1,4 +1,4 @@
-"""The read-only root that a sandbox sees: `host` (a curated view of this machine) or a directory with a root file system.
+"""The read-only root of a sandbox: `host` (a curated view of this machine) or a directory with a root file system.
 
 `host` shows path by path what programs need and nothing that is precious: never the home directory, /root, /var, keys,
 sockets or credentials. What it shows is listed in docs/image-host.md; the list here is the only one.
