@@ -1,1 +1,1 @@
-"""Isolated machines, one technology a file, and the host end of the link into them. Knows no sessions and no database."""
+"""Isolated machines, one technology a file, and the host end of the link into them. Knows no sessions, no database."""

@@ -1,7 +1,7 @@
 """What every driver offers: create a sandbox, start or restore it, pause, save an image, kill.
 
-A sandbox is created from a plan, which owns a directory of its own: FIFOs, bundle, the driver's log. It outlives the node
-that made it; `find` hands it to the next one. A created sandbox that nothing runs in yet is a warm slot.
+A sandbox is created from a plan, which owns a directory of its own: FIFOs, bundle, the driver's log. It outlives the
+node that made it; `find` hands it to the next one. A created sandbox that nothing runs in yet is a warm slot.
 """
 
 from collections.abc import Sequence

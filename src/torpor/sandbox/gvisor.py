@@ -21,10 +21,19 @@ from torpor.sandbox import control, process
 from torpor.sandbox.driver import SandboxPlan
 
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
-CAPABILITIES = tuple(
-    f"CAP_{name}"
-    for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP")
-    + ("NET_BIND_SERVICE", "SYS_CHROOT", "SETFCAP", "SYS_PTRACE")
+CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
 )
 """Inside the sandbox only; its kernel runs without any on the host."""
 
