@@ -206,9 +206,7 @@ class Checkpointer:
             crash_point("checkpoint.paused")
             await life.sandbox.save_image(self._staging.image(snapshot_id))
             crash_point("checkpoint.imaged")
-            return await asyncio.to_thread(
-                capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree
-            )
+            return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
         finally:
             await asyncio.shield(life.sandbox.resume())
             life.paused_mark.unlink()

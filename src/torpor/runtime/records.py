@@ -144,9 +144,7 @@ class Records:
             )
             draft = EventDraft(kind=Kind.AGENT_EXITED, incarnation=final.incarnation, data=data)
             wall_ns = self._clock.wall_ns()
-            log.append(
-                tx, session_id=self.session_id, owner_token=self.owner_token, drafts=[draft], wall_ns=wall_ns
-            )
+            log.append(tx, session_id=self.session_id, owner_token=self.owner_token, drafts=[draft], wall_ns=wall_ns)
             sessions.set_status(
                 tx,
                 session_id=self.session_id,

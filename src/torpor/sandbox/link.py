@@ -122,9 +122,7 @@ class Link:
                 raise SandboxFailed(
                     "link_lost", f"cannot open the sandbox's FIFOs: {error.strerror} ({error.filename})"
                 ) from error
-            link = cls(
-                fifos, nonce, clock, heartbeat_seconds=heartbeat_seconds, silence_seconds=silence_seconds
-            )
+            link = cls(fifos, nonce, clock, heartbeat_seconds=heartbeat_seconds, silence_seconds=silence_seconds)
             try:
                 fifos.post(ToGuest.HELLO, arg=PROTOCOL_VERSION)
                 while not link._greeted:
@@ -177,9 +175,7 @@ class Link:
         async with _deadline(deadline_seconds, "start the agent"):
             for offset in range(0, len(packed), PAYLOAD_BYTES_MAX):
                 await self._fifos.room()
-                self._fifos.post(
-                    ToGuest.SPEC, arg=offset, payload=packed[offset : offset + PAYLOAD_BYTES_MAX]
-                )
+                self._fifos.post(ToGuest.SPEC, arg=offset, payload=packed[offset : offset + PAYLOAD_BYTES_MAX])
             for number in (STDOUT, STDERR):
                 self._outputs[number] = self._add(number, port=0)
             self._fifos.post(ToGuest.START, arg=len(packed), payload=life)
@@ -222,9 +218,7 @@ class Link:
         """
         status = self._claim(stream)
         if position > status.read:
-            raise violation(
-                f"it forgot bytes of stream {stream}: {position} were received, it read {status.read}"
-            )
+            raise violation(f"it forgot bytes of stream {stream}: {position} were received, it read {status.read}")
         inherited = self._add(stream, status.port)
         inherited.continue_from(status)
         inherited.resume(position=position, acknowledged=max(acknowledged, status.acknowledged))
@@ -440,9 +434,7 @@ async def _deadline(seconds: float, purpose: str) -> AsyncGenerator[None, None]:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as error:
-        raise SandboxFailed(
-            "link_silent", f"cannot {purpose}: its init did not answer within {seconds:g} s"
-        ) from error
+        raise SandboxFailed("link_silent", f"cannot {purpose}: its init did not answer within {seconds:g} s") from error
 
 
 def _printable(payload: bytes) -> str:
@@ -453,9 +445,7 @@ def _printable(payload: bytes) -> str:
 def _could_not_start(command: str, code: int, text: str) -> InvalidInput:
     name, hint = _START_ERRORS.get(code, (os.strerror(min(code, 4095)), ""))
     detail = f" ({text})" if text else ""
-    return InvalidInput(
-        "agent_cannot_start", f"cannot start the agent {command!r}: {name}{detail}", hint=hint
-    )
+    return InvalidInput("agent_cannot_start", f"cannot start the agent {command!r}: {name}{detail}", hint=hint)
 
 
 _START_ERRORS: dict[int, tuple[str, str]] = {

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torpor.core.clock import Clock
 from torpor.core.errors import InvalidInput
+from torpor.sandbox import process
 
 SYSTEM_DIRECTORIES = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 """Shown as they are, read-only; a link (/bin -> usr/bin) stays a link."""
@@ -141,31 +143,32 @@ def host_image(images_directory: Path, python_prefixes: Sequence[Path], mounts: 
     return RootImage(name="host", root=str(root), mounts=all_mounts, path=path, digest=digest)
 
 
-def python_environments(environment: dict[str, str], own_prefix: str, own_base_prefix: str) -> list[Path]:
-    """The Python environment in use: the activated one, else the `python3` on PATH, else the one that runs Torpor."""
+def python_environments(command: str, environment: Mapping[str, str], clock: Clock) -> list[Path]:
+    """The Python environments in use: of the agent's command, of the activated environment, of the `python3` on PATH.
+
+    Each interpreter is asked itself (a shim or a link says little by its path). What lies in /usr is shown anyway.
+    """
+    search = environment.get("PATH")
     active = environment.get("VIRTUAL_ENV")
-    found = shutil.which("python", path=environment.get("PATH")) or shutil.which(
-        "python3", path=environment.get("PATH")
-    )
-    candidates = [Path(active)] if active else []
-    if found:
-        candidates.append(Path(found).absolute().parent.parent)
-    candidates.append(Path(own_prefix))
-    prefix = next(path for path in candidates if path.is_dir())
-    return [prefix, *_base_of(prefix, own_base_prefix)]
+    interpreters = [command] if Path(command).name.startswith("python") else []
+    interpreters += [str(Path(active, "bin/python"))] if active else []
+    interpreters += ["python", "python3"]
+    prefixes: list[Path] = []
+    for name in interpreters:
+        found = shutil.which(name, path=search)
+        for prefix in _prefixes_of(found, clock) if found else ():
+            if prefix not in prefixes and not prefix.is_relative_to("/usr"):
+                prefixes.append(prefix)
+    return prefixes
 
 
-def _base_of(prefix: Path, own_base_prefix: str) -> list[Path]:
-    """A virtual environment needs the installation that it was made from."""
-    config = prefix / "pyvenv.cfg"
-    if not config.is_file():
-        real = (prefix / "bin" / "python3").resolve().parent.parent
-        return [real] if real != prefix and (real / "lib").is_dir() else []
-    for line in config.read_text().splitlines():
-        key, _, value = line.partition("=")
-        if key.strip() == "home":
-            return [Path(value.strip()).parent]
-    return [Path(own_base_prefix)]
+def _prefixes_of(interpreter: str, clock: Clock) -> list[Path]:
+    """The environment of an interpreter, and the installation that a virtual one was made from."""
+    question = "import sys; print(sys.prefix); print(sys.base_prefix)"
+    finished = process.run_blocking([interpreter, "-I", "-c", question], deadline_seconds=20, clock=clock, check=False)
+    if finished.exit_status != 0:
+        return []
+    return [Path(line) for line in finished.stdout.decode(errors="replace").splitlines() if line.startswith("/")]
 
 
 def _outermost(paths: Iterable[Path]) -> list[Path]:
