@@ -18,21 +18,21 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Superseded, TorporError
-from torpor.core.ids import SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
 from torpor.gateway.server import Gateway
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
 from torpor.runtime.staging import Staging
 from torpor.sandbox.frames import GuestStatus
-from torpor.snapshots.store import SnapshotStore
-from torpor.snapshots.tree import TreeCapture, TreeIndex, capture
+from torpor.snapshots.capture import TreeCapture, capture
+from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.tree import TreeIndex
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ class Checkpointer:
         gateway: Gateway,
         clock: Clock,
         pins: dict[str, str],
-        on_committed: Callable[[Checkpoint], None],
     ) -> None:
         self._records = records
         self._store = store
@@ -69,7 +68,7 @@ class Checkpointer:
         self._gateway = gateway
         self._clock = clock
         self._pins = pins
-        self._on_committed = on_committed
+        self._first_commit = asyncio.Event()
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
         self._cuts_begun = 0
@@ -77,18 +76,21 @@ class Checkpointer:
         self._newest: Checkpoint | None = None
         self._committed: Checkpoint | None = None
         self._tree: TreeIndex | None = None
+        self._next_number = 0
         self._staged: set[SnapshotId] = set()
         self.last_cut_at = clock.monotonic()
 
-    def begin_life(self, life: Incarnation, checkpoint: Checkpoint) -> None:
-        """From now on checkpoints are of this incarnation, which came from that checkpoint.
-
-        A new life has a new workspace directory, so nothing of the last capture can be trusted to be unchanged.
-        """
+    def begin_life(self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int) -> None:
+        """From now on checkpoints are of this incarnation, which came from (or is after) that checkpoint."""
         self._life = life
+        self._next_number = next_number
         self._newest = self._committed = checkpoint
-        self._tree = None
+        self._tree = life.tree
         self.last_cut_at = self._clock.monotonic()
+
+    async def first_commit(self) -> None:
+        """Wait for the first checkpoint of this owner."""
+        await self._first_commit.wait()
 
     def end_life(self) -> None:
         self._life = None
@@ -143,6 +145,34 @@ class Checkpointer:
             finally:
                 self._waiting.task_done()
 
+    async def final_files(self, life: Incarnation) -> Checkpoint:
+        """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
+        wall_ns = self._clock.wall_ns()
+        snapshot_id = new_snapshot_id(wall_ns)
+        self._staging.begin(snapshot_id, 0)
+        seq, cursor_seq = await self._records.position()
+        changes, image = self._staging.changes(snapshot_id), self._staging.image(snapshot_id)
+        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, self._tree)
+        saved = await asyncio.to_thread(
+            self._store.save,
+            image_dir=image,
+            workspace=workspace,
+            parent=self._tree.snapshot_id if self._tree else None,
+            pins=self._pins,
+            snapshot_id=snapshot_id,
+        )
+        self._discard(snapshot_id)
+        return files_checkpoint(
+            saved,
+            session_id=self._records.session_id,
+            number=self._next_number,
+            seq=seq,
+            cursor_seq=cursor_seq,
+            incarnation=life.number,
+            reason="exit",
+            wall_ns=wall_ns,
+        )
+
     def _discard(self, snapshot_id: SnapshotId) -> None:
         self._staged.discard(snapshot_id)
         self._staging.discard(snapshot_id)
@@ -174,7 +204,7 @@ class Checkpointer:
         checkpoint = Checkpoint(
             checkpoint_id=new_checkpoint_id(cut_wall_ns),
             session_id=self._records.session_id,
-            number=previous.number + 1 if previous else 0,
+            number=self._next_number,
             seq=seq,
             committed_seq=0,
             cursor_seq=cursor_seq,
@@ -196,6 +226,7 @@ class Checkpointer:
             joinable=joinable,
         )
         self._newest = checkpoint
+        self._next_number += 1
         return Cut(checkpoint=checkpoint, workspace=workspace)
 
     async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId) -> TreeCapture:
@@ -214,16 +245,17 @@ class Checkpointer:
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()
         snapshot_id = cut.checkpoint.snapshot_id
-        parent = self._committed
+        based_on = cut.workspace.based_on
+        parent = based_on.snapshot_id if based_on else self._committed and self._committed.snapshot_id
         saved = await asyncio.to_thread(
             self._store.save,
             image_dir=self._staging.image(snapshot_id),
             workspace=cut.workspace,
-            parent=parent.snapshot_id if parent else None,
+            parent=parent,
             pins=self._pins,
             snapshot_id=snapshot_id,
         )
-        self._tree = saved.tree_index
+        self._tree = saved.tree
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
@@ -236,7 +268,43 @@ class Checkpointer:
         self._staging.discard_changes(snapshot_id)
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
-        self._on_committed(self._committed)
+        self._first_commit.set()
+
+
+def files_checkpoint(
+    saved: SavedSnapshot,
+    *,
+    session_id: SessionId,
+    number: int,
+    seq: int,
+    cursor_seq: int,
+    incarnation: int,
+    reason: str,
+    wall_ns: int,
+) -> Checkpoint:
+    """A checkpoint of files alone: before the agent started, or after it ended."""
+    return Checkpoint(
+        checkpoint_id=new_checkpoint_id(wall_ns),
+        session_id=session_id,
+        number=number,
+        seq=seq,
+        committed_seq=0,
+        cursor_seq=cursor_seq,
+        incarnation=incarnation,
+        snapshot_id=saved.id,
+        manifest_digest=saved.manifest_digest,
+        has_memory=False,
+        open_streams=(),
+        next_stream=0,
+        stdout_bytes=0,
+        stderr_bytes=0,
+        reason=reason,
+        wall_ns=wall_ns,
+        freeze_ns=0,
+        commit_ns=round(saved.seconds * 1e9),
+        raw_bytes=saved.raw_bytes,
+        stored_bytes=saved.stored_bytes,
+    )
 
 
 def open_streams(status: GuestStatus, gateway: Gateway) -> tuple[OpenStream, ...]:

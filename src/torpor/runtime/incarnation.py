@@ -22,6 +22,7 @@ from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
 from torpor.snapshots.store import SnapshotStore
+from torpor.snapshots.tree import TreeIndex
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
@@ -34,6 +35,8 @@ class Incarnation:
     number: int
     sandbox: Sandbox
     link: Link
+    tree: TreeIndex | None
+    """What the workspace held at the beginning, so that the first capture reads only what changed; None: unknown."""
 
     @property
     def plan(self) -> SandboxPlan:
@@ -77,9 +80,9 @@ class Incarnations:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
         sandbox = await self._empty_sandbox(number)
         async with self._undone_on_failure(sandbox):
-            await self._fill_workspace(sandbox.plan, checkpoint)
+            tree = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.start()
-            return await self._connect(number, sandbox)
+            return await self._connect(number, sandbox, tree)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
@@ -94,9 +97,9 @@ class Incarnations:
             made = both.create_task(self._empty_sandbox(number))
         sandbox = made.result()
         async with self._undone_on_failure(sandbox):
-            await self._fill_workspace(sandbox.plan, checkpoint)
+            tree = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
-            return await self._connect(number, sandbox)
+            return await self._connect(number, sandbox, tree)
 
     async def adopt(self, number: int) -> Incarnation | None:
         """The living sandbox of that number with a new link; None when there is none to speak to."""
@@ -106,15 +109,15 @@ class Incarnations:
         mark = paused_mark(sandbox.plan)
         try:
             if not mark.exists():
-                return await self._connect(number, sandbox)
+                return await self._connect(number, sandbox, None)
             # The last node died around a pause. Resuming a kernel that is not paused would crash it, so ask first.
             with contextlib.suppress(SandboxFailed):
-                found = await self._connect(number, sandbox, PAUSED_HELLO_DEADLINE_SECONDS)
+                found = await self._connect(number, sandbox, None, PAUSED_HELLO_DEADLINE_SECONDS)
                 mark.unlink()
                 return found
             await sandbox.resume()
             mark.unlink()
-            return await self._connect(number, sandbox)
+            return await self._connect(number, sandbox, None)
         except SandboxFailed:
             return None
 
@@ -159,8 +162,8 @@ class Incarnations:
         plan.workspace.mkdir(parents=True, mode=0o700)
         return await self._driver.create(plan)
 
-    async def _fill_workspace(self, plan: SandboxPlan, checkpoint: Checkpoint) -> None:
-        await asyncio.to_thread(
+    async def _fill_workspace(self, plan: SandboxPlan, checkpoint: Checkpoint) -> TreeIndex:
+        return await asyncio.to_thread(
             self._store.restore_workspace, checkpoint.snapshot_id, checkpoint.manifest_digest, plan.workspace
         )
 
@@ -175,14 +178,16 @@ class Incarnations:
         self._staging.complete(snapshot_id)
         return target
 
-    async def _connect(self, number: int, sandbox: Sandbox, deadline_seconds: float | None = None) -> Incarnation:
+    async def _connect(
+        self, number: int, sandbox: Sandbox, tree: TreeIndex | None, deadline_seconds: float = HELLO_DEADLINE_SECONDS
+    ) -> Incarnation:
         link = await Link.open(
             to_guest=sandbox.plan.to_guest,
             from_guest=sandbox.plan.from_guest,
             clock=self._clock,
-            deadline_seconds=deadline_seconds or HELLO_DEADLINE_SECONDS,
+            deadline_seconds=deadline_seconds,
         )
-        return Incarnation(number=number, sandbox=sandbox, link=link)
+        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree)
 
     @contextlib.asynccontextmanager
     async def _undone_on_failure(self, sandbox: Sandbox):

@@ -17,7 +17,7 @@ from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError
 from torpor.core.events import EventDraft, Kind
-from torpor.core.session import SessionStatus
+from torpor.core.session import ENDED, SessionStatus
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
@@ -32,6 +32,7 @@ from torpor.sandbox.streams import Stream, StreamGone
 ALIVE_DEADLINE_SECONDS = 60
 CHECKPOINT_AGE_SECONDS = 300
 LOSSES_WITHOUT_PROGRESS_MAX = 5
+OUTPUT_DRAIN_SECONDS = 10
 
 
 class Ending(Enum):
@@ -98,15 +99,18 @@ class Owner:
 
     async def run(self) -> Outcome:
         """Drive the session until it ends or is asked to stop."""
-        async with asyncio.TaskGroup() as tasks:
-            gateway = tasks.create_task(self._gateway.run())
-            committer = tasks.create_task(self._checkpointer.commit_forever())
-            try:
-                return await self._lives()
-            finally:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                gateway = tasks.create_task(self._gateway.run())
+                committer = tasks.create_task(self._checkpointer.commit_forever())
+                outcome = await self._lives()
                 self._gateway.close()
                 committer.cancel()
-                gateway.cancel()
+                await gateway
+        except* TorporError as failures:
+            # One fault may fail several tasks; people and exit codes want the one that came first.
+            raise _first(failures) from failures
+        return outcome
 
     def ask_to_stop(self) -> None:
         """Checkpoint, free the sandbox, leave the session resumable."""
@@ -125,6 +129,7 @@ class Owner:
             await self._life.link.signal(number, self._clock.wall_ns() + self._signals)
 
     async def checkpoint(self) -> Checkpoint | None:
+        """Make a checkpoint now; None when it failed."""
         return await self._checkpointer.take_and_commit("manual")
 
     async def _lives(self) -> Outcome:
@@ -138,14 +143,14 @@ class Owner:
                 rung = await self._climb(reason)
             ending = await self._live(rung)
             if ending is not Ending.LOST:
-                return await self._end(ending, rung)
+                return await self._end(ending, rung.life)
             at = (await self._records.position())[0]
             losses = 0 if at > progress + 3 else losses + 1
             progress = at
             if losses >= LOSSES_WITHOUT_PROGRESS_MAX:
                 raise SandboxFailed(
                     "session_crash_loop",
-                    f"cannot keep session {self._records.session_id} running: its sandbox died {losses + 1} times in a row",
+                    f"cannot keep session {self._records.session_id} running: its sandbox dies again and again",
                     hint="`torpor log SESSION` has the reasons; `torpor resume SESSION` tries again.",
                 )
             await self._records.set_status(SessionStatus.RECOVERING, "the sandbox died")
@@ -154,7 +159,9 @@ class Owner:
 
     async def _climb(self, reason: str) -> Rung:
         session = await self._records.session()
-        if session.status is not SessionStatus.CREATED:
+        if session.status is SessionStatus.ASLEEP:
+            await self._records.set_status(SessionStatus.WAKING, reason)
+        elif session.status is not SessionStatus.CREATED:
             await self._records.set_status(SessionStatus.RECOVERING, reason)
         try:
             return await self._ladder.restore(await self._records.calls(), reason)
@@ -170,24 +177,19 @@ class Owner:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(life.link.run())
-                await self._begin(rung, tasks)
+                outputs = await self._begin(rung, tasks)
                 self._life = life
-                waiting = [tasks.create_task(_as(Ending.EXITED, life.link.wait_exit()))]
-                waiting.append(tasks.create_task(_as(Ending.STOPPED, self._asked.wait())))
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
                 tasks.create_task(self._prepare_slot(life.number + 1))
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                ending = done.pop().result()
-                if ending is Ending.STOPPED:
-                    ending = self._wanted or ending
-                if ending is Ending.STOPPED:
-                    await self._checkpointer.take_and_commit("stop")
-                raise _LifeOver
+                ending = await self._wait_for_ending(life, tasks)
+                await self._conclude(ending, life, outputs)
+                _end_tasks()
         except* _LifeOver:
             pass
         except* SandboxFailed as failures:
-            reason = str(_first(failures))
+            ending = Ending.LOST
+            reason = _reason(failures)
             await self._note_end(life.number, reason)
             self._watcher.notice(f"the sandbox died: {reason}")
         finally:
@@ -195,7 +197,27 @@ class Owner:
             self._checkpointer.end_life()
         return ending
 
-    async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
+    async def _wait_for_ending(self, life: Incarnation, tasks: asyncio.TaskGroup) -> Ending:
+        waiting = [
+            tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
+            tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
+        ]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        ending = done.pop().result()
+        return self._wanted or ending if ending is Ending.STOPPED else ending
+
+    async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> None:
+        """What has to happen while the link is still open."""
+        if ending is Ending.EXITED:
+            await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
+            await self._finish(life)
+        elif ending is Ending.STOPPED:
+            await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
+            committed = await self._checkpointer.take_and_commit("stop")
+            if committed is not None:
+                await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+
+    async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start or wake the agent and give every open stream what it gets; nothing is delivered before ALIVE."""
         life, checkpoint = rung.life, rung.checkpoint
         await self._gateway.begin_incarnation(life.number, rung.redo, adopted=rung.mode == "adopt")
@@ -216,8 +238,9 @@ class Owner:
                 environment={},
                 deadline_seconds=ALIVE_DEADLINE_SECONDS,
             )
-        self._checkpointer.begin_life(life, checkpoint)
-        await self._take_over_outputs(rung, tasks)
+        highest = max(point.number for point in await self._records.checkpoints())
+        self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
+        outputs = await self._take_over_outputs(rung, tasks)
         await self._take_over_streams(rung, tasks)
         took_ns = round((self._clock.monotonic() - rung.requested_at) * 1e9)
         chosen = EventDraft(
@@ -229,6 +252,7 @@ class Owner:
         await self._records.set_status(SessionStatus.RUNNING, rung.mode)
         if rung.mode != "boot":
             self._watcher.notice(_tell(rung, took_ns))
+        return outputs
 
     async def _take_over_streams(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
         calls = await self._records.calls()
@@ -241,8 +265,9 @@ class Owner:
             stream = rung.life.link.inherit(opened.stream, position=position, acknowledged=opened.acknowledged)
             tasks.create_task(self._gateway.inherit(stream, opened, fate, incarnation=rung.life.number))
 
-    async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
+    async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         life = rung.life
+        started: list[asyncio.Task[None]] = []
         for channel, cut_at in ((STDOUT, rung.checkpoint.stdout_bytes), (STDERR, rung.checkpoint.stderr_bytes)):
             position = 0 if rung.mode == "boot" else cut_at
             recorded = await self._records.output_after(channel, position)
@@ -262,7 +287,8 @@ class Owner:
                 recorded=recorded,
                 show=self._watcher.output,
             )
-            tasks.create_task(pump.run())
+            started.append(tasks.create_task(pump.run()))
+        return started
 
     async def _accept(self, life: Incarnation, tasks: asyncio.TaskGroup) -> None:
         while True:
@@ -287,27 +313,31 @@ class Owner:
         with contextlib.suppress(TorporError, OSError):
             await self._incarnations.prepare_slot(number)
 
-    async def _end(self, ending: Ending, rung: Rung) -> Outcome:
-        life = rung.life
-        if ending is Ending.EXITED:
-            return await self._finish(rung)
-        await life.sandbox.kill()
+    async def _end(self, ending: Ending, life: Incarnation) -> Outcome:
+        """Free the sandbox; the session's rows already say what became of it, or are told now."""
         if ending is Ending.KILLED:
             await self._records.set_status(SessionStatus.CANCELLED, "killed by a person")
-            status = SessionStatus.CANCELLED
-        else:
-            await self._note_end(life.number, "stopped")
-            status = SessionStatus.RUNNING
+        await life.sandbox.kill()
         await self._incarnations.sweep(keep=None)
-        return Outcome(status=status, exit_status=None)
+        session = await self._records.session()
+        if session.status in ENDED:
+            self._staging.clear()
+        return Outcome(status=session.status, exit_status=session.exit_status)
 
-    async def _finish(self, rung: Rung) -> Outcome:
-        """The agent exited: its last output, its final workspace and the status become durable, then init may go.
+    async def _finish(self, life: Incarnation) -> None:
+        """The agent exited: its final workspace, the exit and the status become durable together, then init may go.
 
         A kill -9 before the transaction leaves a sandbox whose init still holds the exit status; after it
         (`exit.committed`) a session that has ended, and a sandbox that the next sweep kills.
         """
-        raise NotImplementedError
+        wait_status = await life.link.wait_exit()
+        await self._checkpointer.settle()
+        final = await self._checkpointer.final_files(life)
+        code = exit_code(wait_status)
+        status = SessionStatus.SUCCEEDED if code == 0 else SessionStatus.FAILED
+        await self._records.end(status, code, final, describe_exit(wait_status))
+        crash_point("exit.committed")
+        life.link.acknowledge_exit()
 
     async def _could_not_start(self, life: Incarnation, error: InvalidInput) -> None:
         await self._records.set_status(SessionStatus.FAILED, str(error), exit_status=127)
@@ -327,11 +357,24 @@ async def _as(ending: Ending, waited: Awaitable[object]) -> Ending:
     return ending
 
 
-def _first(group: BaseExceptionGroup[SandboxFailed]) -> BaseException:
+def _end_tasks() -> None:
+    """End the surrounding TaskGroup with everything in it."""
+    raise _LifeOver
+
+
+def _first(group: BaseExceptionGroup[TorporError]) -> TorporError:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    assert isinstance(error, TorporError)
     return error
+
+
+def _reason(error: BaseException) -> str:
+    """The first failure of a group, in its own words."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)
 
 
 def _tell(rung: Rung, took_ns: int) -> str:

@@ -1,6 +1,6 @@
-"""From a session that stopped anywhere to one that runs: the ladder of RECOVERY sections 4 and 9, and DESIGN section 7.
+"""From a session that stopped anywhere to one that runs: the ladder of RECOVERY sections 4 and 9.
 
-    adopt the living sandbox -> newest eligible checkpoint -> older ones -> (checkpoint 0) a fresh boot with the workspace
+    adopt the living sandbox -> newest eligible checkpoint -> older ones -> checkpoint 0: a fresh boot with the files
 
 Each rung that is tried and fails is an event with its reason. Order of a rung: the incarnation's number and its event
 are durable, then the sandbox is made, then its streams are inherited. A kill -9 in between leaves a numbered sandbox
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torpor.core.branch import Timeline
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, every_stream_goes_on, restore_order
+from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, TorporError
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, StreamId
@@ -43,10 +44,11 @@ class Rung:
 class Ladder:
     """Finds the highest rung that holds."""
 
-    def __init__(self, *, records: Records, incarnations: Incarnations, gateway: Gateway) -> None:
+    def __init__(self, *, records: Records, incarnations: Incarnations, gateway: Gateway, clock: Clock) -> None:
         self._records = records
         self._incarnations = incarnations
         self._gateway = gateway
+        self._clock = clock
 
     async def adopt(self, calls: Mapping[CallId, Call]) -> Rung | None:
         """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
@@ -54,7 +56,7 @@ class Ladder:
         checkpoints = await self._records.checkpoints()
         if session.incarnation == 0 or not checkpoints:
             return None
-        started_at = self._gateway.clock.monotonic()
+        started_at = self._clock.monotonic()
         life = await self._incarnations.adopt(session.incarnation)
         if life is None:
             return None
@@ -87,7 +89,7 @@ class Ladder:
         Raises:
             SandboxFailed: `session_lost`: none does.
         """
-        started_at = self._gateway.clock.monotonic()
+        started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
             session = await self._records.session()
