@@ -40,11 +40,13 @@ from torpor.sandbox.frames import (
     parse_status,
     violation,
 )
-from torpor.sandbox.streams import Stream
+from torpor.sandbox.streams import Closed, Stream
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_UNFORGOTTEN_MAX = 4 * STREAMS_MAX
+"""Closed streams whose end the owner has not looked at yet count here only."""
 _WAIT_STATUS = struct.Struct("<i")
 _LOG_LINES_MAX = 1000
 _LOG_CHARACTERS_MAX = 1000
@@ -168,7 +170,7 @@ class Link:
             InvalidInput: ("agent_cannot_start") its command can't be run.
             Conflict: this sandbox's agent was started before.
         """
-        if self.status.phase is not Phase.WAITING:
+        if self.status.phase not in (Phase.WAITING, Phase.COULD_NOT_START):
             raise Conflict("agent_started_before", "cannot start the agent: its sandbox started it before")
         packed = pack_spec(spec)
         life = pack_life(incarnation, wall_ns, entropy)
@@ -178,6 +180,7 @@ class Link:
                 self._fifos.post(ToGuest.SPEC, arg=offset, payload=packed[offset : offset + PAYLOAD_BYTES_MAX])
             for number in (STDOUT, STDERR):
                 self._outputs[number] = self._add(number, port=0)
+            self._started = None
             self._fifos.post(ToGuest.START, arg=len(packed), payload=life)
             code, text = await self._until(lambda: self._started)
         if code:
@@ -228,10 +231,8 @@ class Link:
 
     def refuse(self, stream: int) -> None:
         """Reset a connection that `status` lists and nobody inherits."""
-        status = self._claim(stream)
-        refused = self._add(stream, status.port)
-        refused.continue_from(status)
-        refused.reset()
+        self._claim(stream)
+        self._fifos.post(ToGuest.RESET, stream)
 
     @property
     def stdout(self) -> Stream:
@@ -342,8 +343,11 @@ class Link:
             raise violation(f"it opens stream {frame.stream} after stream {self._last_stream}")
         if frame.arg > 65_535:
             raise violation(f"it opens stream {frame.stream} on port {frame.arg}")
-        calls = sum(number >= FIRST_CALL_STREAM for number in [*self._streams, *self._unclaimed])
-        if calls >= STREAMS_MAX:
+        calls = [
+            stream for stream in self._streams.values() if stream.kind == "call" and stream.closed is None
+        ]
+        unclaimed = [stream for stream in self._unclaimed.values() if stream.kind == "call"]
+        if len(calls) + len(unclaimed) >= STREAMS_MAX or len(self._streams) > _UNFORGOTTEN_MAX:
             raise violation(f"it opens more than {STREAMS_MAX} streams")
         self._last_stream = frame.stream
         self._opened.append(self._add(frame.stream, frame.arg))
@@ -354,6 +358,10 @@ class Link:
             stream.handle(frame.type, frame.arg, frame.payload)
         elif frame.stream in self._unclaimed or not FIRST_CALL_STREAM <= frame.stream <= self._last_stream:
             raise violation(f"it speaks of stream {frame.stream}, which is not open")
+        elif frame.type == FromGuest.CLOSED:
+            self._fifos.post(
+                ToGuest.RESET, frame.stream
+            )  # This node reset it before: now the guest forgets it.
 
     def _on_barrier_ack(self, frame: Frame) -> None:
         if frame.arg > self._barrier:
@@ -396,7 +404,7 @@ class Link:
         if self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
-        if stream.half_closed:
+        if stream.half_closed and stream.closed is not Closed.RESET:
             self._fifos.post(ToGuest.ACK, stream.id, stream.received)
         else:
             self._fifos.post(ToGuest.RESET, stream.id)

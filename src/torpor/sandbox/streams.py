@@ -42,7 +42,7 @@ class StreamGone(TorporError):
 
 
 class Stream:
-    """A stream; end it with `wait_closed` or `reset`, for only then do both sides forget it.
+    """A stream; end it with `wait_closed` or `reset`, for only then does the link forget it.
 
     One task receives and one sends at a time.
 
@@ -53,6 +53,7 @@ class Stream:
         sent: response bytes handed to the link so far.
         taken, written: V and W, as the guest last reported them.
         half_closed: the client ended its request, and all of it was received.
+        closed: how the stream ended; None while it has not.
     """
 
     def __init__(
@@ -72,8 +73,7 @@ class Stream:
         self._unread = bytearray()
         self._credit = WINDOW_BYTES
         self._finished = False
-        self._reset = False
-        self._closed: Closed | None = None
+        self.closed: Closed | None = None
         self._link_over = False
         self._changed = Pulse()
 
@@ -103,12 +103,9 @@ class Stream:
             StreamGone: the client went away before that, or the link ended.
         """
         while not self._unread:
-            if self._reset or self._link_over:
-                raise self._gone()
-            if self.half_closed:
+            if self.half_closed and not self._link_over and self.closed is not Closed.RESET:
                 return b""
-            if self._closed is not None:
-                raise self._gone()
+            self._check_open()
             await self._changed.wait()
         data = bytes(self._unread)
         self._unread.clear()
@@ -121,7 +118,7 @@ class Stream:
             raise ValueError(f"stream {self.id} has received {self.received} bytes, not {position}")
         if position > self.acknowledged:
             self.acknowledged = position
-            if self._closed is None:
+            if self.closed is None:
                 self._fifos.post(ToGuest.ACK, self.id, position)
 
     async def send(self, offset: int, data: bytes) -> None:
@@ -159,12 +156,11 @@ class Stream:
         """Break the connection off: the client sees a reset, never a clean end."""
         if self.kind != "call":
             raise ValueError(f"stream {self.id} is output and can't be reset")
-        if self._reset or self._closed is not None:
-            return
-        self._reset = True
-        self._unread.clear()
-        self._fifos.post(ToGuest.RESET, self.id)
-        self._changed.fire()
+        if self.closed is None:
+            self.closed = Closed.RESET
+            self._unread.clear()
+            self._forget(self)
+            self._changed.fire()
 
     async def wait_closed(self) -> Closed:
         """Wait for the connection's end; when this returns, link and guest forget the stream.
@@ -172,16 +168,16 @@ class Stream:
         Raises:
             StreamGone: the link ended first.
         """
-        while self._closed is None:
-            if self._link_over:
-                raise self._gone()
+        while self.closed is None:
+            self._check_open()
             await self._changed.wait()
         self._forget(self)
-        return self._closed
+        return self.closed
 
     def end(self) -> None:
         """The link is over."""
         self._link_over = True
+        self._unread.clear()
         self._changed.fire()
 
     def handle(self, kind: int, arg: int, payload: bytes) -> None:
@@ -190,7 +186,7 @@ class Stream:
         Raises:
             SandboxFailed: ("link_protocol") it contradicts what was exchanged before.
         """
-        if self._closed is not None:
+        if self.closed is not None:
             raise violation(f"stream {self.id} was closed and went on")
         if kind == FromGuest.DATA:
             self._take_data(arg, payload)
@@ -208,14 +204,12 @@ class Stream:
         Raises:
             SandboxFailed: ("link_protocol") they differ.
         """
-        if self._reset or self._closed is not None:
+        if self.closed is not None:
             return
         if status.sent != self.received or not self.written <= status.written <= status.taken <= self.sent:
             raise violation(f"the positions of stream {self.id} are not what was exchanged")
 
     def _take_data(self, offset: int, data: bytes) -> None:
-        if self._reset:
-            return
         if self.half_closed or offset != self.received:
             raise violation(f"stream {self.id} sent byte {offset} after byte {self.received}")
         if offset + len(data) > self._credit:
@@ -224,8 +218,6 @@ class Stream:
         self.received += len(data)
 
     def _take_end(self, length: int) -> None:
-        if self._reset:
-            return
         if length != self.received:
             raise violation(f"stream {self.id} ended at byte {length}, {self.received} came")
         self.half_closed = True
@@ -246,14 +238,12 @@ class Stream:
         if how is Closed.CONSUMED and not (self._finished and written == self.sent):
             raise violation(f"stream {self.id} claims to have consumed an answer that it did not get")
         self.written = written
-        self._closed = how
-        if self._reset:
-            self._forget(self)
+        self.closed = how
 
     def _raise_credit(self) -> None:
         limit = self.received + WINDOW_BYTES
         # A quarter at a time: each byte read must not cost a frame.
-        if limit - self._credit >= WINDOW_BYTES // 4 and self._closed is None and not self.half_closed:
+        if limit - self._credit >= WINDOW_BYTES // 4 and self.closed is None and not self.half_closed:
             self._credit = limit
             self._fifos.post(ToGuest.CREDIT, self.id, limit)
 
@@ -269,12 +259,9 @@ class Stream:
             return self.written + WINDOW_BYTES - self.sent
 
     def _check_open(self) -> None:
-        if self._reset or self._link_over or self._closed is not None:
-            raise self._gone()
-
-    def _gone(self) -> StreamGone:
-        if self._reset:
-            return StreamGone(self.id, "this node reset it")
-        if self._closed is not None:
-            return StreamGone(self.id, "the client closed it")
-        return StreamGone(self.id, "the link to the sandbox ended")
+        if self.closed is Closed.RESET:
+            raise StreamGone(self.id, "it was reset")
+        if self.closed is not None:
+            raise StreamGone(self.id, "the client closed it")
+        if self._link_over:
+            raise StreamGone(self.id, "the link to the sandbox ended")
