@@ -1,0 +1,94 @@
+"""A guest end that says whatever a test wants, over real FIFOs: the real init can't be made to lie."""
+
+import asyncio
+import os
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torpor.sandbox.fifos import open_guest_ends
+from torpor.sandbox.frames import Frame, FrameReader, FromGuest, ToGuest, encode
+
+
+@dataclass(frozen=True)
+class FifoPair:
+    to_guest: Path
+    from_guest: Path
+
+
+def make_fifos(directory: Path) -> FifoPair:
+    pair = FifoPair(to_guest=directory / "to_guest", from_guest=directory / "from_guest")
+    os.mkfifo(pair.to_guest, 0o600)
+    os.mkfifo(pair.from_guest, 0o600)
+    return pair
+
+
+def status_record(
+    *streams: tuple[int, ...], version: int = 1, phase: int = 1, next_stream: int = 16, wait_status: int = 0
+) -> bytes:
+    """Streams are (stream, port, class, flags, R, A, V, W, sent)."""
+    head = struct.pack("<IIQiIQQQII", version, phase, 3, wait_status, 7, next_stream, 0, 0, 0, len(streams))
+    return head + b"".join(struct.pack("<IHBBQQQQQ", *stream) for stream in streams)
+
+
+class HostileGuest:
+    """Reads the host's frames one by one and sends what it is told to."""
+
+    def __init__(self, fifos: FifoPair) -> None:
+        self._stdin, self._stdout = open_guest_ends(to_guest=fifos.to_guest, from_guest=fifos.from_guest)
+        os.set_blocking(self._stdin, False)
+        os.set_blocking(self._stdout, False)
+        self._reader = FrameReader(None)
+        self._frames: list[Frame] = []
+        self.nonce = bytes(8)
+
+    async def greet(self, status: bytes | None = None) -> None:
+        self.nonce = (await self.expect(ToGuest.HELLO)).nonce
+        await self.say(FromGuest.STATUS, arg=1, payload=status_record() if status is None else status)
+
+    async def say(self, kind: int, stream: int = 0, arg: int = 0, payload: bytes = b"") -> None:
+        await self.write(encode(Frame(nonce=self.nonce, type=kind, stream=stream, arg=arg, payload=payload)))
+
+    async def write(self, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        while data:
+            try:
+                data = data[os.write(self._stdout, data) :]
+            except BlockingIOError:
+                await self._wait(loop.add_writer, self._stdout)
+                loop.remove_writer(self._stdout)
+
+    async def expect(self, kind: ToGuest) -> Frame:
+        """The next frame of the host, which is to be of this kind; PINGs don't count."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._frames:
+                frame = self._frames.pop(0)
+                if frame.type != ToGuest.PING or kind is ToGuest.PING:
+                    assert frame.type == kind, f"{frame} instead of {kind.name}"
+                    return frame
+            await self._wait(loop.add_reader, self._stdin)
+            loop.remove_reader(self._stdin)
+            self._frames += self._reader.feed(os.read(self._stdin, 65_536))
+
+    def unread(self, *, pings: bool = False) -> list[Frame]:
+        """What the host sent and nobody expected."""
+        with suppress(BlockingIOError):
+            self._frames += self._reader.feed(os.read(self._stdin, 65_536))
+        return [frame for frame in self._frames if pings or frame.type != ToGuest.PING]
+
+    @staticmethod
+    async def _wait(watch, descriptor: int) -> None:
+        ready = asyncio.Event()
+        watch(descriptor, ready.set)
+        await ready.wait()
+
+    def hang_up(self) -> None:
+        loop = asyncio.get_running_loop()
+        for descriptor in (self._stdin, self._stdout):
+            if descriptor >= 0:
+                loop.remove_reader(descriptor)
+                loop.remove_writer(descriptor)
+                os.close(descriptor)
+        self._stdin = self._stdout = -1
