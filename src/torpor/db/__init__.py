@@ -1,0 +1,1 @@
+"""The event log and the relational state of sessions, on SQLite. Knows rows and rules of writing, not sandboxes."""

@@ -1,0 +1,78 @@
+"""The seam between Torpor and a database: transactions are plain functions that run on the database's own thread.
+
+A function that fails is rolled back; one that returns is committed. It is atomic against cancellation too: a task that
+is cancelled before its function started leaves no trace, afterwards the function runs to its end before the
+cancellation is delivered. Functions must be quick, must not touch the event loop, and may not keep the transaction.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from torpor.core.clock import Clock
+from torpor.core.errors import InvalidInput
+
+Row = Mapping[str, Any]
+Value = str | int | bytes | None
+T = TypeVar("T")
+
+
+class Transaction(Protocol):
+    """Runs statements of queries/ by name. Raises only TorporErrors."""
+
+    def one(self, query: str, /, **values: Value) -> Row | None:
+        """The first row, or None."""
+        ...
+
+    def all(self, query: str, /, **values: Value) -> list[Row]: ...
+
+    def run(self, query: str, /, **values: Value) -> int:
+        """The number of rows that the statement wrote or deleted."""
+        ...
+
+
+class Database(Protocol):
+    """Where sessions live.
+
+    Raises (from every method):
+        Conflict: `database_busy`, another process held the database for too long; `row_conflict`, a constraint;
+            `database_closed`.
+        MachineUnfit: `no_space`, `database_unopenable`, `database_io_failed`.
+        Damaged: `database_damaged`.
+    """
+
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
+        """Run `work` alone among all writers. Its rows survive the death of every process.
+
+        With `durable`, they and those of every earlier write have also reached the disk when this returns.
+        """
+        ...
+
+    async def read(self, work: Callable[[Transaction], T], /) -> T:
+        """Run `work` on one consistent state. Neither waits for a writer nor makes one wait."""
+        ...
+
+    async def close(self) -> None:
+        """Wait for the work under way and let go of the files."""
+        ...
+
+
+async def open_database(url: str, *, clock: Clock) -> Database:
+    """Open the database and bring its schema up to date.
+
+    Args:
+        url: `sqlite://` and an absolute path, which is taken as it stands; it is created if it is not there.
+
+    Raises:
+        InvalidInput: the URL names no database that Torpor knows.
+        Conflict: `schema_newer`, a later version of Torpor has used this database.
+    """
+    scheme, found, path = url.partition("://")
+    if scheme != "sqlite" or not found or not path.startswith("/"):
+        raise InvalidInput(
+            "database_url_unknown",
+            f"cannot open database {url!r}: the URL is not sqlite:// and an absolute path",
+            hint="For example sqlite:///home/me/.local/share/torpor/torpor.db.",
+        )
+    from torpor.db.sqlite import open_sqlite
+
+    return await open_sqlite(path, clock=clock)

@@ -1,0 +1,92 @@
+"""The event log: appending under the fence, and reading. Nothing in here changes or removes an event.
+
+An append holds the session's head first, then adds its events behind it, then moves the head onto the last one. All
+three check the owner token, so a superseded node can do none of them.
+"""
+
+from collections.abc import Sequence
+
+from torpor.core.errors import Conflict
+from torpor.core.events import Event, EventDraft, Kind, seal
+from torpor.core.ids import CallId, SessionId
+from torpor.db.database import Row, Transaction
+from torpor.db.encoding import decode_json, encode_json
+from torpor.db.fence import refusal
+
+EVERYTHING = 2**62
+"""A row limit that limits nothing."""
+
+
+def append(
+    tx: Transaction, *, session_id: SessionId, owner_token: int, drafts: Sequence[EventDraft], wall_ns: int
+) -> list[Event]:
+    """Add events behind the head, in order.
+
+    Raises:
+        Superseded: `owner_token` is not the session's.
+    """
+    head = tx.one("log/hold_head", session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+    if head is None:
+        raise refusal(tx, session_id, owner_token, _head_moved(session_id))
+    events: list[Event] = []
+    seq, prev_hash = head["head_seq"], head["head_hash"]
+    for draft in drafts:
+        event = seal(session_id=session_id, seq=seq + 1, draft=draft, wall_ns=wall_ns, prev_hash=prev_hash)
+        if not tx.run("log/append_fenced", owner_token=owner_token, seen_seq=head["head_seq"], **_columns(event)):
+            raise refusal(tx, session_id, owner_token, _head_moved(session_id))
+        events.append(event)
+        seq, prev_hash = event.seq, event.hash
+    moved = tx.run(
+        "log/move_head_fenced",
+        session_id=session_id,
+        owner_token=owner_token,
+        seen_seq=head["head_seq"],
+        seen_hash=head["head_hash"],
+        seq=seq,
+        hash=prev_hash,
+    )
+    if not moved:
+        raise refusal(tx, session_id, owner_token, _head_moved(session_id))
+    return events
+
+
+def events(tx: Transaction, session_id: SessionId, *, after_seq: int = 0, limit: int = EVERYTHING) -> list[Event]:
+    """Up to `limit` events with a seq above `after_seq`, oldest first."""
+    rows = tx.all("log/list_events", session_id=session_id, after_seq=after_seq, row_limit=limit)
+    return [event_of(row) for row in rows]
+
+
+def event_of(row: Row) -> Event:
+    return Event(
+        session_id=SessionId(row["session_id"]),
+        seq=row["seq"],
+        parent_seq=row["parent_seq"],
+        incarnation=row["incarnation"],
+        wall_ns=row["wall_ns"],
+        kind=Kind(row["kind"]),
+        call_id=CallId(row["call_id"]) if row["call_id"] is not None else None,
+        data=decode_json(row["data"]),
+        refs=tuple(decode_json(row["refs"])),
+        prev_hash=row["prev_hash"],
+        hash=row["hash"],
+    )
+
+
+def _columns(event: Event) -> dict[str, str | int | None]:
+    return {
+        "session_id": event.session_id,
+        "seq": event.seq,
+        "parent_seq": event.parent_seq,
+        "incarnation": event.incarnation,
+        "wall_ns": event.wall_ns,
+        "kind": event.kind.value,
+        "call_id": event.call_id,
+        "data": encode_json(dict(event.data)),
+        "refs": encode_json(event.refs),
+        "prev_hash": event.prev_hash,
+        "hash": event.hash,
+    }
+
+
+def _head_moved(session_id: SessionId) -> Conflict:
+    return Conflict("head_moved", f"cannot append to session {session_id}: its head moved meanwhile")

@@ -1,0 +1,1 @@
+SELECT codec, size_bytes, data FROM block WHERE session_id = :session_id AND digest = :digest

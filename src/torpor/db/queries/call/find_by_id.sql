@@ -1,0 +1,1 @@
+SELECT * FROM call WHERE call_id = :call_id

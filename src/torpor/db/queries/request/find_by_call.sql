@@ -1,0 +1,1 @@
+SELECT * FROM request WHERE call_id = :call_id

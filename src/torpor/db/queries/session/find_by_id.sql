@@ -1,0 +1,1 @@
+SELECT * FROM session WHERE session_id = :session_id

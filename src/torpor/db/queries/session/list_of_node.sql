@@ -1,0 +1,1 @@
+SELECT * FROM session WHERE node_id = :node_id ORDER BY session_id

@@ -1,0 +1,311 @@
+"""Session rows: creating, finding, owning, and moving along the status table.
+
+Whoever writes presents the owner token. Only two statements need none: creating a session, and acquiring it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torpor.core.errors import Conflict, InvalidInput, NotFound, TorporError
+from torpor.core.events import GENESIS_HASH, EventDraft, Kind
+from torpor.core.ids import NodeId, SessionId
+from torpor.core.lease import Lease
+from torpor.core.session import SessionStatus, check_transition
+from torpor.db.database import Row, Transaction
+from torpor.db.encoding import decode_json, encode_json
+from torpor.db.fence import held_row, refusal
+from torpor.db.log import EVERYTHING, append
+
+NAME_CHARACTERS_MAX = 63
+_NAME_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+FIRST_OWNER_TOKEN = 0
+"""The token of a session that nobody has acquired yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One row of the session table.
+
+    Attributes:
+        node_id, boot_id, pid: who acquired it last and has not released it.
+        cursor_seq: the last context event of the current branch.
+    """
+
+    session_id: SessionId
+    name: str | None
+    status: SessionStatus
+    spec: Mapping[str, Any]
+    owner_token: int
+    node_id: NodeId | None
+    boot_id: str | None
+    pid: int | None
+    incarnation: int
+    head_seq: int
+    head_hash: str
+    cursor_seq: int
+    created_ns: int
+    updated_ns: int
+    exit_status: int | None
+
+    @property
+    def lease(self) -> Lease | None:
+        """The label that its last owner left; None when nobody acquired it or its owner released it."""
+        if self.node_id is None or self.boot_id is None or self.pid is None:
+            return None
+        return Lease(
+            session_id=self.session_id,
+            owner_token=self.owner_token,
+            node_id=self.node_id,
+            boot_id=self.boot_id,
+            pid=self.pid,
+        )
+
+
+def create(
+    tx: Transaction, *, session_id: SessionId, name: str | None, spec: Mapping[str, Any], wall_ns: int
+) -> Session:
+    """Record a new session with its session.created event, which is the root of its tree.
+
+    Raises:
+        InvalidInput: the name is malformed.
+        Conflict: `session_name_taken`.
+    """
+    if name is not None:
+        _check_name(name)
+    created = tx.run(
+        "session/insert_session",
+        session_id=session_id,
+        name=name,
+        status=SessionStatus.CREATED.value,
+        spec=encode_json(dict(spec)),
+        head_hash=GENESIS_HASH,
+        wall_ns=wall_ns,
+    )
+    if not created:
+        raise Conflict(
+            "session_name_taken",
+            f"cannot create session {name!r}: another session has this name",
+            hint="Choose another name, or forget that session.",
+        )
+    draft = EventDraft(kind=Kind.SESSION_CREATED, incarnation=0, data={"name": name, "spec": dict(spec)})
+    root = append(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, drafts=[draft], wall_ns=wall_ns)[0]
+    set_cursor(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, cursor_seq=root.seq)
+    return get(tx, session_id)
+
+
+def get(tx: Transaction, session_id: SessionId) -> Session:
+    """The session with exactly this id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    row = tx.one("session/find_by_id", session_id=session_id)
+    if row is None:
+        raise _not_found(session_id)
+    return _session_of(row)
+
+
+def find(tx: Transaction, text: str) -> Session:
+    """The session that a person means: by id, by name, or by the beginning of an id that only one session has.
+
+    Raises:
+        NotFound: no session fits.
+        InvalidInput: `session_ambiguous`, several ids begin so.
+    """
+    row = tx.one("session/find_by_id", session_id=text) or tx.one("session/find_by_name", name=text)
+    if row is not None:
+        return _session_of(row)
+    prefix = text if text.startswith("ses_") else f"ses_{text}"
+    rows = tx.all("session/find_by_prefix", prefix=prefix, prefix_length=len(prefix)) if text else []
+    if len(rows) > 1:
+        raise InvalidInput(
+            "session_ambiguous",
+            f"cannot find session {text!r}: several ids begin so",
+            hint="Give more of the id; `torpor ls` lists the sessions.",
+        )
+    if not rows:
+        raise _not_found(text)
+    return _session_of(rows[0])
+
+
+def list_newest(tx: Transaction, *, limit: int = EVERYTHING) -> list[Session]:
+    return [_session_of(row) for row in tx.all("session/list_newest", row_limit=limit)]
+
+
+def list_of_node(tx: Transaction, node_id: NodeId) -> list[Session]:
+    """The sessions that this node acquired and has not released."""
+    return [_session_of(row) for row in tx.all("session/list_of_node", node_id=node_id)]
+
+
+def acquire(
+    tx: Transaction, *, session_id: SessionId, seen_token: int, node_id: NodeId, boot_id: str, pid: int, wall_ns: int
+) -> int:
+    """Take the session over, and return the new owner token; all others are void from here on.
+
+    Args:
+        seen_token: the token of the row by which the caller decided that it may; of two who saw the same, one wins.
+
+    Raises:
+        Superseded: another node was quicker, or the session is gone.
+    """
+    row = tx.one(
+        "session/acquire_if_unchanged",
+        session_id=session_id,
+        seen_token=seen_token,
+        node_id=node_id,
+        boot_id=boot_id,
+        pid=pid,
+        wall_ns=wall_ns,
+    )
+    if row is None:
+        raise refusal(tx, session_id, seen_token, _changed(session_id))
+    token = int(row["owner_token"])
+    draft = EventDraft(
+        kind=Kind.LEASE_ACQUIRED,
+        incarnation=get(tx, session_id).incarnation,
+        data={"owner_token": token, "node": node_id, "boot": boot_id, "pid": pid},
+    )
+    append(tx, session_id=session_id, owner_token=token, drafts=[draft], wall_ns=wall_ns)
+    return token
+
+
+def release(tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int) -> None:
+    """Say that no node drives the session any more. The token stays: only the next acquisition raises it."""
+    if not tx.run("session/release_fenced", session_id=session_id, owner_token=owner_token, wall_ns=wall_ns):
+        raise refusal(tx, session_id, owner_token, _changed(session_id))
+
+
+def set_status(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    status: SessionStatus,
+    wall_ns: int,
+    reason: str = "",
+    exit_status: int | None = None,
+) -> None:
+    """Move the session along the status table, with its session.status event.
+
+    Raises:
+        Conflict: the table does not allow it.
+    """
+    seen = _session_of(held_row(tx, session_id, owner_token))
+    check_transition(session_id, seen.status, status)
+    changed = tx.run(
+        "session/set_status_fenced",
+        session_id=session_id,
+        owner_token=owner_token,
+        status=status.value,
+        seen_status=seen.status.value,
+        exit_status=exit_status,
+        wall_ns=wall_ns,
+    )
+    if not changed:
+        raise refusal(tx, session_id, owner_token, _changed(session_id))
+    data = {"from": seen.status.value, "to": status.value, "reason": reason, "exit_status": exit_status}
+    draft = EventDraft(kind=Kind.SESSION_STATUS, incarnation=seen.incarnation, data=data)
+    append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+
+
+def set_incarnation(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    incarnation: int,
+    wall_ns: int,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Begin a life of the sandbox, with its incarnation.started event; `data` says from what.
+
+    Raises:
+        Conflict: `incarnation_not_new`, numbers only rise.
+    """
+    changed = tx.run(
+        "session/set_incarnation_fenced", session_id=session_id, owner_token=owner_token, incarnation=incarnation
+    )
+    if not changed:
+        otherwise = Conflict(
+            "incarnation_not_new", f"cannot start incarnation {incarnation} of session {session_id}: it is not new"
+        )
+        raise refusal(tx, session_id, owner_token, otherwise)
+    draft = EventDraft(kind=Kind.INCARNATION_STARTED, incarnation=incarnation, data=dict(data or {}))
+    append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+
+
+def set_cursor(tx: Transaction, *, session_id: SessionId, owner_token: int, cursor_seq: int) -> None:
+    """Put the branch's cursor onto a context event (RECOVERY 5.2).
+
+    Raises:
+        Conflict: `cursor_beyond_head`.
+    """
+    if not tx.run("session/set_cursor_fenced", session_id=session_id, owner_token=owner_token, cursor_seq=cursor_seq):
+        otherwise = Conflict(
+            "cursor_beyond_head",
+            f"cannot move the cursor of session {session_id} to {cursor_seq}: it is not in its log",
+        )
+        raise refusal(tx, session_id, owner_token, otherwise)
+
+
+_ROWS_OF_A_SESSION = (
+    "redo/delete_of_session_fenced",
+    "output/delete_of_session_fenced",
+    "checkpoint/delete_of_session_fenced",
+    "request/delete_of_session_fenced",
+    "call/delete_chunks_of_session_fenced",
+    "call/delete_attempts_of_session_fenced",
+    "call/delete_of_session_fenced",
+    "block/delete_of_session_fenced",
+    "log/delete_of_session_fenced",
+)
+"""Those that refer to others come first."""
+
+
+def forget(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
+    """Delete the session with all its rows. Its snapshots are roots of the store, and the caller's to drop."""
+    for query in _ROWS_OF_A_SESSION:
+        tx.run(query, session_id=session_id, owner_token=owner_token)
+    if not tx.run("session/delete_fenced", session_id=session_id, owner_token=owner_token):
+        raise refusal(tx, session_id, owner_token, _changed(session_id))
+
+
+def _check_name(name: str) -> None:
+    if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not _NAME_ALPHABET.issuperset(name) or name.startswith("ses_"):
+        raise InvalidInput(
+            "session_name_malformed",
+            f"cannot name a session {name!r}: a name is 1 to {NAME_CHARACTERS_MAX} letters, digits, dots, dashes and "
+            "underscores, and does not begin with ses_",
+        )
+
+
+def _session_of(row: Row) -> Session:
+    return Session(
+        session_id=SessionId(row["session_id"]),
+        name=row["name"],
+        status=SessionStatus(row["status"]),
+        spec=decode_json(row["spec"]),
+        owner_token=row["owner_token"],
+        node_id=NodeId(row["node_id"]) if row["node_id"] is not None else None,
+        boot_id=row["boot_id"],
+        pid=row["pid"],
+        incarnation=row["incarnation"],
+        head_seq=row["head_seq"],
+        head_hash=row["head_hash"],
+        cursor_seq=row["cursor_seq"],
+        created_ns=row["created_ns"],
+        updated_ns=row["updated_ns"],
+        exit_status=row["exit_status"],
+    )
+
+
+def _not_found(text: str) -> NotFound:
+    return NotFound(
+        "session_not_found", f"cannot find session {text!r}: there is none", hint="`torpor ls` lists the sessions."
+    )
+
+
+def _changed(session_id: SessionId) -> TorporError:
+    return Conflict("session_changed", f"cannot write session {session_id}: it changed meanwhile")

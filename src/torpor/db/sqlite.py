@@ -1,0 +1,227 @@
+"""SQLite behind the Database protocol: one writer thread, two reader threads, WAL, and every sqlite3 error translated.
+
+Other processes may use the same file; SQLite's own locks keep the writers apart. A commit that must be durable runs
+with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
+nothing. After a failed sync nothing can be promised any more (the kernel may have dropped the pages): all later writes
+are refused.
+"""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torpor.core.clock import Clock
+from torpor.core.errors import Conflict, MachineUnfit
+from torpor.db.database import Database, Row, Transaction, Value
+from torpor.db.migrations import migrate
+from torpor.db.sqlite_errors import SYNC_FAILURES, translated
+from torpor.db.statements import statements
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_SECONDS = 10.0
+READERS = 2
+
+
+class SqliteTransaction:
+    """The statements of one connection; `SqliteDatabase` puts BEGIN and COMMIT around them."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._statements = statements()
+
+    def one(self, query: str, /, **values: Value) -> Row | None:
+        return self._connection.execute(self._statements[query], values).fetchone()
+
+    def all(self, query: str, /, **values: Value) -> list[Row]:
+        return self._connection.execute(self._statements[query], values).fetchall()
+
+    def run(self, query: str, /, **values: Value) -> int:
+        return self._connection.execute(self._statements[query], values).rowcount
+
+
+class SqliteDatabase:
+    """One file. Build it with `open_sqlite`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="torpor-db-writer")
+        self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
+        self._idle_readers: list[sqlite3.Connection] = []
+        self._writer: sqlite3.Connection | None = None
+        self._synchronous = ""
+        self._sync_failed = False
+
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
+        return await self._on(self._writer_thread, lambda: self._write(work, durable=durable))
+
+    async def read(self, work: Callable[[Transaction], T], /) -> T:
+        return await self._on(self._reader_threads, lambda: self._read(work))
+
+    async def open(self, clock: Clock) -> None:
+        await self._on(self._writer_thread, lambda: self._open(clock))
+
+    async def close(self) -> None:
+        with suppress(Conflict):
+            await self._on(self._writer_thread, self._close)
+        self._writer_thread.shutdown(wait=False)
+
+    async def _on(self, thread: Executor, work: Callable[[], T]) -> T:
+        """Run `work` on `thread`; a cancelled caller waits until it is clear whether it ran."""
+        try:
+            running = thread.submit(work)
+        except RuntimeError as error:
+            raise Conflict("database_closed", f"cannot use database {self._path}: it was closed") from error
+        outcome = asyncio.wrap_future(running)
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            running.cancel()
+            while not outcome.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([outcome])
+            if not outcome.cancelled():
+                outcome.exception()  # seen: what counts for the caller is that it was cancelled
+            raise
+
+    def _write(self, work: Callable[[Transaction], T], *, durable: bool) -> T:
+        connection = self._writer
+        if connection is None:
+            raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
+        if self._sync_failed:
+            raise MachineUnfit(
+                "database_io_failed",
+                f"cannot write database {self._path}: the disk failed to keep earlier writes",
+                hint="Mend the disk, then start this node anew.",
+            )
+        with self._translating():
+            self._set_synchronous(connection, "FULL" if durable else "NORMAL")
+            with _transaction(connection, "BEGIN IMMEDIATE"):
+                before = connection.total_changes
+                result = work(SqliteTransaction(connection))
+                if durable and connection.total_changes == before:
+                    connection.execute("UPDATE durability SET mark = mark + 1")
+            return result
+
+    def _read(self, work: Callable[[Transaction], T]) -> T:
+        with self._translating():
+            try:
+                connection = self._idle_readers.pop()
+            except IndexError:
+                connection = _connect(self._path, read_only=True)
+            try:
+                with _transaction(connection, "BEGIN"):
+                    return work(SqliteTransaction(connection))
+            finally:
+                self._idle_readers.append(connection)
+
+    def _set_synchronous(self, connection: sqlite3.Connection, level: str) -> None:
+        if level != self._synchronous:
+            connection.execute(f"PRAGMA synchronous = {level}")
+            self._synchronous = level
+
+    @contextmanager
+    def _translating(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in SYNC_FAILURES:
+                self._sync_failed = True
+            raise translated(error, self._path) from error
+
+    def _open(self, clock: Clock) -> None:
+        with self._translating():
+            _create_file(self._path)
+            connection = _connect(self._path, read_only=False)
+            try:
+                self._set_synchronous(connection, "FULL")
+                migrate(connection, self._path, clock)
+            except BaseException:
+                connection.close()
+                raise
+            self._writer = connection
+
+    def _close(self) -> None:
+        self._reader_threads.shutdown(wait=True)
+        while self._idle_readers:
+            self._idle_readers.pop().close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+async def open_sqlite(path: str, *, clock: Clock) -> Database:
+    """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
+    database = SqliteDatabase(Path(path))
+    try:
+        await database.open(clock)
+    except BaseException:
+        await database.close()
+        raise
+    return database
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, begin: str) -> Generator[None]:
+    connection.execute(begin)
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # SQLite has rolled back by itself when the disk was full
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path,
+        timeout=BUSY_TIMEOUT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=256,
+    )
+    try:
+        connection.row_factory = _as_dict
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _as_dict(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
+    return {column[0]: value for column, value in zip(cursor.description, values, strict=True)}
+
+
+def _create_file(path: Path) -> None:
+    """Make an empty database file before SQLite does, so that it and its WAL are private from the first byte.
+
+    An existing file is never opened here: closing it would drop the locks that SQLite holds in this process.
+    """
+    try:
+        for directory in reversed(path.parents):
+            if not directory.exists():
+                with suppress(FileExistsError):
+                    directory.mkdir(mode=0o700)
+                _sync_directory(directory.parent)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            _sync_directory(path.parent)
+    except OSError as error:
+        raise MachineUnfit("database_unopenable", f"cannot create database {path}: {error.strerror}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
