@@ -1,0 +1,219 @@
+"""What the user says outside of commands: TORPOR_HOME, and which model providers the gateway may call with which keys.
+
+Providers come from TORPOR_HOME/config.toml, else from the variables that the providers' own clients read. A provider is
+taken whole from one of the two, so that a key never goes to an address that was not given together with it.
+"""
+
+import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from torpor.core.errors import InvalidInput
+
+Family = Literal["openai", "anthropic"]
+"""Which paths and which error shape an upstream has."""
+
+FAMILIES: tuple[Family, ...] = ("openai", "anthropic")
+DEFAULT_BASE_URLS: Mapping[Family, str] = {
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+}
+GATEWAY_PORT = 4100
+PROXY_PORT = 4101
+FAKE_KEY = "torpor-keeps-the-real-key-outside"
+
+
+class Secret(str):
+    """A key: a string that shows itself only to those who ask for `reveal`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    def __str__(self) -> str:
+        return "[secret]"
+
+    def __format__(self, format_spec: str) -> str:
+        return format(str(self), format_spec)
+
+    def reveal(self) -> str:
+        return super().__str__()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySource:
+    """Where a key is read when the node starts: at most one of the three. None of them = no key is sent."""
+
+    value: Secret | None = None
+    environment: str | None = None
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """A model provider.
+
+    Attributes:
+        base_url: without a slash at its end; for the family "openai" it includes /v1.
+        bearer: the key goes into `authorization: Bearer`, else into `x-api-key`.
+    """
+
+    name: str
+    family: Family
+    base_url: str
+    key: KeySource
+    bearer: bool
+    connect_seconds: float = 10.0
+    read_seconds: float = 600.0
+
+
+class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One [upstreams.NAME] table, as it is written."""
+
+    family: Family | None = None
+    base_url: str | None = None
+    key: str | None = None
+    key_env: str | None = None
+    key_command: list[str] | None = None
+    bearer: bool | None = None
+    connect_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    read_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+
+
+class _FileFields(msgspec.Struct, frozen=True):
+    upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
+
+
+def torpor_home(environment: Mapping[str, str]) -> Path:
+    """Where state lives: TORPOR_HOME, else the user's data directory.
+
+    Raises:
+        InvalidInput: it is not an absolute path.
+    """
+    data_home = environment.get("XDG_DATA_HOME") or f"{environment.get('HOME', '')}/.local/share"
+    home = Path(environment.get("TORPOR_HOME") or f"{data_home}/torpor")
+    if not home.is_absolute():
+        raise InvalidInput(
+            "home_not_absolute",
+            f"cannot use {str(home)!r} as TORPOR_HOME: it is not an absolute path",
+            hint="Set TORPOR_HOME, or HOME.",
+        )
+    return home
+
+
+def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream, ...]:
+    """The providers that are configured, at most one of each family.
+
+    Raises:
+        InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
+    """
+    named = _read_file(home / "config.toml")
+    upstreams = [_from_file(name, fields) for name, fields in named.items()]
+    families = [upstream.family for upstream in upstreams]
+    for family in FAMILIES:
+        if families.count(family) > 1:
+            raise _invalid(f"two upstreams are of the family {family!r}")
+        if family not in families:
+            upstreams += _from_environment(family, environment)
+    return tuple(upstreams)
+
+
+def _read_file(path: Path) -> Mapping[str, _UpstreamFields]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise _invalid(str(error)) from error
+    try:
+        named = msgspec.convert(tomllib.loads(text), _FileFields).upstreams
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise _invalid(str(error)) from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in named.values()):
+        raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
+    return named
+
+
+def _from_file(name: str, fields: _UpstreamFields) -> Upstream:
+    family = fields.family or _family_named(name)
+    if family is None:
+        raise _invalid(f"upstream {name!r} says no family", hint='Add family = "openai" or family = "anthropic".')
+    if sum(source is not None for source in (fields.key, fields.key_env, fields.key_command)) > 1:
+        raise _invalid(f"upstream {name!r} has more than one of key, key_env and key_command")
+    return Upstream(
+        name=name,
+        family=family,
+        base_url=_checked_url(name, fields.base_url or DEFAULT_BASE_URLS[family]),
+        key=KeySource(
+            value=Secret(fields.key) if fields.key else None,
+            environment=fields.key_env,
+            command=tuple(fields.key_command or ()),
+        ),
+        bearer=family == "openai" if fields.bearer is None else fields.bearer,
+        connect_seconds=fields.connect_seconds,
+        read_seconds=fields.read_seconds,
+    )
+
+
+def _family_named(name: str) -> Family | None:
+    for family in FAMILIES:
+        if family == name:
+            return family
+    return None
+
+
+def _from_environment(family: Family, environment: Mapping[str, str]) -> list[Upstream]:
+    prefix = family.upper()
+    key_names = [name for name in (f"{prefix}_API_KEY", f"{prefix}_AUTH_TOKEN") if environment.get(name)]
+    base_url = environment.get(f"{prefix}_BASE_URL")
+    if not key_names and not base_url:
+        return []
+    return [
+        Upstream(
+            name=family,
+            family=family,
+            base_url=_checked_url(family, base_url or DEFAULT_BASE_URLS[family]),
+            key=KeySource(environment=key_names[0] if key_names else None),
+            bearer=family == "openai" or key_names == ["ANTHROPIC_AUTH_TOKEN"],
+        )
+    ]
+
+
+def _checked_url(name: str, text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise _invalid(f"the address {text!r} of upstream {name!r} is not http:// or https:// and a host")
+    if parts.username is not None:
+        raise _invalid(f"the address of upstream {name!r} holds a user name", hint="Say the key apart from it.")
+    return text.rstrip("/")
+
+
+def _invalid(reason: str, *, hint: str = "") -> InvalidInput:
+    return InvalidInput("config_invalid", f"cannot read the configuration: {reason}", hint=hint)
+
+
+def guest_environment() -> dict[str, str]:
+    """What the agent's clients find in their environment: the gateway's address, and keys that open nothing."""
+    gateway, proxy = f"http://127.0.0.1:{GATEWAY_PORT}", f"http://127.0.0.1:{PROXY_PORT}"
+    direct = "127.0.0.1,localhost"
+    return {
+        "OPENAI_BASE_URL": f"{gateway}/v1",
+        "OPENAI_API_BASE": f"{gateway}/v1",
+        "OPENAI_API_KEY": FAKE_KEY,
+        "ANTHROPIC_BASE_URL": gateway,
+        "ANTHROPIC_API_KEY": FAKE_KEY,
+        "HTTP_PROXY": proxy,
+        "HTTPS_PROXY": proxy,
+        "NO_PROXY": direct,
+        "http_proxy": proxy,
+        "https_proxy": proxy,
+        "no_proxy": direct,
+    }

@@ -1,0 +1,56 @@
+"""OpenAI Chat Completions, as spoken by OpenAI and by most other servers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torpor.config import Family
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping
+
+_MODEL = re.compile(r"/v1/models/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+(/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+)?")
+
+
+class OpenAIChat:
+    """POST /v1/chat/completions, and the list of models."""
+
+    name = "openai_chat"
+    family: Family = "openai"
+    last_event: bytes | None = b"[DONE]"
+
+    def route(self, method: str, path: str) -> Route | None:
+        if (method, path) == ("POST", "/v1/chat/completions"):
+            return Route(path="/chat/completions", is_llm=True)
+        if method == "GET" and (path == "/v1/models" or _MODEL.fullmatch(path)):
+            return Route(path=path.removeprefix("/v1"), is_llm=False)
+        return None
+
+    def read_event(self, event: Mapping[str, Any], facts: AnswerFacts) -> None:
+        if event.get("error"):
+            facts.terminal = facts.error = True
+        self._read(event, facts)
+        # Servers exist that never say [DONE]; after its finish reason an answer lacks no word.
+        facts.terminal = facts.terminal or facts.finish_reason is not None
+
+    def read_message(self, message: Mapping[str, Any], facts: AnswerFacts) -> None:
+        facts.terminal = True
+        facts.error = bool(message.get("error"))
+        self._read(message, facts)
+
+    def _read(self, message: Mapping[str, Any], facts: AnswerFacts) -> None:
+        for choice in message.get("choices") or ():
+            reason = mapping(choice).get("finish_reason")
+            if isinstance(reason, str):
+                facts.finish_reason = reason
+        usage = mapping(message.get("usage"))
+        count(usage, "prompt_tokens", facts.usage, "input_tokens")
+        count(usage, "completion_tokens", facts.usage, "output_tokens")
+        prompt, completion = (
+            mapping(usage.get("prompt_tokens_details")),
+            mapping(usage.get("completion_tokens_details")),
+        )
+        count(prompt, "cached_tokens", facts.usage, "cache_read_input_tokens")
+        count(completion, "reasoning_tokens", facts.usage, "reasoning_output_tokens")
+
+    def error(self, *, status: int, code: str, message: str) -> dict[str, Any]:
+        kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "api_error"
+        return {"error": {"message": message, "type": kind, "param": None, "code": code}}
