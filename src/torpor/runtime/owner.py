@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError
 from torpor.core.events import EventDraft, Kind
 from torpor.core.session import ENDED, SessionStatus

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from torpor.config import Config, guest_environment
+from torpor.config import Upstream, guest_environment, read_upstreams, torpor_home
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
@@ -23,7 +23,7 @@ from torpor.runtime import leasing, workspaces
 from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
 from torpor.runtime.home import Home
 from torpor.runtime.incarnation import Incarnations
-from torpor.runtime.owner import Outcome, Owner, Watcher
+from torpor.runtime.owner import Owner, Watcher
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder
 from torpor.runtime.spec import SessionSpec, image_spec
@@ -55,9 +55,9 @@ class Request:
 class Runtime:
     """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
 
-    def __init__(self, *, home: Home, config: Config, database: Database, clock: Clock) -> None:
+    def __init__(self, *, home: Home, upstreams: Sequence[Upstream], database: Database, clock: Clock) -> None:
         self.home = home
-        self.config = config
+        self.upstreams = upstreams
         self.database = database
         self.clock = clock
         self.store = SnapshotStore(LocalDirectory(home.store), clock=clock)
@@ -197,7 +197,7 @@ class Runtime:
             session_id=session.session_id,
             owner_token=records.owner_token,
             clock=self.clock,
-            upstreams=self.config.upstreams,
+            upstreams=self.upstreams,
             on_call=lambda _call_id: checkpointer.take("call"),
         )
         checkpointer = Checkpointer(
@@ -247,7 +247,7 @@ class Runtime:
             "LANG": "C.UTF-8",
             "TORPOR_SESSION": "1",
             **{name: caller[name] for name in CALLER_VARIABLES_KEPT if name in caller},
-            **guest_environment(self.config),
+            **guest_environment(),
             **request.environment,
         }
         return SessionSpec(
@@ -298,13 +298,14 @@ def _visible_command(command: str, environments: Sequence[Path]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def open_runtime(config: Config, clock: Clock) -> AsyncGenerator[Runtime]:
+async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGenerator[Runtime]:
     """Open TORPOR_HOME, making it if need be."""
-    home = Home(config.home)
+    home = Home(torpor_home(environment))
+    upstreams = read_upstreams(home.root, environment)
     home.prepare()
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, config=config, database=database, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, database=database, clock=clock)
     finally:
         await database.close()
 

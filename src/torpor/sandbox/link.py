@@ -343,9 +343,7 @@ class Link:
             raise violation(f"it opens stream {frame.stream} after stream {self._last_stream}")
         if frame.arg > 65_535:
             raise violation(f"it opens stream {frame.stream} on port {frame.arg}")
-        calls = [
-            stream for stream in self._streams.values() if stream.kind == "call" and stream.closed is None
-        ]
+        calls = [stream for stream in self._streams.values() if stream.kind == "call" and stream.closed is None]
         unclaimed = [stream for stream in self._unclaimed.values() if stream.kind == "call"]
         if len(calls) + len(unclaimed) >= STREAMS_MAX or len(self._streams) > _UNFORGOTTEN_MAX:
             raise violation(f"it opens more than {STREAMS_MAX} streams")
@@ -359,9 +357,7 @@ class Link:
         elif frame.stream in self._unclaimed or not FIRST_CALL_STREAM <= frame.stream <= self._last_stream:
             raise violation(f"it speaks of stream {frame.stream}, which is not open")
         elif frame.type == FromGuest.CLOSED:
-            self._fifos.post(
-                ToGuest.RESET, frame.stream
-            )  # This node reset it before: now the guest forgets it.
+            self._fifos.post(ToGuest.RESET, frame.stream)  # This node reset it before: now the guest forgets it.
 
     def _on_barrier_ack(self, frame: Frame) -> None:
         if frame.arg > self._barrier:

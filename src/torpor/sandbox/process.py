@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -159,3 +159,25 @@ def _no_core_dumps() -> None:
 
 def _short(argv: Sequence[str]) -> str:
     return shlex.join([Path(argv[0]).name, *(word for word in argv[1:] if not word.startswith("-"))])
+
+
+def start_daemon(argv: Sequence[str], log: Path, is_ready: Callable[[], bool], *, deadline_seconds: float = 30) -> bool:
+    """Start a process that outlives this one, with its output in `log`; True once it is ready, False if it ended first.
+
+    It inherits the whole environment: a node of one's own needs the same keys and settings.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
+        )
+    for _ in range(round(deadline_seconds / 0.05)):
+        try:
+            child.wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            if is_ready():
+                return True
+            continue
+        return child.returncode == 0
+    child.kill()
+    return False

@@ -114,15 +114,8 @@ class LocalDirectory:
 
     def list(self, prefix: str) -> list[str]:
         kind, slash, _ = prefix.partition("/")
-        kinds = (
-            [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
-        )
-        keys = [
-            f"{kind}/{path.name}"
-            for kind in kinds
-            if kind != "partial"
-            for path in self._root.glob(f"{kind}/*/*")
-        ]
+        kinds = [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
+        keys = [f"{kind}/{path.name}" for kind in kinds if kind != "partial" for path in self._root.glob(f"{kind}/*/*")]
         return sorted(key for key in keys if key.startswith(prefix))
 
     def _path(self, key: str) -> Path:

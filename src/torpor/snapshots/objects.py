@@ -115,9 +115,7 @@ class ObjectReader:
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
-        raw = pack.open_frame(
-            frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes)
-        )
+        raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         return dict(pack.items_of(frame, raw))
 
 
