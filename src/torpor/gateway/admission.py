@@ -36,6 +36,7 @@ class Admitted:
 
 def admit(line: RequestLine, port: int) -> Admitted | LocalAnswer:
     """Judge a request by its line, its headers and the port that it came to."""
+    line = line.not_continued()
     if line.http_version not in {"1.0", "1.1"}:
         return refuse(line, 505, "http_version_unsupported", "only HTTP/1.1 is spoken here")
     if port == PROXY_PORT:

@@ -5,7 +5,7 @@ agent whose refusal was half delivered gets the same bytes again.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import h11
 import zstandard
@@ -42,6 +42,10 @@ class RequestLine:
     def header(self, name: str) -> str:
         """The values of a header, joined as HTTP says; empty if it is not there."""
         return ", ".join(value for key, value in self.headers if key.lower() == name)
+
+    def not_continued(self) -> "RequestLine":
+        """The same, answered without `100 Continue`: it is refused before its body is read."""
+        return replace(self, continued=False)
 
     def shape(self, status: int, reason: str, headers: Headers) -> ResponseHead:
         """The head of an answer to this request."""
@@ -122,38 +126,37 @@ class RequestReader:
 
     def next(self) -> RequestLine | Request | Unreadable | h11.ConnectionClosed | None:
         """The next part, None if more bytes are needed."""
-        while True:
-            try:
-                event = self._http.next_event()
-            except h11.RemoteProtocolError as error:
-                return self._unreadable(error.error_status_hint)
-            if event is h11.NEED_DATA:
-                return None
-            if isinstance(event, h11.Request):
-                self.line = _line_of(event)
-                return self._checked(self.line)
-            if isinstance(event, h11.Data):
+        try:
+            event = self._http.next_event()
+            while isinstance(event, h11.Data):
                 self._body += event.data
                 if len(self._body) > BODY_BYTES_MAX:
-                    return self._too_large()
-            elif isinstance(event, h11.EndOfMessage) and self.line is not None:
-                length = self._fed_bytes - len(self._http.trailing_data[0])
-                return Request(line=self.line, body=bytes(self._body), length=length)
-            elif isinstance(event, h11.ConnectionClosed):
-                return event
-            else:
-                return self._unreadable(400)
+                    return self._too_large(self.line)
+                event = self._http.next_event()
+        except h11.RemoteProtocolError as error:
+            return self._unreadable(error.error_status_hint)
+        if event is h11.NEED_DATA:
+            return None
+        if isinstance(event, h11.Request):
+            self.line = _line_of(event)
+            return self._checked(self.line)
+        if isinstance(event, h11.EndOfMessage) and self.line is not None:
+            length = self._fed_bytes - len(self._http.trailing_data[0])
+            return Request(line=self.line, body=bytes(self._body), length=length)
+        return event if isinstance(event, h11.ConnectionClosed) else self._unreadable(400)
 
     def _checked(self, line: RequestLine) -> RequestLine | Unreadable:
         size = sum(len(name) + len(value) + 4 for name, value in line.headers) + len(line.target)
         if size > HEAD_BYTES_MAX:
             return self._unreadable(431)
         announced = line.header("content-length")
-        return self._too_large() if announced.isdigit() and int(announced) > BODY_BYTES_MAX else line
+        if announced.isdigit() and int(announced) > BODY_BYTES_MAX:
+            return self._too_large(line.not_continued())
+        return line
 
-    def _too_large(self) -> Unreadable:
+    def _too_large(self, line: RequestLine | None) -> Unreadable:
         reason = f"its body is longer than {BODY_BYTES_MAX >> 20} MiB"
-        return Unreadable(status=413, code="request_too_large", reason=reason, line=self.line)
+        return Unreadable(status=413, code="request_too_large", reason=reason, line=line)
 
     def _unreadable(self, status: int) -> Unreadable:
         if status == 431:
@@ -165,14 +168,19 @@ class RequestReader:
 def _line_of(event: h11.Request) -> RequestLine:
     version = event.http_version.decode()
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers.raw_items())
-    expected = {value.strip().lower() for name, value in headers if name.lower() == "expect"}
     return RequestLine(
         method=event.method.decode(),
         target=event.target.decode("latin-1"),
         http_version=version,
         headers=headers,
-        continued=version == "1.1" and "100-continue" in expected,
+        continued=expects_continue(version, headers),
     )
+
+
+def expects_continue(http_version: str, headers: Headers) -> bool:
+    """Whether a client waits for `100 Continue` before it sends its body."""
+    expected = {value.strip().lower() for name, value in headers if name.lower() == "expect"}
+    return http_version == "1.1" and "100-continue" in expected
 
 
 def decoded_body(line: RequestLine, body: bytes) -> bytes:

@@ -1,0 +1,142 @@
+"""Turns the bytes of a stream, or a request of the log, into what the gateway needs to know of a call."""
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from torpor.core.call import RequestKey
+from torpor.core.ids import CallId, StreamId
+from torpor.core.match import request_key
+from torpor.db.calls import NewCall
+from torpor.db.requests import RequestHead
+from torpor.gateway.admission import Admitted, LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.record import Claim
+from torpor.gateway.request import (
+    Request,
+    RequestLine,
+    RequestReader,
+    Unreadable,
+    decoded_body,
+    expects_continue,
+    read_body,
+    read_line,
+)
+from torpor.gateway.upstream import Outgoing, without_credentials
+from torpor.sandbox.streams import Stream
+
+VERSION_FIELD = ":version"
+"""A field that no client can send keeps HTTP/1.0 with a request in the log."""
+
+
+class _Facts(msgspec.Struct):
+    """What is shown of a request; everything else in it is skipped."""
+
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """A request that becomes a call, or was one."""
+
+    request: Request
+    admitted: Admitted
+    key: RequestKey
+    model: str | None
+
+    @property
+    def head(self) -> RequestHead:
+        """What the log keeps of everything before the body: no credentials."""
+        line = self.request.line
+        headers = without_credentials(line.headers)
+        if line.http_version != "1.1":
+            headers += ((VERSION_FIELD, line.http_version),)
+        return RequestHead(method=line.method, target=line.target, headers=headers)
+
+    @property
+    def outgoing(self) -> Outgoing:
+        line = self.request.line
+        return Outgoing(
+            dialect=self.admitted.dialect,
+            route=self.admitted.route,
+            method=line.method,
+            query=line.target.partition("?")[2],
+            headers=line.headers,
+            body=self.request.body,
+        )
+
+    def new_call(self, call_id: CallId, stream: StreamId, incarnation: int) -> NewCall:
+        return NewCall(
+            call_id=call_id,
+            key=self.key,
+            dialect=self.admitted.dialect.name,
+            method=self.request.line.method,
+            target=self.request.line.target,
+            model=self.model,
+            incarnation=incarnation,
+            stream=stream,
+            request_bytes=self.request.length,
+            is_llm=self.admitted.route.is_llm,
+        )
+
+    def claim(self, call_id: CallId, stream: StreamId, incarnation: int) -> Claim:
+        return Claim(
+            call_id=call_id,
+            stream=stream,
+            incarnation=incarnation,
+            request_bytes=self.request.length,
+            continued=self.request.line.continued,
+        )
+
+
+async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
+    """Read a stream's request; None if the client said nothing.
+
+    Raises:
+        StreamGone: the client left in the middle.
+    """
+    reader = RequestReader()
+    line = await read_line(stream, reader)
+    if line is None:
+        return None
+    if isinstance(line, Unreadable):
+        return refuse_unreadable(line)
+    admitted = admit(line, stream.port)
+    if isinstance(admitted, LocalAnswer):
+        return admitted
+    request = await read_body(stream, reader)
+    if isinstance(request, Unreadable):
+        return refuse_unreadable(request)
+    # Keys of a long conversation take a while: the loop goes on meanwhile.
+    return await asyncio.to_thread(_intake, request, admitted)
+
+
+def from_log(head: RequestHead, body: bytes) -> Intake:
+    """A logged request, to be sent again."""
+    version = next((value for name, value in head.headers if name == VERSION_FIELD), "1.1")
+    line = RequestLine(
+        method=head.method,
+        target=head.target,
+        http_version=version,
+        headers=tuple((name, value) for name, value in head.headers if name != VERSION_FIELD),
+        continued=expects_continue(version, head.headers),
+    )
+    admitted = admit(line, port=0)
+    assert isinstance(admitted, Admitted), "what became a call was admitted before"
+    return _intake(Request(line=line, body=body, length=0), admitted)
+
+
+def _intake(request: Request, admitted: Admitted) -> Intake:
+    line = request.line
+    body = decoded_body(line, request.body)
+    key = request_key(
+        dialect=admitted.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
+    )
+    return Intake(request=request, admitted=admitted, key=key, model=_model_of(body))
+
+
+def _model_of(body: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(body, type=_Facts).model
+    except (msgspec.DecodeError, RecursionError):
+        return None

@@ -1,0 +1,226 @@
+"""The gateway's writes: every step of a call goes to the log through here, durably where something depends on it.
+
+`intend`, `send`, `complete` and `fail` reach the disk before they return. Heads, chunks and notes are written before
+anything is delivered, which survives the death of every process; the next durable write takes them to the disk.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torpor.core.branch import ContextTree
+from torpor.core.call import Call, CallState, ResponseHead
+from torpor.core.clock import Clock
+from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
+from torpor.db import calls, log, requests, sessions
+from torpor.db.calls import Chunk, NewCall
+from torpor.db.database import Database, Transaction
+from torpor.db.requests import RequestHead
+from torpor.gateway.delivery import Recording
+from torpor.gateway.request import expects_continue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A stream's hold of a call: by its call.intended, call.repeated or call.joined.
+
+    Attributes:
+        request_bytes: length of the request on this stream.
+        continued: this stream's client asked for `100 Continue`, and got it.
+    """
+
+    call_id: CallId
+    stream: StreamId
+    incarnation: int
+    request_bytes: int
+    continued: bool
+
+
+class Recorder:
+    """One session's log, as this owner writes it."""
+
+    def __init__(self, *, database: Database, session_id: SessionId, owner_token: int, clock: Clock) -> None:
+        self._database = database
+        self._session_id = session_id
+        self._owner_token = owner_token
+        self._clock = clock
+
+    def new_call_id(self) -> CallId:
+        return new_call_id(self._clock.wall_ns())
+
+    def wall_ns(self) -> int:
+        return self._clock.wall_ns()
+
+    async def intend(
+        self, call: NewCall, *, head: RequestHead, body: bytes, diverged_from: Sequence[CallId] | None
+    ) -> Call:
+        """Record that a call will be made; with it, if so, that the agent left the path that was expected."""
+        prepared = await asyncio.to_thread(requests.prepare, body)
+
+        def work(tx: Transaction) -> Call:
+            if diverged_from is not None:
+                data = {"pending": list(diverged_from)}
+                self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, data)
+            return calls.intend(
+                tx,
+                session_id=self._session_id,
+                owner_token=self._owner_token,
+                call=call,
+                head=head,
+                body=prepared,
+                wall_ns=self._clock.wall_ns(),
+            )
+
+        return await self._database.write(work, durable=True)
+
+    async def send(self, call_id: CallId) -> int:
+        """Open the next attempt, before its first byte goes upstream."""
+
+        def work(tx: Transaction) -> int:
+            return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self._clock.wall_ns()).number
+
+        return await self._database.write(work, durable=True)
+
+    async def receive(
+        self, call_id: CallId, attempt: int, *, head: ResponseHead | None, chunks: Sequence[Chunk]
+    ) -> None:
+        """Write the head (the first time) and the chunks that arrived."""
+
+        def work(tx: Transaction) -> None:
+            if head is not None:
+                wall_ns = self._clock.wall_ns()
+                calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
+            calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
+
+        await self._database.write(work, durable=False)
+
+    async def complete(self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        def work(tx: Transaction) -> Event:
+            wall_ns = self._clock.wall_ns()
+            return calls.complete(tx, **self._fence, call_id=call_id, usage=usage, facts=facts, wall_ns=wall_ns)
+
+        await self._database.write(work, durable=True)
+
+    async def fail(self, call_id: CallId, *, error: str, response: tuple[ResponseHead, bytes] | None) -> Call:
+        """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
+
+        def work(tx: Transaction) -> Call:
+            wall_ns = self._clock.wall_ns()
+            calls.fail(tx, **self._fence, call_id=call_id, error=error, response=response, wall_ns=wall_ns)
+            return calls.load_call(tx, call_id)
+
+        return await self._database.write(work, durable=True)
+
+    async def tear_open(self) -> list[CallId]:
+        """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
+
+        def work(tx: Transaction) -> list[CallId]:
+            return calls.tear_open(tx, **self._fence, wall_ns=self._clock.wall_ns())
+
+        return await self._database.write(work, durable=True)
+
+    async def attach(self, kind: Kind, claim: Claim, *, cursor_seq: int, attempt: int) -> None:
+        """A stream receives a call that is in the log already (`kind`: repeated or joined); the cursor moves there."""
+        data = {
+            "stream": claim.stream,
+            "request_bytes": claim.request_bytes,
+            "continued": claim.continued,
+            "attempt": attempt,
+        }
+
+        def work(tx: Transaction) -> None:
+            self._append(tx, kind, claim.incarnation, claim.call_id, data)
+            sessions.set_cursor(tx, **self._fence, cursor_seq=cursor_seq)
+
+        await self._database.write(work, durable=False)
+
+    async def move_cursor(self, seq: int) -> None:
+        await self._database.write(lambda tx: sessions.set_cursor(tx, **self._fence, cursor_seq=seq), durable=False)
+
+    async def note(self, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]) -> None:
+        """Append a bookkeeping event that nothing outside depends on."""
+        await self._database.write(lambda tx: self._append(tx, kind, incarnation, call_id, data), durable=False)
+
+    async def load(self, call_id: CallId) -> Call:
+        return await self._database.read(lambda tx: calls.load_call(tx, call_id))
+
+    async def load_request(self, call_id: CallId) -> tuple[RequestHead, bytes]:
+        return await self._database.read(lambda tx: requests.get_request(tx, call_id))
+
+    async def replay(self, call: Call) -> Recording:
+        """The rows of an ended call's last attempt."""
+        attempt = call.attempts[-1]
+        recording = Recording(attempt.number)
+        if attempt.head is not None:
+            recording.add_head(attempt.head)
+        for chunk in await self._database.read(lambda tx: calls.load_chunks(tx, call.call_id, attempt.number)):
+            recording.add_chunk(chunk.data)
+        recording.end(finished=attempt.finished)
+        return recording
+
+    async def load_tree(self) -> ContextTree:
+        """The context events with the cursor where the session's row has it."""
+
+        def work(tx: Transaction) -> ContextTree:
+            tree: ContextTree | None = None
+            for event in log.events(tx, self._session_id):
+                if event.kind is Kind.SESSION_CREATED:
+                    tree = ContextTree(event.seq)
+                elif event.kind is Kind.CALL_INTENDED and tree is not None and event.parent_seq is not None:
+                    tree.load(event.seq, event.parent_seq)
+            assert tree is not None
+            tree.rewind(sessions.get(tx, self._session_id).cursor_seq)
+            return tree
+
+        return await self._database.read(work)
+
+    async def load_claims(self, incarnation: int) -> list[Claim]:
+        """The streams of an incarnation that have a call and whose end is not logged, in the order of the log."""
+
+        def work(tx: Transaction) -> list[Claim]:
+            claims: dict[StreamId, Claim] = {}
+            for event in log.events(tx, self._session_id):
+                if event.incarnation != incarnation or event.call_id is None:
+                    continue
+                if event.kind in _CLAIMING:
+                    claims[event.data["stream"]] = _claim_of(tx, event, event.call_id)
+                elif event.kind is Kind.CALL_DELIVERED:
+                    claims.pop(event.data["stream"], None)
+            return list(claims.values())
+
+        return await self._database.read(work)
+
+    @property
+    def _fence(self) -> Any:
+        return {"session_id": self._session_id, "owner_token": self._owner_token}
+
+    def _append(
+        self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
+    ) -> None:
+        draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
+        log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())
+
+
+_CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})
+
+
+def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
+    continued = event.data.get("continued")
+    if continued is None:
+        # The first stream of a call: its request is the one that was logged.
+        head, _ = requests.get_request(tx, call_id)
+        continued = expects_continue("1.1", head.headers)
+    return Claim(
+        call_id=call_id,
+        stream=event.data["stream"],
+        incarnation=event.incarnation,
+        request_bytes=event.data["request_bytes"],
+        continued=continued,
+    )
+
+
+def needs_sending(call: Call) -> bool:
+    """Whether a call that nobody pumps has no answer yet, and may get one."""
+    return call.state in {CallState.INTENDED, CallState.TORN, CallState.UNKNOWN}

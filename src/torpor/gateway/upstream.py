@@ -1,0 +1,212 @@
+"""Sends a call to its provider and hands back the raw bytes of the answer: HTTP/1.1, no redirects, no decoding.
+
+The agent's own authorization never passes; the provider's key is added here. A request is sent once: only a connection
+that was never made is tried again, since no byte of the request was in it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from torpor.config import Secret, Upstream
+from torpor.core.errors import UpstreamFailed
+from torpor.gateway.dialects.base import Dialect, Route
+from torpor.gateway.keys import KeyRing
+from torpor.gateway.request import Headers
+
+CREDENTIAL_HEADERS = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key"})
+"""Whatever an agent sends in them is dropped, and stands in no log."""
+
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "http2-settings",
+    }
+)
+_OURS = frozenset({"host", "content-length", "accept-encoding", "expect"})
+CONNECT_RETRY_SECONDS = (0.25, 1.0)
+"""Pauses before a connection is tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A request as it is sent; `headers` are the agent's, free of credentials."""
+
+    dialect: Dialect
+    route: Route
+    method: str
+    query: str
+    headers: Headers
+    body: bytes
+
+
+class NoAnswer(UpstreamFailed):
+    """An upstream did not answer properly. `status` and `retry` are what the agent is told."""
+
+    def __init__(self, code: str, reason: str, *, status: int, retry: bool) -> None:
+        super().__init__(code, f"cannot get an answer from the model provider: {reason}")
+        self.status = status
+        self.retry = retry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamAnswer:
+    """A response whose head has arrived; `headers` without what concerns the connection."""
+
+    status: int
+    reason: str
+    headers: Headers
+    response: httpx.Response
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        """The body as it arrives.
+
+        Raises:
+            NoAnswer: it broke off.
+        """
+        try:
+            async for data in self.response.aiter_raw():
+                yield data
+        except httpx.HTTPError as error:
+            raise _translated(error) from error
+
+
+class UpstreamClient:
+    """Connections to the configured providers; an asynchronous context manager."""
+
+    def __init__(self, upstreams: Sequence[Upstream], environment: Mapping[str, str]) -> None:
+        self._upstreams = {upstream.family: upstream for upstream in upstreams}
+        self._keys = KeyRing(environment)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
+        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600)
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.__aexit__(kind, error, traceback)
+
+    async def key_for(self, outgoing: Outgoing) -> Secret | None:
+        """The key that a request is sent with, which its answer must be cleared of.
+
+        Raises:
+            NoAnswer: the provider is not configured here, or its key can't be read.
+        """
+        try:
+            return await self._keys.key(self._upstream(outgoing))
+        except UpstreamFailed as error:
+            raise NoAnswer(error.code, str(error), status=401, retry=False) from error
+
+    @asynccontextmanager
+    async def send(self, outgoing: Outgoing) -> AsyncGenerator[UpstreamAnswer]:
+        """Send a request and wait for the head of its answer.
+
+        Raises:
+            NoAnswer: no head came.
+        """
+        request = self._request(outgoing, await self.key_for(outgoing))
+        response = await self._send(request)
+        try:
+            yield UpstreamAnswer(
+                status=response.status_code,
+                reason=response.extensions.get("reason_phrase", b"").decode("latin-1"),
+                headers=_answer_headers(response, bodiless=outgoing.method == "HEAD"),
+                response=response,
+            )
+        finally:
+            await response.aclose()
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        pauses = iter(CONNECT_RETRY_SECONDS)
+        while True:
+            try:
+                return await self._http.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise _translated(error) from error
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise _translated(error) from error
+            await asyncio.sleep(pause)
+
+    def _upstream(self, outgoing: Outgoing) -> Upstream:
+        family = outgoing.dialect.family
+        upstream = self._upstreams.get(family)
+        if upstream is None:
+            variable = f"{family.upper()}_API_KEY"
+            reason = f"no upstream of the family {family} is configured on this node; set {variable} for it"
+            raise NoAnswer("upstream_not_configured", reason, status=401, retry=False)
+        return upstream
+
+    def _request(self, outgoing: Outgoing, key: Secret | None) -> httpx.Request:
+        upstream = self._upstream(outgoing)
+        url = httpx.URL(upstream.base_url)
+        path = url.raw_path.rstrip(b"/") + outgoing.route.path.encode("latin-1")
+        query = f"?{outgoing.query}".encode("latin-1") if outgoing.query else b""
+        headers = [
+            (name.encode("latin-1"), value.encode("latin-1"))
+            for name, value in _without(outgoing.headers, _HOP_BY_HOP | _OURS | CREDENTIAL_HEADERS)
+        ]
+        headers.append((b"accept-encoding", b"identity"))
+        if key is not None:
+            secret = key.reveal().encode()
+            headers.append((b"authorization", b"Bearer " + secret) if upstream.bearer else (b"x-api-key", secret))
+        timeout = httpx.Timeout(upstream.read_seconds, connect=upstream.connect_seconds, pool=None)
+        return httpx.Request(
+            outgoing.method,
+            url.copy_with(raw_path=path + query),
+            headers=headers,
+            content=outgoing.body or None,
+            extensions={"timeout": timeout.as_dict()},
+        )
+
+
+def without_credentials(headers: Headers) -> Headers:
+    return _without(headers, CREDENTIAL_HEADERS)
+
+
+def _without(headers: Headers, dropped: frozenset[str]) -> Headers:
+    """The headers but some, and but those that `connection` names."""
+    named = {
+        token.strip().lower() for name, value in headers if name.lower() == "connection" for token in value.split(",")
+    }
+    return tuple((name, value) for name, value in headers if name.lower() not in dropped | named)
+
+
+def _answer_headers(response: httpx.Response, *, bodiless: bool) -> Headers:
+    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw)
+    return _without(headers, _HOP_BY_HOP if bodiless else _HOP_BY_HOP | {"content-length"})
+
+
+def _translated(error: httpx.HTTPError | httpx.InvalidURL) -> NoAnswer:
+    """An httpx error in our words. Its text is left out where it could hold a header's value."""
+    match error:
+        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.ProxyError():
+            reason = f"it could not be reached ({error or type(error).__name__})"
+            return NoAnswer("upstream_unreachable", reason, status=502, retry=True)
+        case httpx.TimeoutException():
+            reason = "it took the request and fell silent"
+            return NoAnswer("upstream_silent", reason, status=504, retry=True)
+        case httpx.NetworkError():
+            return NoAnswer("upstream_broke_off", "the connection broke off", status=502, retry=True)
+        case httpx.RemoteProtocolError():
+            reason = "the connection ended early, or what came was not HTTP"
+            return NoAnswer("upstream_broke_off", reason, status=502, retry=True)
+        case _:
+            reason = f"the request could not be sent ({type(error).__name__})"
+            return NoAnswer("upstream_misused", reason, status=502, retry=False)
