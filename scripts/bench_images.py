@@ -24,7 +24,7 @@ table, strings, history = {}, [], []
 per_entry = 2600
 for i in range(heap_mb * 1_000_000 // per_entry):
     table[i] = {"id": i, "name": text(40), "score": rng.random(), "tags": [rng.random() for _ in range(8)]}
-    strings.append(text(700) if i % 2 else rng.randbytes(700))
+    strings.append(text(700) if i % 8 else rng.randbytes(700))
 print("ready", flush=True)
 for line in sys.stdin:
     for _ in range(200):

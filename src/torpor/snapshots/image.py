@@ -1,7 +1,7 @@
 """An image's files on their way into the store and back: memory by pages, small files as contents.
 
-Owns reading and writing the files; what is new is decided in pages.py. A restore decompresses every frame
-that it needs once, checks every page it writes, and writes it where it belongs, on two threads.
+Owns reading and writing the files; what is new is decided in pages.py. A restore verifies and decompresses
+every frame that it needs once, and writes its pages where they belong, on two threads.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from torpor.snapshots.pages import (
     extents_of,
     hash_pages,
     index_of_extents,
-    pages_digests,
     plan_pages,
 )
 
@@ -178,12 +177,6 @@ def _restore_frames(backend: Backend, pack: PackIndex, frames: _FrameRuns, descr
         raw = memoryview(pack.open_frame(frame, stored[at : at + frame.stored_bytes]))
         for run in runs:
             piece = raw[run.first * PAGE_BYTES : (run.first + run.count) * PAGE_BYTES]
-            first = frame.first_item + run.first
-            if pages_digests(piece) != pack.digests_of(first, run.count):
-                raise damaged(
-                    pack.ref.key,
-                    f"a page among its items {first} to {first + run.count} is not what was saved",
-                )
             write_at(descriptor, piece, run.target * PAGE_BYTES)
 
 

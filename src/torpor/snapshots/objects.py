@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from torpor.core.crash import crash_point
@@ -115,8 +116,14 @@ class ObjectReader:
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
-        raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
-        return dict(pack.items_of(frame, raw))
+        raw = pack.open_frame(
+            frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes)
+        )
+        ends = list(accumulate(pack.lengths_of(frame), initial=0))
+        return {
+            pack.digests_of(item, 1): raw[start:end]
+            for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
+        }
 
 
 def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:

@@ -101,31 +101,32 @@ class PackIndex:
         return self.digests[self.digest_bytes * first : self.digest_bytes * (first + count)]
 
     def lengths_of(self, frame: Frame) -> Sequence[int]:
-        """Raw length of each item of an object pack's frame."""
+        """Raw length of each item of a frame."""
+        if self.holds_pages:
+            return [PAGE_BYTES] * frame.items
         return self._lengths[frame.first_item : frame.first_item + frame.items]
-
-    def raw_bytes_of(self, frame: Frame) -> int:
-        return PAGE_BYTES * frame.items if self.holds_pages else sum(self.lengths_of(frame))
 
     def objects(self) -> Iterator[tuple[bytes, int]]:
         """Digest and raw length of each object, in order."""
         for item, length in enumerate(self._lengths):
             yield self.digests_of(item, 1), length
 
-    def items_of(self, frame: Frame, raw: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Digest and bytes of each item of an open frame, verified.
+    def check(self, pack: bytes) -> None:
+        """Verify a whole pack: its length, each frame as it is stored, and each item after decompression.
 
         Raises:
             Damaged: snapshot_damaged.
         """
-        at = 0
-        lengths = [PAGE_BYTES] * frame.items if self.holds_pages else self.lengths_of(frame)
-        for item, length in enumerate(lengths, frame.first_item):
-            data, digest = raw[at : at + length], self.digests_of(item, 1)
-            if sha256(data).digest()[: self.digest_bytes] != digest:
-                raise damaged(self.ref.key, f"item {item} is not what was saved")
-            yield digest, data
-            at += length
+        if len(pack) != self.stored_bytes:
+            raise damaged(self.ref.key, f"it has {len(pack)} bytes, not {self.stored_bytes}")
+        view = memoryview(pack)
+        for frame in self.frames:
+            raw = memoryview(self.open_frame(frame, view[frame.offset : frame.offset + frame.stored_bytes]))
+            at = 0
+            for item, length in enumerate(self.lengths_of(frame), frame.first_item):
+                if sha256(raw[at : at + length]).digest()[: self.digest_bytes] != self.digests_of(item, 1):
+                    raise damaged(self.ref.key, f"item {item} is not what was saved")
+                at += length
 
     def open_frame(self, frame: Frame, stored: bytes | memoryview) -> bytes:
         """Verify and decompress the stored bytes of one of this pack's frames.
@@ -136,7 +137,7 @@ class PackIndex:
         name = f"frame {self.frame_of(frame.first_item)}"
         if len(stored) != frame.stored_bytes or sha256(stored).digest() != frame.digest:
             raise damaged(self.ref.key, f"{name} is not what was written")
-        length = self.raw_bytes_of(frame)
+        length = PAGE_BYTES * frame.items if self.holds_pages else sum(self.lengths_of(frame))
         try:
             raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=length)
         except zstandard.ZstdError as error:
@@ -174,6 +175,13 @@ class PackBuilder:
         self.stored_bytes += len(stored)
 
     def finish(self) -> tuple[PackIndex, bytes]:
+        """The pack, read back once: what is stored decompresses to items that have their digests.
+
+        So later reads need to check the stored bytes only, and a page can't be shared under a wrong digest.
+
+        Raises:
+            Damaged: snapshot_damaged, if what was hashed changed before it was compressed, or memory is bad.
+        """
         magic = _PAGES_MAGIC if self._holds_pages else _OBJECTS_MAGIC
         index = b"".join(
             [
@@ -185,8 +193,10 @@ class PackBuilder:
                 *self._digests,
             ]
         )
-        ref = PackRef(sha256(index).digest(), len(index))
-        return PackIndex(ref, index), b"".join([index, *self._stored])
+        pack = PackIndex(PackRef(sha256(index).digest(), len(index)), index)
+        data = b"".join([index, *self._stored])
+        pack.check(data)
+        return pack, data
 
 
 def read_pack_index(backend: Backend, ref: PackRef) -> PackIndex:

@@ -82,44 +82,45 @@ def hash_pages(image: memoryview) -> list[bytes]:
     return digests
 
 
-def pages_digests(pages: memoryview) -> bytes:
-    """The digests of whole pages, one after another."""
-    return b"".join(hash_pages(pages))
-
-
 def plan_pages(digests: list[bytes], known: dict[bytes, int], first_pack: int) -> PagePlan:
-    """Find each page's place; `known` is used up."""
-    for digest in _pages_to_move(digests, known):
-        del known[digest]
-    places, new = array("Q"), list[int]()
-    for page, digest in enumerate(digests):
-        place = known.get(digest)
-        if place is None:
+    """Find each page's place; new pages are added to `known`, so that equal ones are stored once."""
+    places = list(map(known.get, digests))
+    emptied = _frames_to_empty(places)
+    if emptied:
+        for page, place in enumerate(places):
+            if place is not None and place // PAGES_PER_FRAME in emptied:
+                places[page] = None
+                known.pop(digests[page], None)
+    new: list[int] = []
+    for page in _missing(places):
+        digest = digests[page]
+        if digest not in known:
             pack, item = divmod(len(new), PAGES_PER_PACK)
-            place = known[digest] = first_pack + pack << 32 | item
+            known[digest] = first_pack + pack << 32 | item
             new.append(page)
-        places.append(place)
-    return PagePlan(digests, places, new, first_pack)
+        places[page] = known[digest]
+    return PagePlan(digests, array("Q", [place for place in places if place is not None]), new, first_pack)
 
 
-def _pages_to_move(digests: Iterable[bytes], known: dict[bytes, int]) -> list[bytes]:
-    """Known pages in the sparsest frames, once the image is spread over too many frames."""
-    kept = [(digest, known[digest]) for digest in set(digests) if digest in known]
-    use = Counter(_frame_of(place) for _, place in kept)
-    frames_max = FRAMES_OVER_IDEAL_MAX * (len(kept) / PAGES_PER_FRAME + 1)
-    excess = len(use) - int(frames_max)
-    budget, emptied = PAGES_MOVED_PER_SAVE_MAX, set[int]()
-    for pages, frame in sorted((pages, frame) for frame, pages in use.items())[: max(0, excess)]:
-        budget -= pages
-        if budget < 0:
-            break
-        emptied.add(frame)
-    return [digest for digest, place in kept if _frame_of(place) in emptied] if emptied else []
+def _missing(places: list[int | None]) -> list[int]:
+    return [page for page, place in enumerate(places) if place is None]
 
 
-def _frame_of(place: int) -> int:
-    """A number for the frame that holds the item: its place without the item's low bits."""
-    return place // PAGES_PER_FRAME
+def _frames_to_empty(places: list[int | None]) -> set[int]:
+    """The sparsest frames, once the image is spread over too many. A frame's number is a place without its
+    low bits.
+    """
+    kept = {place for place in places if place is not None}
+    use = Counter([place // PAGES_PER_FRAME for place in kept])
+    excess = len(use) - int(FRAMES_OVER_IDEAL_MAX * (len(kept) / PAGES_PER_FRAME + 1))
+    emptied, budget = set[int](), PAGES_MOVED_PER_SAVE_MAX
+    if excess > 0:
+        for pages, frame in sorted((pages, frame) for frame, pages in use.items())[:excess]:
+            budget -= pages
+            if budget < 0:
+                break
+            emptied.add(frame)
+    return emptied
 
 
 def extents_of(places: Iterable[int]) -> Iterator[Extent]:

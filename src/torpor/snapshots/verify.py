@@ -38,16 +38,11 @@ def problems_of(manifest: Manifest, backend: Backend) -> list[str]:
 
 def _verified_pack(ref: PackRef, backend: Backend) -> PackIndex:
     try:
-        data = memoryview(backend.get(ref.key))
+        data = backend.get(ref.key)
     except NotFound as error:
         raise missing(ref.key) from error
-    pack = PackIndex(ref, bytes(data[: ref.index_bytes]))
-    if len(data) != pack.stored_bytes:
-        raise damaged(ref.key, f"it has {len(data)} bytes, not {pack.stored_bytes}")
-    for frame in pack.frames:
-        raw = pack.open_frame(frame, data[frame.offset : frame.offset + frame.stored_bytes])
-        for _ in pack.items_of(frame, raw):
-            pass
+    pack = PackIndex(ref, data[: ref.index_bytes])
+    pack.check(data)
     return pack
 
 
