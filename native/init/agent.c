@@ -200,7 +200,8 @@ void agent_reaped(struct init *init, pid_t pid, int wait_status) {
 /* True when no process of the sandbox but init is left, or none can be waited for any longer. */
 static bool stragglers_are_gone(const struct init *init) {
     if (getpid() != 1) return true;
-    if (waitpid(-1, NULL, WNOHANG | WNOWAIT) < 0 && errno == ECHILD) return true;
+    siginfo_t info;
+    if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0 && errno == ECHILD) return true;
     kill_stragglers(init); /* one may have been forked during the last round */
     return now_ms() - init->agent.ended_ms > REAP_MS_MAX;
 }

@@ -7,9 +7,11 @@ Everything waits on frames, sockets or the process; nothing sleeps.
 import os
 import re
 import select
+import socket
 import struct
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ import google_crc32c
 from cobs import cobs
 
 NATIVE = Path(__file__).resolve().parents[2] / "native" / "init"
+PROGRAMS = {"plain": ("all", "torpor-init"), "sanitized": ("sanitize", "torpor-init-asan")}
 WAIT_SECONDS = 15.0
 PAYLOAD_BYTES_MAX = 32768
 
@@ -127,7 +130,7 @@ class Host:
     partial: bytes = b""
     frames: list[Frame] = field(default_factory=list)
     foreign: int = 0
-    streams: dict[int, Received] = field(default_factory=dict)
+    streams: defaultdict[int, Received] = field(default_factory=lambda: defaultdict(Received))
     auto_ack: bool = False
 
     @classmethod
@@ -156,8 +159,11 @@ class Host:
                 if readable:
                     self.read()
 
+    def wire(self, kind: int, stream: int = 0, arg: int = 0, payload: bytes = b"") -> bytes:
+        return encode(self.nonce, kind, stream, arg, payload)
+
     def send(self, kind: int, stream: int = 0, arg: int = 0, payload: bytes = b"") -> None:
-        self.write(encode(self.nonce, kind, stream, arg, payload))
+        self.write(self.wire(kind, stream, arg, payload))
 
     def read(self) -> bool:
         """Takes in what is there; False at the end of the FIFO."""
@@ -176,13 +182,9 @@ class Host:
 
     def note(self, frame: Frame) -> None:
         self.frames.append(frame)
-        if frame.type == STATUS:
-            status = parse_status(frame.payload)
-            for stream in status.streams:
-                self.streams.setdefault(stream, Received())
         if not frame.stream:
             return
-        received = self.streams.setdefault(frame.stream, Received())
+        received = self.streams[frame.stream]
         if frame.type == G_DATA:
             assert len(frame.payload) <= PAYLOAD_BYTES_MAX
             assert frame.arg == len(received.data), "a gap or a repetition in a request"
@@ -256,13 +258,13 @@ class Host:
 
     def request(self, stream: int, length: int) -> bytes:
         """Waits for that many bytes of a request in all."""
-        self.wait(lambda: len(self.streams.setdefault(stream, Received()).data) >= length, f"{length} bytes")
+        self.wait(lambda: len(self.streams[stream].data) >= length, f"{length} bytes")
         return bytes(self.streams[stream].data)
 
     def adopt(self, status: Status, old: "Host") -> None:
         """What a node does after HELLO that has the streams of its predecessor in its log."""
         for number, stream in status.streams.items():
-            before = old.streams.get(number, Received())
+            before = old.streams[number]
             position = len(before.data)
             self.streams[number] = Received(data=bytearray(before.data), fin=before.fin)
             self.send(ACK, number, stream.acked)
@@ -334,3 +336,26 @@ def running(binary: Path, directory: Path, *options: str, listen: int = 1) -> It
         guest.process.wait()
         complaint = (directory / "stderr").read_text()
         assert not complaint, complaint
+
+
+def build(kind: str) -> Path:
+    """The program, "plain" or "sanitized", made if missing or old."""
+    target, name = PROGRAMS[kind]
+    subprocess.run(["make", "-s", "-C", str(NATIVE), target], check=True)
+    return NATIVE / "build" / name
+
+
+def connect(guest: Guest, port: int = 0) -> socket.socket:
+    """A client in the agent's place."""
+    client = socket.create_connection(("127.0.0.1", guest.ports[port]), timeout=WAIT_SECONDS)
+    client.settimeout(WAIT_SECONDS)
+    return client
+
+
+def wait_until_gone(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            assert select.select([fd], [], [], WAIT_SECONDS)[0], f"process {pid} lives on"
+        finally:
+            os.close(fd)

@@ -31,6 +31,10 @@ CALL_TRANSITIONS: Mapping[CallState, frozenset[CallState]] = {
 }
 
 
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""They change nothing outside."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestKey:
     """What a request is matched by (SHA-256, hex): its exact bytes, its canonical form, and the logical call.
@@ -98,10 +102,24 @@ class Call:
     attempts: tuple[Attempt, ...]
     usage: Mapping[str, Any]
     is_llm: bool = True
+    barrier: bool = False
+    """An effect that is held until a checkpoint holds its stream, and sent at most once (RECOVERY 7)."""
 
     @property
     def answered(self) -> bool:
         return self.state is CallState.ANSWERED
+
+    @property
+    def may_be_sent_again(self) -> bool:
+        """Whether a second sending is at worst a second bill: a model is asked again, and so is what is only read."""
+        return not self.barrier and (self.is_llm or self.method in SAFE_METHODS)
+
+
+def state_without_pump(call: Call) -> CallState:
+    """What a call is once the node that was receiving its answer died: torn, or unknown if it must not be repeated."""
+    if call.state is not CallState.SENT:
+        return call.state
+    return CallState.TORN if call.may_be_sent_again else CallState.UNKNOWN
 
 
 CRLF = b"\r\n"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from torpor.core.branch import Timeline
 from torpor.core.call import Call, CallState
 from torpor.core.ids import CallId, CheckpointId, SessionId, SnapshotId, StreamId
 
@@ -87,6 +88,10 @@ class StreamFate(StrEnum):
     """Its request is not complete: go on receiving it."""
     RESET = "reset"
     """The agent saw part of an answer that can't be continued."""
+    ASK = "ask"
+    """A barrier effect was sent and nobody knows its outcome: the stream waits for a person's decision."""
+    RESAMPLE = "resample"
+    """After a rewind: a new call takes the stream over."""
 
 
 def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> StreamFate:
@@ -102,7 +107,16 @@ def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> S
     if call.state is CallState.FAILED:
         # Its recorded error response, if any, is complete and is delivered; a failure without one resets.
         return StreamFate.DELIVER if call.attempts and call.attempts[-1].finished else StreamFate.RESET
-    return StreamFate.RESET if touched else StreamFate.RESEND
+    if touched:
+        return StreamFate.RESET
+    return StreamFate.RESEND if call.state is CallState.INTENDED or call.may_be_sent_again else StreamFate.ASK
+
+
+def stream_fate_after_rewind(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> StreamFate:
+    """As `stream_fate`, but a model is asked anew where the agent saw nothing of its answer yet (RECOVERY 5.1)."""
+    fate = stream_fate(stream, call, pump_alive=pump_alive)
+    untouched = stream.taken <= stream.untouched_bytes
+    return StreamFate.RESAMPLE if call is not None and call.is_llm and untouched else fate
 
 
 PumpAlive: TypeAlias = Callable[[CallId], bool]
@@ -134,3 +148,19 @@ def restore_order(
     newest_first = sorted(checkpoints, key=lambda point: point.seq, reverse=True)
     good = [point for point in newest_first if eligible(point, calls, pump_alive)]
     return good + [point for point in newest_first if point not in good]
+
+
+def recovery_floor(calls: Iterable[Call], timeline: Timeline) -> int:
+    """The seq below which no cut restores without a person's decision (RECOVERY 4): the last barrier call sent.
+
+    An agent that is taken back to before it might ask for the effect in other words, and it would happen twice.
+    """
+    sent = [call.intended_seq for call in calls if call.barrier and call.attempts and timeline.holds(call.intended_seq)]
+    return max(sent, default=0)
+
+
+def holds_barrier(checkpoint: Checkpoint, call_id: CallId) -> bool:
+    """Whether this cut holds the call's stream with nothing of an answer, so that the call may be sent (RECOVERY 7)."""
+    return any(
+        stream.call_id == call_id and stream.taken <= stream.untouched_bytes for stream in checkpoint.open_streams
+    )

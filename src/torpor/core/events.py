@@ -23,6 +23,8 @@ class Kind(StrEnum):
 
     SESSION_CREATED = "session.created"
     SESSION_STATUS = "session.status"
+    SESSION_REWOUND = "session.rewound"
+    """A person went back; data: to_seq, the cut's. It begins the next stretch of the timeline."""
     INCARNATION_STARTED = "incarnation.started"
     INCARNATION_ENDED = "incarnation.ended"
     LEASE_ACQUIRED = "lease.acquired"
@@ -32,6 +34,8 @@ class Kind(StrEnum):
     CALL_COMPLETED = "call.completed"
     CALL_FAILED = "call.failed"
     CALL_TORN = "call.torn"
+    CALL_UNKNOWN = "call.unknown"
+    """A barrier effect was sent and its answer never came: it waits for a person's decision."""
     CALL_REPEATED = "call.repeated"
     CALL_JOINED = "call.joined"
     CALL_DELIVERED = "call.delivered"

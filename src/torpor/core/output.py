@@ -44,6 +44,12 @@ class OutputTrack:
         self._recorded = self._recorded[known:]
         return Output(offset=offset, fresh=piece[equal:])
 
+    def finish(self) -> Output:
+        """The pipe ended. If the record goes on, this incarnation wrote less: the rest of the record is superseded."""
+        differs_at = self.position if self._recorded else None
+        self._recorded = memoryview(b"")
+        return Output(offset=self.position, fresh=b"", differs_at=differs_at)
+
 
 def _equal_bytes(one: bytes, other: bytes) -> int:
     """Length of the common beginning of two equally long byte strings."""

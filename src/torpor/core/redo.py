@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torpor.core.branch import Timeline
-from torpor.core.call import Call, CallState, RequestKey
+from torpor.core.call import SAFE_METHODS, Call, CallState, RequestKey
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId
 from torpor.core.join import StreamEnd, may_join
 
 LEVELS = ("exact", "canonical", "logical")
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,19 +60,19 @@ async def open_database(url: str, *, clock: Clock) -> Database:
     """Open the database and bring its schema up to date.
 
     Args:
-        url: `sqlite://` and an absolute path, which is taken as it stands; it is created if it is not there.
+        url: `sqlite:///` and an absolute path, which is taken as it stands; the file is created if it is not there.
 
     Raises:
         InvalidInput: the URL names no database that Torpor knows.
         Conflict: `schema_newer`, a later version of Torpor has used this database.
     """
-    scheme, found, path = url.partition("://")
-    if scheme != "sqlite" or not found or not path.startswith("/"):
+    scheme, _, path = url.partition("://")
+    if scheme != "sqlite" or not path.startswith("/"):
         raise InvalidInput(
             "database_url_unknown",
-            f"cannot open database {url!r}: the URL is not sqlite:// and an absolute path",
+            f"cannot open database {url!r}: the URL is not sqlite:/// and an absolute path",
             hint="For example sqlite:///home/me/.local/share/torpor/torpor.db.",
         )
     from torpor.db.sqlite import open_sqlite
 
-    return await open_sqlite(path, clock=clock)
+    return await open_sqlite(f"/{path.lstrip('/')}", clock=clock)

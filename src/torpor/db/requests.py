@@ -4,7 +4,7 @@ A body is given back byte for byte. Its manifest's digest stands in call.intende
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from threading import Lock
 
 from torpor.core.errors import Damaged, NotFound
@@ -40,12 +40,19 @@ class PreparedBody:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredBody:
-    """Where a body is: its manifest's block, and what it must come back as."""
+class StoredRequest:
+    """A request row: its head as JSON, its manifest's block, and what the body must come back as."""
 
+    head: str
     manifest: bytes
     body_digest: str
     body_bytes: int
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What call.intended says of it, beside the manifest in its refs."""
+        head_digest = blocks.digest_of(self.head.encode()).hex()
+        return {"head_digest": head_digest, "body_digest": self.body_digest, "body_bytes": self.body_bytes}
 
 
 def prepare(body: bytes) -> PreparedBody:
@@ -61,36 +68,45 @@ def prepare(body: bytes) -> PreparedBody:
     )
 
 
-def put_body(tx: Transaction, *, session_id: SessionId, owner_token: int, body: PreparedBody) -> StoredBody:
+def store(
+    tx: Transaction, *, session_id: SessionId, owner_token: int, head: RequestHead, body: PreparedBody
+) -> StoredRequest:
     """Store what is new of a body, and its manifest."""
     base_digest, manifest = _choose(tx, session_id, body.digests)
     if manifest is None:
         assert base_digest is not None
-        return StoredBody(manifest=base_digest, body_digest=body.body_digest, body_bytes=body.size_bytes)
-    first = manifest.keep_head
-    for index in range(first, first + len(manifest.listed) // DIGEST_BYTES):
-        digest = body.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-        blocks.put(tx, session_id=session_id, owner_token=owner_token, data=body.pieces[index], digest=digest)
-    stored = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=manifest.pack())
-    _resolved.put(stored, manifest, body.digests)
-    return StoredBody(manifest=stored, body_digest=body.body_digest, body_bytes=body.size_bytes)
+        digest = base_digest
+    else:
+        for index in range(manifest.keep_head, manifest.keep_head + len(manifest.listed) // DIGEST_BYTES):
+            piece = body.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            blocks.put(tx, session_id=session_id, owner_token=owner_token, data=body.pieces[index], digest=piece)
+        digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=manifest.pack())
+        _resolved.put(digest, manifest, body.digests)
+    return StoredRequest(
+        head=encode_json(asdict(head)), manifest=digest, body_digest=body.body_digest, body_bytes=body.size_bytes
+    )
 
 
-def put_request(
-    tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId, head: RequestHead, body: StoredBody
+def attach(
+    tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId, request: StoredRequest
 ) -> None:
-    """Record a call's request; `calls.intend` does, in the transaction of the call."""
+    """Record that a call was made by this request."""
     if not tx.run(
-        "request/insert_fenced",
-        session_id=session_id,
-        owner_token=owner_token,
-        call_id=call_id,
-        head=encode_json({"method": head.method, "target": head.target, "headers": head.headers}),
-        manifest=body.manifest,
-        body_digest=body.body_digest,
-        body_bytes=body.body_bytes,
+        "request/insert_fenced", session_id=session_id, owner_token=owner_token, call_id=call_id, **asdict(request)
     ):
         raise refusal(tx, session_id, owner_token, _damaged(call_id, "it could not be stored"))
+
+
+def find(tx: Transaction, call_id: CallId) -> StoredRequest | None:
+    row = tx.one("request/find_by_call", call_id=call_id)
+    if row is None:
+        return None
+    return StoredRequest(
+        head=row["head"],
+        manifest=bytes(row["manifest"]),
+        body_digest=row["body_digest"],
+        body_bytes=row["body_bytes"],
+    )
 
 
 def get_request(tx: Transaction, call_id: CallId) -> tuple[RequestHead, bytes]:

@@ -1,0 +1,1 @@
+"""A session's lifecycle: joins log, store, sandbox and gateway in an order that survives a kill at any point."""

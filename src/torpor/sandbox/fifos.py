@@ -95,9 +95,7 @@ class Fifos:
 
     async def room(self) -> None:
         """Wait until data may be posted: no cut, no restore under way, a short queue. Returns when closed."""
-        while not self._closed and (
-            self._held is not None or not self._delivering or self._queued_bytes > QUEUE_BYTES
-        ):
+        while not self._closed and (self._held is not None or not self._delivering or self._queued_bytes > QUEUE_BYTES):
             await self._changed.wait()
 
     def deliver(self, allowed: bool) -> None:

@@ -317,9 +317,7 @@ def pack_spec(spec: AgentSpec) -> bytes:
     return packed
 
 
-def pack_life(
-    first_ns: int, second_ns: int, entropy: bytes, environment: Mapping[str, str] | None = None
-) -> bytes:
+def pack_life(first_ns: int, second_ns: int, entropy: bytes, environment: Mapping[str, str] | None = None) -> bytes:
     """The payload of START (incarnation, wall time) and of RESTORED (wall time, time slept)."""
     if len(entropy) != ENTROPY_BYTES:
         raise ValueError(f"entropy has {len(entropy)} bytes, not {ENTROPY_BYTES}")
@@ -335,15 +333,11 @@ def pack_life(
 def _pairs(environment: Mapping[str, str]) -> list[str]:
     for name in environment:
         if not name or "=" in name:
-            raise InvalidInput(
-                "agent_spec_unusable", f"cannot set variable {name!r}: that is no name of a variable"
-            )
+            raise InvalidInput("agent_spec_unusable", f"cannot set variable {name!r}: that is no name of a variable")
     return [f"{name}={value}" for name, value in environment.items()]
 
 
 def _terminated(strings: list[str]) -> bytes:
     if any("\0" in string for string in strings):
-        raise InvalidInput(
-            "agent_spec_unusable", "cannot pass a string to the agent: it holds a NUL character"
-        )
+        raise InvalidInput("agent_spec_unusable", "cannot pass a string to the agent: it holds a NUL character")
     return b"".join(string.encode("utf-8", "surrogateescape") + b"\0" for string in strings)

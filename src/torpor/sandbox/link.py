@@ -124,9 +124,7 @@ class Link:
                 raise SandboxFailed(
                     "link_lost", f"cannot open the sandbox's FIFOs: {error.strerror} ({error.filename})"
                 ) from error
-            link = cls(
-                fifos, nonce, clock, heartbeat_seconds=heartbeat_seconds, silence_seconds=silence_seconds
-            )
+            link = cls(fifos, nonce, clock, heartbeat_seconds=heartbeat_seconds, silence_seconds=silence_seconds)
             try:
                 fifos.post(ToGuest.HELLO, arg=PROTOCOL_VERSION)
                 while not link._greeted:
@@ -179,9 +177,7 @@ class Link:
         async with _deadline(deadline_seconds, "start the agent"):
             for offset in range(0, len(packed), PAYLOAD_BYTES_MAX):
                 await self._fifos.room()
-                self._fifos.post(
-                    ToGuest.SPEC, arg=offset, payload=packed[offset : offset + PAYLOAD_BYTES_MAX]
-                )
+                self._fifos.post(ToGuest.SPEC, arg=offset, payload=packed[offset : offset + PAYLOAD_BYTES_MAX])
             for number in (STDOUT, STDERR):
                 self._outputs[number] = self._add(number, port=0)
             self._started = None
@@ -225,9 +221,7 @@ class Link:
         """
         status = self._claim(stream)
         if position > status.read:
-            raise violation(
-                f"it forgot bytes of stream {stream}: {position} were received, it read {status.read}"
-            )
+            raise violation(f"it forgot bytes of stream {stream}: {position} were received, it read {status.read}")
         inherited = self._add(stream, status.port)
         inherited.continue_from(status)
         inherited.resume(position=position, acknowledged=max(acknowledged, status.acknowledged))
@@ -349,9 +343,7 @@ class Link:
             raise violation(f"it opens stream {frame.stream} after stream {self._last_stream}")
         if frame.arg > 65_535:
             raise violation(f"it opens stream {frame.stream} on port {frame.arg}")
-        calls = [
-            stream for stream in self._streams.values() if stream.kind == "call" and stream.closed is None
-        ]
+        calls = [stream for stream in self._streams.values() if stream.kind == "call" and stream.closed is None]
         unclaimed = [stream for stream in self._unclaimed.values() if stream.kind == "call"]
         if len(calls) + len(unclaimed) >= STREAMS_MAX or len(self._streams) > _UNFORGOTTEN_MAX:
             raise violation(f"it opens more than {STREAMS_MAX} streams")
@@ -365,9 +357,7 @@ class Link:
         elif frame.stream in self._unclaimed or not FIRST_CALL_STREAM <= frame.stream <= self._last_stream:
             raise violation(f"it speaks of stream {frame.stream}, which is not open")
         elif frame.type == FromGuest.CLOSED:
-            self._fifos.post(
-                ToGuest.RESET, frame.stream
-            )  # This node reset it before: now the guest forgets it.
+            self._fifos.post(ToGuest.RESET, frame.stream)  # This node reset it before: now the guest forgets it.
 
     def _on_barrier_ack(self, frame: Frame) -> None:
         if frame.arg > self._barrier:
@@ -448,9 +438,7 @@ async def _deadline(seconds: float, purpose: str) -> AsyncGenerator[None, None]:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as error:
-        raise SandboxFailed(
-            "link_silent", f"cannot {purpose}: its init did not answer within {seconds:g} s"
-        ) from error
+        raise SandboxFailed("link_silent", f"cannot {purpose}: its init did not answer within {seconds:g} s") from error
 
 
 def _printable(payload: bytes) -> str:
@@ -461,9 +449,7 @@ def _printable(payload: bytes) -> str:
 def _could_not_start(command: str, code: int, text: str) -> InvalidInput:
     name, hint = _START_ERRORS.get(code, (os.strerror(min(code, 4095)), ""))
     detail = f" ({text})" if text else ""
-    return InvalidInput(
-        "agent_cannot_start", f"cannot start the agent {command!r}: {name}{detail}", hint=hint
-    )
+    return InvalidInput("agent_cannot_start", f"cannot start the agent {command!r}: {name}{detail}", hint=hint)
 
 
 _START_ERRORS: dict[int, tuple[str, str]] = {

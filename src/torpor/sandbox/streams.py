@@ -34,7 +34,7 @@ class Closed(IntEnum):
     """The host reset it."""
 
 
-class StreamGone(TorporError):  # noqa: N818 - errors are named by what happened
+class StreamGone(TorporError):
     """Nothing more comes from or goes to this stream: an agent may hang up, and so may the link."""
 
     def __init__(self, stream: int, reason: str) -> None:
@@ -88,9 +88,7 @@ class Stream:
     def resume(self, *, position: int, acknowledged: int) -> None:
         """Ask for the bytes from `position` on, those below `acknowledged` being durable."""
         if not self.acknowledged <= acknowledged <= position:
-            raise violation(
-                f"stream {self.id} can't be resumed at {position}: {self.acknowledged} bytes are freed"
-            )
+            raise violation(f"stream {self.id} can't be resumed at {position}: {self.acknowledged} bytes are freed")
         self.received = position
         self.acknowledged = acknowledged
         self._credit = position + WINDOW_BYTES
@@ -130,9 +128,7 @@ class Stream:
             StreamGone: the client went away, or the link ended.
         """
         if self.kind != "call" or self._finished or offset > self.sent:
-            raise ValueError(
-                f"stream {self.id} ({self.kind}) can't send from {offset}: it has sent {self.sent}"
-            )
+            raise ValueError(f"stream {self.id} ({self.kind}) can't send from {offset}: it has sent {self.sent}")
         end = offset + len(data)
         while self.sent < end:
             room = await self._window()
@@ -237,9 +233,7 @@ class Stream:
 
     def _take_closed(self, written: int, payload: bytes) -> None:
         if payload not in (b"\1", b"\2", b"\3") or not self.written <= written <= self.sent:
-            raise violation(
-                f"stream {self.id} was closed at {written} of {self.sent} bytes as {payload[:8].hex()}"
-            )
+            raise violation(f"stream {self.id} was closed at {written} of {self.sent} bytes as {payload[:8].hex()}")
         how = Closed(payload[0])
         if how is Closed.CONSUMED and not (self._finished and written == self.sent):
             raise violation(f"stream {self.id} claims to have consumed an answer that it did not get")

@@ -124,6 +124,7 @@ CREATE TABLE redo (
     incarnation   INTEGER NOT NULL,
     position      INTEGER NOT NULL,
     call_id       TEXT NOT NULL REFERENCES call (call_id),
+    role          TEXT NOT NULL,               -- pending, joinable or attached
     consumed_seq  INTEGER,                     -- the log head when it was consumed, null while it is pending
     PRIMARY KEY (session_id, incarnation, position),
     UNIQUE (session_id, incarnation, call_id)
@@ -135,6 +136,7 @@ CREATE TABLE output (
     incarnation  INTEGER NOT NULL,
     position     INTEGER NOT NULL,             -- of the first byte, in the channel's whole text
     data         BLOB NOT NULL,
+    wall_ns      INTEGER NOT NULL,
     PRIMARY KEY (session_id, channel, incarnation, position)
 ) STRICT, WITHOUT ROWID;
 

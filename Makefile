@@ -1,0 +1,32 @@
+# `make help` prints this file's targets. Every target sets up what it needs first.
+SHELL := /bin/bash
+PY := .venv/bin/python
+
+.PHONY: help setup demo test check test-crash test-simulator bench clean
+
+help: ## print the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
+
+setup: ## install what is missing: Debian packages, .venv, torpor-init, runsc
+	@scripts/setup
+
+demo: setup ## a coding agent survives kill -9 of everything (PROVIDER=openai|anthropic for the real thing)
+	@$(PY) examples/demo/demo.py $(if $(PROVIDER),--provider $(PROVIDER))
+
+test: setup ## the whole test suite, in about ten minutes
+	@$(PY) -m pytest tests
+
+check: setup ## formatting, lint, types, layers, sizes, the C code's own checks
+	@scripts/check
+
+test-crash: setup ## 200 random kills over 20-turn sessions, with a witness outside
+	@$(PY) -m pytest tests/crash -m '' --crash-kills 200 -s
+
+test-simulator: setup ## 100,000 random schedules of the recovery rules
+	@$(PY) -m torpor.testing.simulator --schedules 100000
+
+bench: setup ## freeze, restore and bytes per turn beside raw runsc
+	@$(PY) scripts/bench.py
+
+clean: ## remove what was built
+	rm -rf .venv build dist native/init/build src/torpor/sandbox/torpor-init .pytest_cache .ruff_cache

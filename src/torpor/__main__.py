@@ -1,0 +1,5 @@
+"""`python -m torpor` is the `torpor` command."""
+
+from torpor.cli.main import main
+
+main()

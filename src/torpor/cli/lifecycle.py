@@ -1,0 +1,86 @@
+"""Commands that change a session from outside: checkpoint, kill, rm. They ask its node, or act when it has none."""
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from torpor import wire
+from torpor.cli.printer import human_bytes, milliseconds, out, print_json
+from torpor.core.errors import Conflict
+from torpor.node import Node, open_node, socket_of
+
+SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
+JSON = typer.Option("--json", help="Print the result as JSON.")
+NODE_DEADLINE_SECONDS = 120
+
+
+def register(app: typer.Typer) -> None:
+    app.command("checkpoint", short_help="Make a checkpoint now.")(checkpoint)
+    app.command("kill", short_help="End a session for good.")(kill)
+    app.command("stop", short_help="Checkpoint a session and free its sandbox.")(stop)
+    app.command("rm", short_help="Forget a session that does not run.")(remove)
+
+
+def checkpoint(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+    """Make a checkpoint of a running session now, and wait until it is durable."""
+    result = asyncio.run(_ask_node(session, "checkpoint"))
+    if json:
+        print_json(result)
+        return
+    froze, stored = milliseconds(result["freeze_ns"]), human_bytes(result["stored_bytes"])
+    out.print(f"checkpoint {result['number']}: the agent stood still for {froze}, {stored} stored")
+
+
+def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+    """End a session for good: its sandbox is destroyed, its log, checkpoints and files stay until `torpor rm`."""
+
+    async def work() -> None:
+        async with open_node() as node:
+            found = await node.runtime.session(session)
+            socket = socket_of(node.runtime.home.lock(found.session_id))
+            if socket is not None:
+                await wire.ask(socket, "kill", deadline_seconds=NODE_DEADLINE_SECONDS)
+            else:
+                await node.runtime.cancel(found.session_id, node.holder, wire.answers)
+
+    asyncio.run(work())
+    if json:
+        print_json({"killed": session})
+
+
+def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+    """Checkpoint a running session, free its sandbox and end its node; `torpor resume` goes on from there."""
+    asyncio.run(_ask_node(session, "stop"))
+    if json:
+        print_json({"stopping": session})
+
+
+def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+    """Forget a session: its log, its checkpoints and its files. Refused while a node runs it."""
+
+    async def work() -> None:
+        async with open_node() as node:
+            found = await node.runtime.session(session)
+            await node.runtime.remove(found.session_id, node.holder, wire.answers)
+
+    asyncio.run(work())
+    if json:
+        print_json({"removed": session})
+
+
+async def _ask_node(session: str, verb: str) -> dict[str, Any]:
+    async with open_node() as node:
+        return await wire.ask(await _socket(node, session), verb, deadline_seconds=NODE_DEADLINE_SECONDS)
+
+
+async def _socket(node: Node, session: str) -> Any:
+    found = await node.runtime.session(session)
+    socket = socket_of(node.runtime.home.lock(found.session_id))
+    if socket is None:
+        raise Conflict(
+            "session_not_running",
+            f"cannot reach session {found.session_id}: no node runs it",
+            hint=f"`torpor resume {session}` goes on with it." if found.exit_status is None else "",
+        )
+    return socket

@@ -1,0 +1,151 @@
+"""`torpor run` and `torpor resume`: this process, or a detached one, becomes the node of a session."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torpor.cli.printer import err, notice, print_json
+from torpor.core.errors import InvalidInput, SandboxFailed
+from torpor.core.ids import SessionId
+from torpor.core.session import SessionStatus
+from torpor.node import open_node
+from torpor.runtime.owner import Outcome, Watcher
+from torpor.runtime.runtime import Request
+
+
+class TerminalWatcher(Watcher):
+    """The agent's output is this process's own; notices go to stderr."""
+
+    def output(self, channel: int, data: bytes) -> None:
+        stream = sys.stdout if channel == 1 else sys.stderr
+        try:
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        except BrokenPipeError:
+            # Whoever read our output is gone; the session is not theirs to end. `torpor output` has all of it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def notice(self, text: str) -> None:
+        notice(text)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "run", context_settings={"allow_interspersed_args": False}, short_help="Run a command as a durable session."
+    )(run)
+    app.command("resume", short_help="Go on with a session whose node or sandbox died.")(resume)
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The agent's command.")],
+    name: Annotated[str | None, typer.Option(help="A name to use instead of the session's id.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; print the id.")] = False,
+    image: Annotated[
+        str, typer.Option(help="`host`: a read-only, curated view of this machine; or the directory of a root.")
+    ] = "host",
+    workspace: Annotated[
+        Path | None, typer.Option(help="Directory copied to the session's /workspace. [default: this one]")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Environment of the agent; repeatable.")] = None,
+    mount: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
+) -> None:
+    """Run a command as a durable session.
+
+    The agent runs in a sandbox of its own, on a copy of the workspace. Every model call it makes (OPENAI_BASE_URL and
+    ANTHROPIC_BASE_URL point to Torpor inside) is logged and checkpointed. Its output is this command's output, its exit
+    status is this command's.
+    """
+    request = Request(
+        argv=tuple(command),
+        name=name,
+        image=image,
+        workspace=workspace or Path.cwd(),
+        environment=_pairs(env or []),
+        mounts=tuple(mount or ()),
+    )
+
+    async def work() -> Outcome | None:
+        async with open_node() as node:
+            session_id = await node.create(request)
+            if detach:
+                _detach(session_id)
+                _print_id(session_id, json)
+                return None
+            err.print(f"session {session_id}", markup=False)
+            return await node.own(session_id, TerminalWatcher())
+
+    _exit_with(asyncio.run(work()))
+
+
+def resume(
+    session: Annotated[str, typer.Argument(help="Id, unique beginning of an id, or name.")],
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
+) -> None:
+    """Go on with a session whose node or sandbox died, or that was stopped.
+
+    The living sandbox is adopted if there is one, else the newest checkpoint that restores is taken. Answers that were
+    already paid for come from the log.
+    """
+
+    async def work() -> Outcome | None:
+        async with open_node() as node:
+            found = await node.runtime.session(session)
+            if detach:
+                _detach(found.session_id)
+                _print_id(found.session_id, json)
+                return None
+            err.print(f"session {found.session_id}", markup=False)
+            return await node.own(found.session_id, TerminalWatcher())
+
+    _exit_with(asyncio.run(work()))
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not key or not separator:
+            raise InvalidInput("env_malformed", f"cannot read --env {text!r}: it is not K=V")
+        pairs[key] = value
+    return pairs
+
+
+def _print_id(session_id: SessionId, as_json: bool) -> None:
+    if as_json:
+        print_json({"session": session_id})
+    else:
+        typer.echo(session_id)
+
+
+def _detach(session_id: SessionId) -> None:
+    """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
+    from torpor.config import torpor_home
+    from torpor.runtime.home import Home
+    from torpor.runtime.leasing import is_held
+    from torpor.sandbox.process import start_daemon
+
+    home = Home(torpor_home(os.environ))
+    log = home.session(session_id) / "node.log"
+    ready = start_daemon(
+        [sys.executable, "-m", "torpor", "resume", session_id], log, lambda: is_held(home.lock(session_id))
+    )
+    if not ready:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+        raise SandboxFailed("node_not_started", f"cannot start a node for session {session_id}: {last[0]}")
+
+
+def _exit_with(outcome: Outcome | None) -> None:
+    if outcome is None:
+        return
+    if outcome.status is SessionStatus.CANCELLED:
+        notice("the session was killed")
+        raise typer.Exit(137)
+    raise typer.Exit(outcome.exit_status or 0)

@@ -1,0 +1,153 @@
+"""`torpor log`: the event log as people read it, or one event a line; follows a session until it ends."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json
+from torpor.core.clock import SystemClock
+from torpor.core.errors import Damaged
+from torpor.core.events import Event, Kind
+from torpor.core.session import ENDED
+from torpor.db import log as event_log
+from torpor.db.verify import verify_chain
+from torpor.runtime.runtime import Runtime, open_runtime
+
+FOLLOW_SECONDS = 0.25
+
+
+def log(
+    session: Annotated[str, typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")],
+    json: Annotated[bool, typer.Option("--json", help="One event a line, with all its fields.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the session ends.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain, the gaps, the parents and bodies.")
+    ] = False,
+) -> None:
+    """Show what happened in a session, oldest first."""
+    asyncio.run(_log(session, json, follow, verify))
+
+
+async def _log(text: str, as_json: bool, follow: bool, verify: bool) -> None:
+    async with open_runtime(os.environ, SystemClock()) as runtime:
+        found = await runtime.session(text)
+        if verify:
+            await _verify(runtime, found.session_id, as_json)
+            return
+        seen, started_ns = 0, found.created_ns
+        while True:
+            session = await runtime.session(found.session_id)
+            after = seen
+            events = await runtime.database.read(
+                lambda tx, after=after: event_log.events(tx, found.session_id, after_seq=after)
+            )
+            for event in events:
+                if as_json:
+                    print_json(_fields(event))
+                else:
+                    _print(event, started_ns)
+            seen = events[-1].seq if events else seen
+            if not follow or (session.status in ENDED and seen >= session.head_seq):
+                return
+            # The log may be written by another process, which has no way to call us: look again.
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+
+async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
+    problems = await runtime.database.read(lambda tx: verify_chain(tx, session_id))
+    if as_json:
+        print_json({"session": session_id, "problems": [str(problem) for problem in problems]})
+    if problems:
+        for problem in problems:
+            err.print(str(problem), markup=False)
+        raise Damaged(
+            "log_damaged",
+            f"cannot trust the log of session {session_id}: {len(problems)} problems",
+            hint="Restore torpor.db from a backup; what is listed above was changed after it was written.",
+        )
+    if not as_json:
+        out.print(
+            f"the log of {session_id} is whole: chain, numbers, parents, requests and answers agree", markup=False
+        )
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    return {
+        "session": event.session_id,
+        "seq": event.seq,
+        "parent_seq": event.parent_seq,
+        "incarnation": event.incarnation,
+        "wall_ns": event.wall_ns,
+        "kind": event.kind.value,
+        "call": event.call_id,
+        "data": dict(event.data),
+        "refs": list(event.refs),
+        "prev_hash": event.prev_hash,
+        "hash": event.hash,
+    }
+
+
+def _print(event: Event, started_ns: int) -> None:
+    at = (event.wall_ns - started_ns) / 1e9
+    tell = _TELLING.get(event.kind)
+    text = tell(event.data) if tell else ""
+    colour = _COLOURS.get(event.kind, "white")
+    out.print(f"[dim]{event.seq:>5} {at:>9.3f}s  {event.incarnation:>2}[/dim]  ", end="")
+    out.print(f"[{colour}]{event.kind.value:<22}[/{colour}] ", end="")
+    out.print(text, markup=False)
+
+
+def _call(data: Any) -> str:
+    return f"{data.get('method', '')} {data.get('target', '')} {data.get('model') or ''}".strip()
+
+
+def _completed(data: Any) -> str:
+    usage = data.get("usage") or {}
+    tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
+    size = human_bytes(int(data.get("bytes", 0)))
+    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}"
+
+
+def _checkpoint(data: Any) -> str:
+    froze, stored = milliseconds(data.get("freeze_ns", 0)), human_bytes(data.get("stored_bytes", 0))
+    return f"#{data.get('number')} ({data.get('reason')}) froze {froze}, stored {stored}"
+
+
+def _recovered(data: Any) -> str:
+    return f"{data.get('mode')} from checkpoint #{data.get('checkpoint')} in {milliseconds(data.get('took_ns', 0))}"
+
+
+_TELLING: dict[Kind, Callable[[Any], str]] = {
+    Kind.SESSION_CREATED: lambda data: " ".join(data.get("spec", {}).get("argv", [])),
+    Kind.SESSION_STATUS: lambda data: f"{data.get('from')} -> {data.get('to')}  {data.get('reason', '')}",
+    Kind.INCARNATION_STARTED: lambda data: (
+        f"{data.get('mode')} from checkpoint #{data.get('checkpoint')}: {data.get('reason')}"
+    ),
+    Kind.INCARNATION_ENDED: lambda data: str(data.get("reason", "")),
+    Kind.LEASE_ACQUIRED: lambda data: f"owner token {data.get('owner_token')}, pid {data.get('pid')}",
+    Kind.CALL_INTENDED: _call,
+    Kind.CALL_SENT: lambda data: f"attempt {data.get('attempt')}",
+    Kind.CALL_ANSWERING: lambda data: f"status {data.get('status')}",
+    Kind.CALL_COMPLETED: _completed,
+    Kind.CALL_FAILED: lambda data: str(data.get("reason", "")),
+    Kind.CALL_TORN: lambda data: f"attempt {data.get('attempt')} was cut short: its node died",
+    Kind.CHECKPOINT_COMMITTED: _checkpoint,
+    Kind.CHECKPOINT_FAILED: lambda data: str(data.get("message", "")),
+    Kind.RECOVERY_CHOSEN: _recovered,
+    Kind.RECOVERY_REJECTED: lambda data: f"{data.get('mode')} #{data.get('checkpoint')}: {data.get('reason')}",
+    Kind.AGENT_EXITED: lambda data: f"exit status {data.get('exit_status')} {data.get('signal', '')}",
+    Kind.OUTPUT_DIFFERED: lambda data: f"channel {data.get('channel')} at byte {data.get('offset')}",
+}
+_COLOURS = {
+    Kind.CALL_COMPLETED: "green",
+    Kind.CHECKPOINT_COMMITTED: "blue",
+    Kind.RECOVERY_CHOSEN: "magenta",
+    Kind.CALL_TORN: "yellow",
+    Kind.CALL_FAILED: "red",
+    Kind.CHECKPOINT_FAILED: "red",
+    Kind.RECOVERY_REJECTED: "red",
+    Kind.INCARNATION_ENDED: "yellow",
+}

@@ -1,0 +1,120 @@
+"""Checkpoint rows. Committing one is the last step of a save: row, event and head land in the caller's transaction."""
+
+import hashlib
+from dataclasses import asdict, fields, replace
+
+from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.errors import Conflict, NotFound
+from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import CallId, CheckpointId, SessionId
+from torpor.db.database import Row, Transaction
+from torpor.db.encoding import decode_json, encode_json
+from torpor.db.fence import refusal
+from torpor.db.log import append
+
+_JSON_FIELDS = ("open_streams", "pending_redo", "joinable")
+_FIELDS = tuple(field.name for field in fields(Checkpoint))
+
+
+def commit(
+    tx: Transaction, *, session_id: SessionId, owner_token: int, checkpoint: Checkpoint, wall_ns: int
+) -> Checkpoint:
+    """Make a point that restores, with its checkpoint.committed event, whose seq is the `committed_seq` returned.
+
+    Commit it durably.
+
+    Raises:
+        Conflict: `checkpoint_refused`, its cut is not in the log's past or its number is not new.
+    """
+    draft = EventDraft(kind=Kind.CHECKPOINT_COMMITTED, incarnation=checkpoint.incarnation, data=commit_data(checkpoint))
+    event = append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0]
+    committed = replace(checkpoint, session_id=session_id, committed_seq=event.seq)
+    columns = {**asdict(committed), "has_memory": int(committed.has_memory)}
+    columns.update({name: encode_json(columns[name]) for name in _JSON_FIELDS})
+    if not tx.run("checkpoint/insert_fenced", owner_token=owner_token, **columns):
+        otherwise = Conflict(
+            "checkpoint_refused",
+            f"cannot commit checkpoint {checkpoint.checkpoint_id}: its cut is not in the past or its number is not new",
+        )
+        raise refusal(tx, session_id, owner_token, otherwise)
+    return committed
+
+
+def commit_data(checkpoint: Checkpoint) -> dict[str, object]:
+    """What checkpoint.committed says of a checkpoint: its row's digest covers what restoring goes by."""
+    return {
+        "checkpoint": checkpoint.checkpoint_id,
+        "number": checkpoint.number,
+        "seq": checkpoint.seq,
+        "snapshot": checkpoint.snapshot_id,
+        "manifest_digest": checkpoint.manifest_digest,
+        "has_memory": checkpoint.has_memory,
+        "reason": checkpoint.reason,
+        "row_digest": _row_digest(checkpoint),
+        "stored_bytes": checkpoint.stored_bytes,
+    }
+
+
+def get(tx: Transaction, checkpoint_id: CheckpointId) -> Checkpoint:
+    """Raises:
+    NotFound: there is none with this id.
+    """
+    row = tx.one("checkpoint/find_by_id", checkpoint_id=checkpoint_id)
+    if row is None:
+        raise _not_found(checkpoint_id)
+    return _checkpoint_of(row)
+
+
+def list_intact(tx: Transaction, session_id: SessionId) -> list[Checkpoint]:
+    """The checkpoints that are not known to be damaged, oldest first; `core.checkpoint.restore_order` ranks them."""
+    return [_checkpoint_of(row) for row in _rows(tx, session_id) if row["damage"] is None]
+
+
+def list_damaged(tx: Transaction, session_id: SessionId) -> dict[CheckpointId, str]:
+    """Why checkpoints do not restore."""
+    return {CheckpointId(row["checkpoint_id"]): row["damage"] for row in _rows(tx, session_id) if row["damage"]}
+
+
+def mark_damaged(
+    tx: Transaction, *, session_id: SessionId, owner_token: int, checkpoint_id: CheckpointId, damage: str
+) -> None:
+    """Remember why a checkpoint does not restore; it stays, for a person may mend its snapshot."""
+    changed = tx.run(
+        "checkpoint/mark_damaged_fenced",
+        session_id=session_id,
+        owner_token=owner_token,
+        checkpoint_id=checkpoint_id,
+        damage=damage,
+    )
+    if not changed:
+        raise refusal(tx, session_id, owner_token, _not_found(checkpoint_id))
+
+
+def forget(tx: Transaction, *, session_id: SessionId, owner_token: int, checkpoint_id: CheckpointId) -> None:
+    """Drop a checkpoint's row, which is what keeps its snapshot; its event stays."""
+    if not tx.run(
+        "checkpoint/delete_fenced", session_id=session_id, owner_token=owner_token, checkpoint_id=checkpoint_id
+    ):
+        raise refusal(tx, session_id, owner_token, _not_found(checkpoint_id))
+
+
+def _rows(tx: Transaction, session_id: SessionId) -> list[Row]:
+    return tx.all("checkpoint/list_of_session", session_id=session_id)
+
+
+def _row_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) over all of a checkpoint but the seq that its commit gives it."""
+    return hashlib.sha256(encode_json(asdict(replace(checkpoint, committed_seq=0))).encode()).hexdigest()
+
+
+def _checkpoint_of(row: Row) -> Checkpoint:
+    values = {name: row[name] for name in _FIELDS}
+    values["has_memory"] = bool(row["has_memory"])
+    values["open_streams"] = tuple(OpenStream(**stream) for stream in decode_json(row["open_streams"]))
+    values["pending_redo"] = tuple(map(CallId, decode_json(row["pending_redo"])))
+    values["joinable"] = tuple(map(CallId, decode_json(row["joinable"])))
+    return Checkpoint(**values)
+
+
+def _not_found(checkpoint_id: CheckpointId) -> NotFound:
+    return NotFound("checkpoint_not_found", f"cannot find checkpoint {checkpoint_id}: there is none")

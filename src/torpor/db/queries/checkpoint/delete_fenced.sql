@@ -1,0 +1,3 @@
+DELETE FROM checkpoint
+WHERE checkpoint_id = :checkpoint_id AND session_id = :session_id
+    AND EXISTS (SELECT 1 FROM session WHERE session_id = :session_id AND owner_token = :owner_token)

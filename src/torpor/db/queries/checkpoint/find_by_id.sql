@@ -1,0 +1,1 @@
+SELECT * FROM checkpoint WHERE checkpoint_id = :checkpoint_id

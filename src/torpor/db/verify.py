@@ -1,0 +1,172 @@
+"""Checking a session's whole log against itself: the chain, the tree, and everything that its digests stand for.
+
+Nothing is repaired and nothing is raised: what is wrong is listed, as far as it can be read.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torpor.core.call import Call, CallState
+from torpor.core.errors import Conflict, Damaged
+from torpor.core.events import CONTEXT_KINDS, GENESIS_HASH, Event, EventDraft, Kind, event_hash
+from torpor.core.ids import SessionId
+from torpor.db import blocks, requests
+from torpor.db.call_rows import body_facts, head_digest, intent_data
+from torpor.db.calls import load_calls, load_chunks
+from torpor.db.checkpoints import commit_data, list_intact
+from torpor.db.database import Row, Transaction
+from torpor.db.log import EVERYTHING, event_of
+from torpor.db.manifests import DIGEST_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is not as it was written, and the event that says how it was."""
+
+    code: str
+    seq: int | None
+    text: str
+
+
+def verify_chain(tx: Transaction, session_id: SessionId) -> list[Problem]:
+    """Everything that is wrong with a session's log; empty when all is as it was written."""
+    session = tx.one("session/find_by_id", session_id=session_id)
+    if session is None:
+        return [Problem(code="session_missing", seq=None, text=f"there is no session {session_id}")]
+    rows = tx.all("log/list_events", session_id=session_id, after_seq=0, row_limit=EVERYTHING)
+    problems = list(_chain_problems(session, rows))
+    if problems:
+        return problems  # what follows believes the events
+    events = {event.seq: event for event in map(event_of, rows)}
+    return [
+        *_tree_problems(session, events),
+        *_call_problems(tx, session_id, events),
+        *_checkpoint_problems(tx, session_id, events),
+    ]
+
+
+def _chain_problems(session: Row, rows: list[Row]) -> Iterator[Problem]:
+    """Gaps, links, hashes and the head."""
+    prev_hash = GENESIS_HASH
+    for expected, row in enumerate(rows, 1):
+        seq = row["seq"]
+        if seq != expected:
+            yield Problem(code="event_missing", seq=seq, text=f"event {expected} is missing")
+            return
+        if row["prev_hash"] != prev_hash:
+            yield Problem(code="chain_broken", seq=seq, text="it does not follow the event before it")
+        prev_hash = row["hash"]
+        if _recomputed(row) != row["hash"]:
+            yield Problem(code="event_changed", seq=seq, text="it is not what was written")
+    if (session["head_seq"], session["head_hash"]) != (len(rows), prev_hash):
+        yield Problem(code="head_wrong", seq=session["head_seq"], text=f"the last event is {len(rows)}")
+
+
+def _recomputed(row: Row) -> str | None:
+    """The hash of a row's fields; None if they are no event."""
+    try:
+        event = event_of(row)
+        draft = EventDraft(
+            kind=event.kind,
+            incarnation=event.incarnation,
+            call_id=event.call_id,
+            parent_seq=event.parent_seq,
+            data=event.data,
+            refs=event.refs,
+        )
+        return event_hash(
+            session_id=event.session_id, seq=event.seq, draft=draft, wall_ns=event.wall_ns, prev_hash=event.prev_hash
+        )
+    except (ValueError, TypeError):
+        return None
+
+
+def _tree_problems(session: Row, events: Mapping[int, Event]) -> Iterator[Problem]:
+    """Parents are older context events, so there is no cycle; only the root has none."""
+    for seq, event in events.items():
+        parent = None if event.parent_seq is None else events.get(event.parent_seq)
+        if event.kind not in CONTEXT_KINDS or event.kind is Kind.SESSION_CREATED:
+            if event.parent_seq is not None:
+                yield Problem(code="parent_wrong", seq=seq, text=f"{event.kind} has a parent")
+        elif parent is None or parent.seq >= seq or parent.kind not in CONTEXT_KINDS:
+            yield Problem(code="parent_wrong", seq=seq, text=f"{event.parent_seq} is not an older context event")
+    cursor = events.get(session["cursor_seq"])
+    if events and (cursor is None or cursor.kind not in CONTEXT_KINDS):
+        yield Problem(code="cursor_wrong", seq=session["cursor_seq"], text="the cursor is on no context event")
+
+
+def _call_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:
+    calls = {call.call_id: call for call in load_calls(tx, session_id)}
+    seen: set[bytes] = set()
+    ended: set[str] = set()
+    for seq, event in events.items():
+        call = calls.get(event.call_id) if event.call_id is not None else None
+        if event.call_id is not None and call is None:
+            yield Problem(code="call_missing", seq=seq, text=f"there is no call {event.call_id}")
+            continue
+        if call is None:
+            continue
+        match event.kind:
+            case Kind.CALL_INTENDED:
+                yield from _intent_problems(tx, call, event, seen)
+            case Kind.CALL_ANSWERING:
+                yield from _head_problems(call, event)
+            case Kind.CALL_COMPLETED | Kind.CALL_FAILED:
+                ended.add(call.call_id)
+                yield from _response_problems(tx, call, event)
+            case Kind.CALL_TORN:
+                yield from _response_problems(tx, call, event)
+            case _:
+                pass
+    for call in calls.values():
+        if (call.state in {CallState.ANSWERED, CallState.FAILED}) != (call.call_id in ended):
+            text = f"call {call.call_id} is {call.state} without an event that says so, or the other way round"
+            yield Problem(code="call_state_wrong", seq=call.ended_seq, text=text)
+
+
+def _intent_problems(tx: Transaction, call: Call, event: Event, seen: set[bytes]) -> Iterator[Problem]:
+    """The call and its request are what was intended; every block is as it was written, or redacted."""
+    if call.intended_seq != event.seq or any(event.data[name] != value for name, value in intent_data(call).items()):
+        yield Problem(code="call_changed", seq=event.seq, text=f"call {call.call_id} is not what was intended")
+    request = requests.find(tx, call.call_id)
+    if request is None or request.facts != event.data["request"] or event.refs != (request.manifest.hex(),):
+        yield Problem(code="request_changed", seq=event.seq, text=f"the request of {call.call_id} is not as written")
+        return
+    try:
+        digests = requests.read_list(tx, call.session_id, request.manifest)
+        for digest in {digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)} - seen:
+            seen.add(digest)
+            with suppress(Conflict):  # redacted: its absence is as it was decided
+                blocks.get(tx, call.session_id, digest)
+    except Damaged as error:
+        yield Problem(code="request_damaged", seq=event.seq, text=str(error))
+
+
+def _head_problems(call: Call, event: Event) -> Iterator[Problem]:
+    attempts = {attempt.number: attempt for attempt in call.attempts}
+    attempt = attempts.get(event.data["attempt"])
+    if attempt is None or attempt.head is None or head_digest(attempt.head) != event.data["head_digest"]:
+        yield Problem(code="head_changed", seq=event.seq, text=f"a response head of {call.call_id} is not as written")
+
+
+def _response_problems(tx: Transaction, call: Call, event: Event) -> Iterator[Problem]:
+    """The chunk rows are what the event says of them."""
+    if "digest" not in event.data:
+        return
+    chunks = load_chunks(tx, call.call_id, event.data["attempt"])
+    facts = body_facts([chunk.data for chunk in chunks])
+    numbers = [chunk.number for chunk in chunks]
+    if any(event.data[name] != value for name, value in facts.items()) or numbers != list(range(len(chunks))):
+        yield Problem(code="response_changed", seq=event.seq, text=f"chunks of {call.call_id} are not as written")
+    if "head_digest" in event.data:
+        yield from _head_problems(call, event)
+
+
+def _checkpoint_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:
+    """Each checkpoint's commit is in the log, behind its cut."""
+    for point in list_intact(tx, session_id):
+        event = events.get(point.committed_seq)
+        if event is None or point.seq >= point.committed_seq or dict(event.data) != commit_data(point):
+            text = f"checkpoint {point.checkpoint_id} is not as its commit says"
+            yield Problem(code="checkpoint_changed", seq=point.committed_seq, text=text)

@@ -1,0 +1,120 @@
+"""A node: the process that owns sessions. Composition root: config, clock, database, store, driver and the socket meet here.
+
+`torpor run` and `torpor resume` in the foreground are a node of one session; detached, the same code runs in a process of
+its own. The socket answers the runtime's verbs to the same user's other commands.
+"""
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from torpor import wire
+from torpor.core.clock import Clock, SystemClock
+from torpor.core.errors import SandboxFailed
+from torpor.core.ids import SessionId, new_node_id
+from torpor.runtime.owner import Outcome, Owner, Watcher
+from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
+
+
+class Node:
+    """One process's runtime, with its identity."""
+
+    def __init__(self, runtime: Runtime, clock: Clock) -> None:
+        self.runtime = runtime
+        self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
+
+    async def own(self, session_id: SessionId, watcher: Watcher) -> Outcome:
+        """Acquire a session and drive it to its end, or until a signal or another command asks to stop."""
+        async with self.runtime.own(session_id, self.holder, wire.answers, watcher) as owner:
+            verbs: dict[str, wire.Verb] = {
+                "ping": _ping,
+                "checkpoint": lambda: _checkpoint(owner),
+                "kill": lambda: _ask(owner.ask_to_kill),
+                "stop": lambda: _ask(owner.ask_to_stop),
+            }
+            async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
+                return await owner.run()
+
+    async def create(self, request: Request) -> SessionId:
+        session = await self.runtime.create(request, os.environ)
+        return session.session_id
+
+
+@contextlib.asynccontextmanager
+async def open_node(clock: Clock | None = None) -> AsyncGenerator[Node]:
+    """A node on the configured TORPOR_HOME."""
+    _harden()
+    clock = clock or SystemClock()
+    async with open_runtime(os.environ, clock) as runtime:
+        yield Node(runtime, clock)
+
+
+def _harden() -> None:
+    """This process holds keys: no core dumps, and no attaching by other processes of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_dumpable = 4
+        ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+
+
+@contextlib.asynccontextmanager
+async def _signals(owner: Owner, watcher: Watcher) -> AsyncGenerator[None]:
+    """Ctrl-C goes to the agent first; the second one, and SIGTERM, checkpoint the session and leave it to `resume`."""
+    loop = asyncio.get_running_loop()
+    interrupts = 0
+    tasks: set[asyncio.Task[None]] = set()
+
+    def interrupted() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts == 1:
+            watcher.notice("interrupting the agent; Ctrl-C again checkpoints the session and stops")
+            tasks.add(loop.create_task(owner.forward_signal(signal.SIGINT)))
+        else:
+            stop()
+
+    def stop() -> None:
+        watcher.notice("stopping; `torpor resume` goes on from here")
+        owner.ask_to_stop()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def _ping() -> dict[str, Any]:
+    return {"pid": os.getpid()}
+
+
+async def _checkpoint(owner: Owner) -> dict[str, Any]:
+    made = await owner.checkpoint()
+    if made is None:
+        raise SandboxFailed(
+            "checkpoint_failed", "cannot make a checkpoint now", hint="`torpor log SESSION` has the reason."
+        )
+    return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
+
+
+async def _ask(request: Any) -> dict[str, Any]:
+    request()
+    return {}
+
+
+def socket_of(lock: Path) -> Path | None:
+    """The socket of the node that holds a session's lock."""
+    from torpor.runtime.leasing import is_held, read_holder
+
+    holder = read_holder(lock) if is_held(lock) else None
+    return holder.socket if holder else None

@@ -1,0 +1,330 @@
+"""Makes checkpoints: the cut while the agent waits anyway, then the commit while it runs on.
+
+Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the names are crash points):
+
+    hold delivery, BARRIER, note the log's head
+        `checkpoint.cut`       the sandbox waits at the barrier; the next node's HELLO ends it
+    mark the sandbox as paused, pause
+        `checkpoint.paused`    the next node finds the mark and resumes the sandbox before it adopts it
+    image to memory, workspace changes to staging
+        `checkpoint.imaged`    as above; the staging directory is garbage
+    resume, remove the mark, RELEASE
+        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+    packs and manifest into the store, fsynced
+        `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
+    one transaction: checkpoint row, event and head
+        `checkpoint.committed` the checkpoint is there; the image stays cached in memory
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+
+from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
+from torpor.core.errors import Superseded, TorporError
+from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.gateway.server import Gateway
+from torpor.runtime.incarnation import Incarnation
+from torpor.runtime.records import Records
+from torpor.runtime.staging import Staging
+from torpor.sandbox.frames import GuestStatus
+from torpor.snapshots.capture import TreeCapture, capture
+from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.tree import TreeIndex
+
+logger = logging.getLogger(__name__)
+
+CUT_DEADLINE_SECONDS = 20
+COMMITS_WAITING_MAX = 2
+STDOUT, STDERR = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A checkpoint that is taken but not committed: its image and changed files are staged in memory."""
+
+    checkpoint: Checkpoint
+    workspace: TreeCapture
+
+
+class Checkpointer:
+    """Takes and commits the checkpoints of one session, one at a time and in order."""
+
+    def __init__(
+        self,
+        *,
+        records: Records,
+        store: SnapshotStore,
+        staging: Staging,
+        gateway: Gateway,
+        clock: Clock,
+        pins: dict[str, str],
+    ) -> None:
+        self._records = records
+        self._store = store
+        self._staging = staging
+        self._gateway = gateway
+        self._clock = clock
+        self._pins = pins
+        self._first_commit = asyncio.Event()
+        self._life: Incarnation | None = None
+        self._cutting = asyncio.Lock()
+        self._cuts_begun = 0
+        self._waiting: asyncio.Queue[Cut] = asyncio.Queue(COMMITS_WAITING_MAX)
+        self._newest: Checkpoint | None = None
+        self._committed: Checkpoint | None = None
+        self._tree: TreeIndex | None = None
+        self._next_number = 0
+        self._staged: set[SnapshotId] = set()
+        self.last_cut_at = clock.monotonic()
+
+    def begin_life(self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int) -> None:
+        """From now on checkpoints are of this incarnation, which came from (or is after) that checkpoint."""
+        self._life = life
+        self._next_number = next_number
+        self._newest = self._committed = checkpoint
+        self._tree = life.tree
+        self.last_cut_at = self._clock.monotonic()
+
+    async def first_commit(self) -> None:
+        """Wait for the first checkpoint of this owner."""
+        await self._first_commit.wait()
+
+    def end_life(self) -> None:
+        self._life = None
+
+    async def take(self, reason: str) -> None:
+        """Make a checkpoint of now; returns when the agent runs on, the commit goes on behind.
+
+        Whoever asks while a cut is on its way is served by the next one, together with all who asked by then. A failure
+        is an event in the log, never the caller's: the session runs on and the older checkpoint stands.
+
+        Raises:
+            Superseded: another node owns the session now.
+        """
+        asked_before = self._cuts_begun
+        async with self._cutting:
+            life = self._life
+            if life is None or self._cuts_begun > asked_before:
+                return
+            self._cuts_begun += 1
+            snapshot_id = new_snapshot_id(self._clock.wall_ns())
+            self._staged.add(snapshot_id)
+            try:
+                cut = await self._cut(life, snapshot_id, reason)
+            except Superseded:
+                raise
+            except (TorporError, OSError) as error:
+                self._discard(snapshot_id)
+                logger.warning("no checkpoint: %s", error)
+                await self._records.checkpoint_failed(life.number, reason, error)
+                return
+            await self._waiting.put(cut)
+
+    async def take_and_commit(self, reason: str) -> Checkpoint | None:
+        """Make a checkpoint and wait until it is durable; None when it failed, which the log explains."""
+        before = self._committed
+        await self.take(reason)
+        await self._waiting.join()
+        return self._committed if self._committed is not before else None
+
+    async def commit_forever(self) -> None:
+        """Commit what was cut, in order; runs beside the session."""
+        while True:
+            cut = await self._waiting.get()
+            try:
+                await self._commit(cut)
+            except Superseded:
+                raise
+            except (TorporError, OSError) as error:
+                self._discard(cut.checkpoint.snapshot_id)
+                logger.warning("checkpoint not committed: %s", error)
+                await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
+            finally:
+                self._waiting.task_done()
+
+    async def final_files(self, life: Incarnation) -> Checkpoint:
+        """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
+        wall_ns = self._clock.wall_ns()
+        snapshot_id = new_snapshot_id(wall_ns)
+        self._staging.begin(snapshot_id, 0)
+        seq, cursor_seq = await self._records.position()
+        changes, image = self._staging.changes(snapshot_id), self._staging.image(snapshot_id)
+        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, self._tree)
+        saved = await asyncio.to_thread(
+            self._store.save,
+            image_dir=image,
+            workspace=workspace,
+            parent=self._tree.snapshot_id if self._tree else None,
+            pins=self._pins,
+            snapshot_id=snapshot_id,
+        )
+        self._discard(snapshot_id)
+        return files_checkpoint(
+            saved,
+            session_id=self._records.session_id,
+            number=self._next_number,
+            seq=seq,
+            cursor_seq=cursor_seq,
+            incarnation=life.number,
+            reason="exit",
+            wall_ns=wall_ns,
+        )
+
+    def _discard(self, snapshot_id: SnapshotId) -> None:
+        self._staged.discard(snapshot_id)
+        self._staging.discard(snapshot_id)
+
+    async def settle(self) -> None:
+        """Wait until everything that was cut is committed or has failed."""
+        await self._waiting.join()
+
+    async def _cut(self, life: Incarnation, snapshot_id: SnapshotId, reason: str) -> Cut:
+        previous = self._newest
+        self._staging.begin(snapshot_id, previous.raw_bytes if previous else 0)
+        status = await life.link.cut(CUT_DEADLINE_SECONDS)
+        try:
+            seq, cursor_seq = await self._records.position()
+            streams = open_streams(status, self._gateway)
+            pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
+            crash_point("checkpoint.cut")
+            cut_wall_ns = self._clock.wall_ns()
+            started = self._clock.monotonic()
+            workspace = await self._freeze(life, snapshot_id)
+            frozen = self._clock.monotonic() - started
+        finally:
+            life.link.release()
+        crash_point("checkpoint.resumed")
+        self._staging.complete(snapshot_id)
+        self.last_cut_at = self._clock.monotonic()
+        image = self._staging.image(snapshot_id)
+        output = {stream.stream: stream.read for stream in status.streams}
+        checkpoint = Checkpoint(
+            checkpoint_id=new_checkpoint_id(cut_wall_ns),
+            session_id=self._records.session_id,
+            number=self._next_number,
+            seq=seq,
+            committed_seq=0,
+            cursor_seq=cursor_seq,
+            incarnation=life.number,
+            snapshot_id=snapshot_id,
+            manifest_digest="",
+            has_memory=True,
+            open_streams=streams,
+            next_stream=status.next_stream,
+            stdout_bytes=output.get(STDOUT, 0),
+            stderr_bytes=output.get(STDERR, 0),
+            reason=reason,
+            wall_ns=cut_wall_ns,
+            freeze_ns=round(frozen * 1e9),
+            commit_ns=0,
+            raw_bytes=sum(file.stat().st_size for file in image.iterdir()),
+            stored_bytes=0,
+            pending_redo=pending,
+            joinable=joinable,
+        )
+        self._newest = checkpoint
+        self._next_number += 1
+        return Cut(checkpoint=checkpoint, workspace=workspace)
+
+    async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId) -> TreeCapture:
+        """Pause, image, workspace, resume: the only time in which the agent stands still."""
+        life.paused_mark.touch()
+        await life.sandbox.pause()
+        try:
+            crash_point("checkpoint.paused")
+            await life.sandbox.save_image(self._staging.image(snapshot_id))
+            crash_point("checkpoint.imaged")
+            return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
+        finally:
+            await asyncio.shield(life.sandbox.resume())
+            life.paused_mark.unlink()
+
+    async def _commit(self, cut: Cut) -> None:
+        started = self._clock.monotonic()
+        snapshot_id = cut.checkpoint.snapshot_id
+        based_on = cut.workspace.based_on
+        parent = based_on.snapshot_id if based_on else self._committed and self._committed.snapshot_id
+        saved = await asyncio.to_thread(
+            self._store.save,
+            image_dir=self._staging.image(snapshot_id),
+            workspace=cut.workspace,
+            parent=parent,
+            pins=self._pins,
+            snapshot_id=snapshot_id,
+        )
+        self._tree = saved.tree
+        crash_point("checkpoint.stored")
+        checkpoint = replace(
+            cut.checkpoint,
+            manifest_digest=saved.manifest_digest,
+            stored_bytes=saved.stored_bytes,
+            commit_ns=round((self._clock.monotonic() - started) * 1e9),
+        )
+        self._committed = await self._records.commit_checkpoint(checkpoint)
+        crash_point("checkpoint.committed")
+        self._staging.discard_changes(snapshot_id)
+        self._staged.discard(snapshot_id)
+        self._staging.keep_only({snapshot_id, *self._staged})
+        self._first_commit.set()
+
+
+def files_checkpoint(
+    saved: SavedSnapshot,
+    *,
+    session_id: SessionId,
+    number: int,
+    seq: int,
+    cursor_seq: int,
+    incarnation: int,
+    reason: str,
+    wall_ns: int,
+) -> Checkpoint:
+    """A checkpoint of files alone: before the agent started, or after it ended."""
+    return Checkpoint(
+        checkpoint_id=new_checkpoint_id(wall_ns),
+        session_id=session_id,
+        number=number,
+        seq=seq,
+        committed_seq=0,
+        cursor_seq=cursor_seq,
+        incarnation=incarnation,
+        snapshot_id=saved.id,
+        manifest_digest=saved.manifest_digest,
+        has_memory=False,
+        open_streams=(),
+        next_stream=0,
+        stdout_bytes=0,
+        stderr_bytes=0,
+        reason=reason,
+        wall_ns=wall_ns,
+        freeze_ns=0,
+        commit_ns=round(saved.seconds * 1e9),
+        raw_bytes=saved.raw_bytes,
+        stored_bytes=saved.stored_bytes,
+    )
+
+
+def open_streams(status: GuestStatus, gateway: Gateway) -> tuple[OpenStream, ...]:
+    """Join what the guest and the gateway know of each open stream at a cut."""
+    known = gateway.open_streams()
+    found: list[OpenStream] = []
+    for stream in status.streams:
+        if stream.kind != "call" or stream.gone:
+            continue
+        attached = known.get(StreamId(stream.stream))
+        found.append(
+            OpenStream(
+                stream=StreamId(stream.stream),
+                port=stream.port,
+                call_id=attached.call_id if attached else None,
+                read=stream.read,
+                acknowledged=stream.acknowledged,
+                taken=stream.taken,
+                untouched_bytes=attached.untouched_bytes if attached else 0,
+                attempt=attached.attempt if attached else 1,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,78 @@
+"""Where everything lives below TORPOR_HOME. Paths only: whoever needs a file makes it."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from torpor.core.errors import MachineUnfit
+from torpor.core.ids import NodeId, SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """TORPOR_HOME's layout."""
+
+    root: Path
+
+    @property
+    def database_url(self) -> str:
+        return f"sqlite:///{self.root / 'torpor.db'}"
+
+    @property
+    def tools(self) -> Path:
+        return self.root / "bin"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def driver_state(self) -> Path:
+        return self.root / "runsc"
+
+    @property
+    def sessions(self) -> Path:
+        return self.root / "sessions"
+
+    def session(self, session_id: SessionId) -> Path:
+        return self.sessions / session_id
+
+    def lock(self, session_id: SessionId) -> Path:
+        return self.session(session_id) / "lock"
+
+    def incarnation(self, session_id: SessionId, number: int) -> Path:
+        return self.session(session_id) / "incarnations" / str(number)
+
+    def socket(self, node_id: NodeId) -> Path:
+        return self.root / "run" / f"{node_id[-12:]}.sock"
+
+    def prepare(self) -> None:
+        """Make the directories that several parts share, private to this user."""
+        for directory in (self.root, self.tools, self.images, self.sessions, self.root / "run"):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def init_directory(self) -> Path:
+        """A directory with the torpor-init of this version, kept by its hash: an image maps the very file.
+
+        Raises:
+            MachineUnfit: `init_missing`: the C program was not built.
+        """
+        program = Path(str(resources.files("torpor.sandbox") / "torpor-init"))
+        if not program.is_file():
+            raise MachineUnfit("init_missing", "cannot find torpor-init: it was not built", hint="Run `make setup`.")
+        digest = hashlib.sha256(program.read_bytes()).hexdigest()
+        directory = self.tools / f"init-{digest[:16]}"
+        target = directory / "torpor-init"
+        if not target.exists():
+            directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            staged = directory / "torpor-init.new"
+            shutil.copyfile(program, staged)
+            staged.chmod(0o755)
+            staged.rename(target)
+        return directory

@@ -1,0 +1,207 @@
+"""Brings a session's sandbox to the point where its link answers: boots, restores and adopts; sweeps what is left over.
+
+It touches no log. Who calls it has made the incarnation's number durable first, so that whatever a crash leaves here is
+found by its number and killed or adopted, never lost.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.clock import Clock
+from torpor.core.errors import SandboxFailed, TorporError
+from torpor.core.ids import SessionId
+from torpor.runtime.home import Home
+from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
+from torpor.runtime.staging import Staging
+from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
+from torpor.sandbox.link import Link
+from torpor.snapshots.store import SnapshotStore
+from torpor.snapshots.tree import TreeIndex
+
+HELLO_DEADLINE_SECONDS = 30
+PAUSED_HELLO_DEADLINE_SECONDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incarnation:
+    """One life of the sandbox, with the link open."""
+
+    number: int
+    sandbox: Sandbox
+    link: Link
+    tree: TreeIndex | None
+    """What the workspace held at the beginning, so that the first capture reads only what changed; None: unknown."""
+
+    @property
+    def plan(self) -> SandboxPlan:
+        return self.sandbox.plan
+
+    @property
+    def paused_mark(self) -> Path:
+        """There while this node may have the sandbox paused."""
+        return paused_mark(self.plan)
+
+
+def paused_mark(plan: SandboxPlan) -> Path:
+    return plan.directory / "paused"
+
+
+class Incarnations:
+    """Makes and finds the incarnations of one session."""
+
+    def __init__(
+        self,
+        *,
+        home: Home,
+        session_id: SessionId,
+        spec: SessionSpec,
+        driver: Driver,
+        store: SnapshotStore,
+        staging: Staging,
+        clock: Clock,
+    ) -> None:
+        self._home = home
+        self._session_id = session_id
+        self._spec = spec
+        self._driver = driver
+        self._store = store
+        self._staging = staging
+        self._clock = clock
+        self._slot: Sandbox | None = None
+        self._slot_number = 0
+
+    async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
+        """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
+        sandbox = await self._empty_sandbox(number)
+        async with self._undone_on_failure(sandbox):
+            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            await sandbox.start()
+            return await self._connect(number, sandbox, tree)
+
+    async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
+        """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
+
+        Raises:
+            Damaged: the snapshot's bytes are not what was stored.
+            SandboxFailed: the driver refused the image, or init did not answer.
+        """
+        image = self._staging.cached(checkpoint.snapshot_id)
+        async with asyncio.TaskGroup() as both:
+            rebuilt = both.create_task(self._rebuild(checkpoint)) if image is None else None
+            made = both.create_task(self._empty_sandbox(number))
+        sandbox = made.result()
+        async with self._undone_on_failure(sandbox):
+            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
+            return await self._connect(number, sandbox, tree)
+
+    async def adopt(self, number: int) -> Incarnation | None:
+        """The living sandbox of that number with a new link; None when there is none to speak to."""
+        sandbox = self._driver.find(sandbox_plan(self._home, self._session_id, self._spec, number))
+        if sandbox is None or not await asyncio.to_thread(sandbox.alive):
+            return None
+        mark = paused_mark(sandbox.plan)
+        try:
+            if not mark.exists():
+                return await self._connect(number, sandbox, None)
+            # The last node died around a pause. Resuming a kernel that is not paused would crash it, so ask first.
+            with contextlib.suppress(SandboxFailed):
+                found = await self._connect(number, sandbox, None, PAUSED_HELLO_DEADLINE_SECONDS)
+                mark.unlink()
+                return found
+            await sandbox.resume()
+            mark.unlink()
+            return await self._connect(number, sandbox, None)
+        except SandboxFailed:
+            return None
+
+    async def prepare_slot(self, number: int) -> None:
+        """Make a warm slot: an empty sandbox, ready to be restored into, for the incarnation of that number."""
+        if self._slot is None:
+            self._slot = await self._create(number)
+            self._slot_number = number
+
+    async def sweep(self, keep: int | None) -> None:
+        """Kill every sandbox of this session but one, and delete the directories of incarnations that are gone."""
+        prefix = sandbox_id(self._session_id, 0).removesuffix("0")
+        for name in self._driver.sandbox_ids():
+            number = name.removeprefix(prefix)
+            if name.startswith(prefix) and number.isdigit() and int(number) != keep:
+                plan = sandbox_plan(self._home, self._session_id, self._spec, int(number))
+                leftover = self._driver.find(plan)
+                if leftover is not None:
+                    await leftover.kill()
+        self._slot = None
+        await asyncio.to_thread(self._sweep_directories, keep)
+
+    def _sweep_directories(self, keep: int | None) -> None:
+        parent = self._home.incarnation(self._session_id, 0).parent
+        for directory in parent.iterdir() if parent.is_dir() else ():
+            if directory.name != str(keep):
+                shutil.rmtree(directory, ignore_errors=True)
+
+    async def _empty_sandbox(self, number: int) -> Sandbox:
+        """The warm slot, if it is this number's and alive, else a new one."""
+        slot, self._slot = self._slot, None
+        if slot is not None and self._slot_number == number and await asyncio.to_thread(slot.alive):
+            return slot
+        return await self._create(number)
+
+    async def _create(self, number: int) -> Sandbox:
+        plan = sandbox_plan(self._home, self._session_id, self._spec, number)
+        leftover = self._driver.find(plan)
+        if leftover is not None:
+            await leftover.kill()
+        await asyncio.to_thread(shutil.rmtree, plan.directory, ignore_errors=True)
+        plan.workspace.mkdir(parents=True, mode=0o700)
+        return await self._driver.create(plan)
+
+    async def _fill_workspace(self, plan: SandboxPlan, checkpoint: Checkpoint) -> TreeIndex:
+        return await asyncio.to_thread(
+            self._store.restore_workspace, checkpoint.snapshot_id, checkpoint.manifest_digest, plan.workspace
+        )
+
+    async def _rebuild(self, checkpoint: Checkpoint) -> Path:
+        """Write the image from the store into memory; kept there for the next restore."""
+        snapshot_id = checkpoint.snapshot_id
+        self._staging.discard(snapshot_id)
+        self._staging.begin(snapshot_id, checkpoint.raw_bytes)
+        target = self._staging.image(snapshot_id)
+        await asyncio.to_thread(self._store.restore_image, snapshot_id, checkpoint.manifest_digest, target)
+        self._staging.discard_changes(snapshot_id)
+        self._staging.complete(snapshot_id)
+        return target
+
+    async def _connect(
+        self, number: int, sandbox: Sandbox, tree: TreeIndex | None, deadline_seconds: float = HELLO_DEADLINE_SECONDS
+    ) -> Incarnation:
+        link = await Link.open(
+            to_guest=sandbox.plan.to_guest,
+            from_guest=sandbox.plan.from_guest,
+            clock=self._clock,
+            deadline_seconds=deadline_seconds,
+        )
+        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree)
+
+    @contextlib.asynccontextmanager
+    async def _undone_on_failure(self, sandbox: Sandbox):
+        try:
+            yield
+        except (TorporError, OSError, asyncio.CancelledError):
+            await asyncio.shield(sandbox.kill())
+            raise
+
+
+def fresh_entropy() -> bytes:
+    """64 bytes for the guest's kernel and its after-restore hooks."""
+    return os.urandom(64)
+
+
+Notice = Callable[[str], None]
+"""Tells a person, in one line, what is going on."""

@@ -1,0 +1,133 @@
+"""One node's right to a session, on one machine: an flock that dies with its holder, and the owner_token in the log.
+
+The lock says who may act now; the token, raised at each acquisition and checked in every statement, makes sure that a
+holder that lost it without knowing writes nothing. The lock file names its holder for people and for take-over.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torpor.core.errors import Conflict, MachineUnfit
+from torpor.core.ids import NodeId, SessionId
+
+HolderAnswers = Callable[[Path], Awaitable[bool]]
+"""Ask a node, over its socket, whether it is well; False when it is silent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """What a lock file says of who holds it."""
+
+    node_id: NodeId
+    pid: int
+    socket: Path
+
+
+class SessionLock:
+    """A held lock; let go by `release` or by the death of this process, whichever comes first."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def boot_id() -> str:
+    """Changes at each start of the machine: a row of another boot has no living owner and no living sandbox."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who wrote the lock file last; None when it is empty or unreadable."""
+    try:
+        fields = json.loads(path.read_text())
+        return Holder(node_id=NodeId(fields["node_id"]), pid=int(fields["pid"]), socket=Path(fields["socket"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_held(path: Path) -> bool:
+    """Some living process holds the lock."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+async def acquire_lock(
+    session_id: SessionId, path: Path, me: Holder, *, answers: HolderAnswers, deadline_seconds: float = 10
+) -> SessionLock:
+    """Take the session's lock; a holder that is alive but silent is killed first (through its pidfd, never by number).
+
+    Raises:
+        Conflict: `session_running`: a node that answers has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, descriptor)
+        if not _try_lock(descriptor):
+            await _displace(session_id, path, answers, deadline_seconds)
+            async with asyncio.timeout(deadline_seconds):
+                await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        text = json.dumps({"node_id": me.node_id, "pid": me.pid, "socket": str(me.socket)})
+        os.pwrite(descriptor, text.encode(), 0)
+        undo.pop_all()
+    return SessionLock(path, descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise MachineUnfit(
+            "home_unlockable",
+            f"cannot lock the session's file: {error}",
+            hint="TORPOR_HOME must lie on a local file system.",
+        ) from error
+    return True
+
+
+async def _displace(session_id: SessionId, path: Path, answers: HolderAnswers, deadline_seconds: float) -> None:
+    """Make sure that whoever holds the lock is well (then refuse) or dead."""
+    holder = read_holder(path)
+    if holder is None or await answers(holder.socket):
+        node = f"node {holder.node_id}, pid {holder.pid}," if holder else "a node"
+        raise Conflict(
+            "session_running",
+            f"cannot take session {session_id}: {node} runs it",
+            hint="`torpor log SESSION --follow` shows it; `torpor kill SESSION` ends it.",
+        )
+    try:
+        pidfd = os.pidfd_open(holder.pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Between reading the number and opening it the holder may have died: the lock then is free at once.
+        if read_holder(path) == holder and is_held(path):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await asyncio.to_thread(select.select, [pidfd], [], [], deadline_seconds)
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,399 @@
+"""Owns one session from its lease on: brings it to life, keeps it alive, checkpoints it, and ends it.
+
+The loop is: a rung of the ladder gives a life; the life goes on until the agent exits, the sandbox is lost, or somebody
+asks to stop. A lost sandbox goes back to the ladder, with the gateway's pumps still running: killing only the sandbox
+costs no second call. A node that was superseded writes nothing more and leaves the sandbox to its new owner.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from torpor.core.checkpoint import Checkpoint, stream_fate
+from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
+from torpor.core.errors import InvalidInput, SandboxFailed, TorporError
+from torpor.core.events import EventDraft, Kind
+from torpor.core.session import ENDED, SessionStatus
+from torpor.gateway.server import Gateway
+from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
+from torpor.runtime.outputs import OutputPump
+from torpor.runtime.records import Records
+from torpor.runtime.recovery import Ladder, Rung
+from torpor.runtime.spec import SessionSpec
+from torpor.runtime.staging import Staging
+from torpor.sandbox.frames import STDERR, STDOUT, AgentSpec
+from torpor.sandbox.streams import Stream, StreamGone
+
+ALIVE_DEADLINE_SECONDS = 60
+CHECKPOINT_AGE_SECONDS = 300
+LOSSES_WITHOUT_PROGRESS_MAX = 5
+OUTPUT_DRAIN_SECONDS = 10
+
+
+class Ending(Enum):
+    """Why a life is over."""
+
+    EXITED = "exited"
+    LOST = "lost"
+    STOPPED = "stopped"
+    KILLED = "killed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an owner's work ended.
+
+    Attributes:
+        status: the session's status now.
+        exit_status: the agent's exit status as a shell gives it; None while it has none.
+    """
+
+    status: SessionStatus
+    exit_status: int | None
+
+
+class Watcher:
+    """What the owner tells people meanwhile; the CLI overrides it."""
+
+    def output(self, channel: int, data: bytes) -> None:
+        """New output of the agent (channel 1 stdout, 2 stderr), never repeated."""
+
+    def notice(self, text: str) -> None:
+        """One line on what happened to the session."""
+
+
+class Owner:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        spec: SessionSpec,
+        records: Records,
+        incarnations: Incarnations,
+        ladder: Ladder,
+        gateway: Gateway,
+        checkpointer: Checkpointer,
+        staging: Staging,
+        clock: Clock,
+        watcher: Watcher,
+    ) -> None:
+        self._spec = spec
+        self._records = records
+        self._incarnations = incarnations
+        self._ladder = ladder
+        self._gateway = gateway
+        self._checkpointer = checkpointer
+        self._staging = staging
+        self._clock = clock
+        self._watcher = watcher
+        self._wanted: Ending | None = None
+        self._asked = asyncio.Event()
+        self._life: Incarnation | None = None
+        self._signals = 0
+
+    async def run(self) -> Outcome:
+        """Drive the session until it ends or is asked to stop."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                gateway = tasks.create_task(self._gateway.run())
+                committer = tasks.create_task(self._checkpointer.commit_forever())
+                outcome = await self._lives()
+                self._gateway.close()
+                committer.cancel()
+                await gateway
+        except* TorporError as failures:
+            # One fault may fail several tasks; people and exit codes want the one that came first.
+            raise _first(failures) from failures
+        return outcome
+
+    def ask_to_stop(self) -> None:
+        """Checkpoint, free the sandbox, leave the session resumable."""
+        self._wanted = self._wanted or Ending.STOPPED
+        self._asked.set()
+
+    def ask_to_kill(self) -> None:
+        """End the session for good."""
+        self._wanted = Ending.KILLED
+        self._asked.set()
+
+    async def forward_signal(self, number: int) -> None:
+        """Send a signal to the agent's process group."""
+        self._signals += 1
+        if self._life is not None:
+            await self._life.link.signal(number, self._clock.wall_ns() + self._signals)
+
+    async def checkpoint(self) -> Checkpoint | None:
+        """Make a checkpoint now; None when it failed."""
+        return await self._checkpointer.take_and_commit("manual")
+
+    async def _lives(self) -> Outcome:
+        await self._gateway.recover()
+        calls = await self._records.calls()
+        rung = await self._ladder.adopt(calls)
+        await self._incarnations.sweep(keep=rung.life.number if rung else None)
+        reason, losses, progress = "resumed", 0, -1
+        while True:
+            if rung is None:
+                rung = await self._climb(reason)
+            ending = await self._live(rung)
+            if ending is not Ending.LOST:
+                return await self._end(ending, rung.life)
+            at = (await self._records.position())[0]
+            losses = 0 if at > progress + 3 else losses + 1
+            progress = at
+            if losses >= LOSSES_WITHOUT_PROGRESS_MAX:
+                raise SandboxFailed(
+                    "session_crash_loop",
+                    f"cannot keep session {self._records.session_id} running: its sandbox dies again and again",
+                    hint="`torpor log SESSION` has the reasons; `torpor resume SESSION` tries again.",
+                )
+            await self._records.set_status(SessionStatus.RECOVERING, "the sandbox died")
+            await rung.life.sandbox.kill()
+            reason, rung = "the sandbox died", None
+
+    async def _climb(self, reason: str) -> Rung:
+        session = await self._records.session()
+        if session.status is SessionStatus.ASLEEP:
+            await self._records.set_status(SessionStatus.WAKING, reason)
+        elif session.status is not SessionStatus.CREATED:
+            await self._records.set_status(SessionStatus.RECOVERING, reason)
+        try:
+            return await self._ladder.restore(await self._records.calls(), reason)
+        except SandboxFailed as error:
+            if error.code == "session_lost":
+                await self._records.set_status(SessionStatus.LOST, str(error))
+            raise
+
+    async def _live(self, rung: Rung) -> Ending:
+        """One life of the sandbox, from its first stream to its end."""
+        life = rung.life
+        ending = Ending.LOST
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(life.link.run())
+                outputs = await self._begin(rung, tasks)
+                self._life = life
+                tasks.create_task(self._accept(life, tasks))
+                tasks.create_task(self._checkpoint_by_age())
+                tasks.create_task(self._prepare_slot(life.number + 1))
+                ending = await self._wait_for_ending(life, tasks)
+                await self._conclude(ending, life, outputs)
+                _end_tasks()
+        except* _LifeOver:
+            pass
+        except* SandboxFailed as failures:
+            ending = Ending.LOST
+            reason = _reason(failures)
+            await self._note_end(life.number, reason)
+            self._watcher.notice(f"the sandbox died: {reason}")
+        finally:
+            self._life = None
+            self._checkpointer.end_life()
+        return ending
+
+    async def _wait_for_ending(self, life: Incarnation, tasks: asyncio.TaskGroup) -> Ending:
+        waiting = [
+            tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
+            tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
+        ]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        ending = done.pop().result()
+        return self._wanted or ending if ending is Ending.STOPPED else ending
+
+    async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> None:
+        """What has to happen while the link is still open."""
+        if ending is Ending.EXITED:
+            await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
+            await self._finish(life)
+        elif ending is Ending.STOPPED:
+            await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
+            committed = await self._checkpointer.take_and_commit("stop")
+            if committed is not None:
+                await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+
+    async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Start or wake the agent and give every open stream what it gets; nothing is delivered before ALIVE."""
+        life, checkpoint = rung.life, rung.checkpoint
+        await self._gateway.begin_incarnation(life.number, rung.redo, adopted=rung.mode == "adopt")
+        wall_ns = self._clock.wall_ns()
+        if rung.mode == "boot":
+            arguments = AgentSpec(arguments=self._spec.argv, environment=self._spec.environment, cwd=self._spec.cwd)
+            try:
+                await life.link.start(arguments, incarnation=life.number, wall_ns=wall_ns, entropy=fresh_entropy())
+            except InvalidInput as error:
+                await self._could_not_start(life, error)
+                raise
+        elif rung.mode == "restore":
+            await life.link.restored(
+                incarnation=life.number,
+                wall_ns=wall_ns,
+                slept_ns=max(0, wall_ns - checkpoint.wall_ns),
+                entropy=fresh_entropy(),
+                environment={},
+                deadline_seconds=ALIVE_DEADLINE_SECONDS,
+            )
+        highest = max(point.number for point in await self._records.checkpoints())
+        self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
+        outputs = await self._take_over_outputs(rung, tasks)
+        await self._take_over_streams(rung, tasks)
+        took_ns = round((self._clock.monotonic() - rung.requested_at) * 1e9)
+        chosen = EventDraft(
+            kind=Kind.RECOVERY_CHOSEN,
+            incarnation=life.number,
+            data={"mode": rung.mode, "checkpoint": checkpoint.number, "took_ns": took_ns},
+        )
+        await self._records.append(chosen)
+        await self._records.set_status(SessionStatus.RUNNING, rung.mode)
+        if rung.mode != "boot":
+            self._watcher.notice(_tell(rung, took_ns))
+        return outputs
+
+    async def _take_over_streams(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
+        calls = await self._records.calls()
+        for opened in rung.streams:
+            call = calls.get(opened.call_id) if opened.call_id else None
+            alive = call is not None and self._gateway.pump_alive(call.call_id)
+            fate = stream_fate(opened, call, pump_alive=alive)
+            # Without a durable call the request starts over: init still has all of it.
+            position = opened.read if call is not None else opened.acknowledged
+            stream = rung.life.link.inherit(opened.stream, position=position, acknowledged=opened.acknowledged)
+            tasks.create_task(self._gateway.inherit(stream, opened, fate, incarnation=rung.life.number))
+
+    async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        life = rung.life
+        started: list[asyncio.Task[None]] = []
+        for channel, cut_at in ((STDOUT, rung.checkpoint.stdout_bytes), (STDERR, rung.checkpoint.stderr_bytes)):
+            position = 0 if rung.mode == "boot" else cut_at
+            recorded = await self._records.output_after(channel, position)
+            if rung.mode == "boot":
+                stream = life.link.stdout if channel == STDOUT else life.link.stderr
+            else:
+                if rung.mode == "adopt":
+                    # Whatever init says was acknowledged is in the log; go on where the log ends.
+                    position += len(recorded)
+                    recorded = b""
+                stream = life.link.inherit(channel, position=position, acknowledged=position)
+            pump = OutputPump(
+                records=self._records,
+                incarnation=life.number,
+                channel=channel,
+                stream=stream,
+                recorded=recorded,
+                show=self._watcher.output,
+            )
+            started.append(tasks.create_task(pump.run()))
+        return started
+
+    async def _accept(self, life: Incarnation, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            stream: Stream = await life.link.accept()
+            tasks.create_task(self._serve(stream, life.number))
+
+    async def _serve(self, stream: Stream, incarnation: int) -> None:
+        with contextlib.suppress(StreamGone):
+            await self._gateway.serve(stream, incarnation=incarnation)
+
+    async def _checkpoint_by_age(self) -> None:
+        while True:
+            age = self._clock.monotonic() - self._checkpointer.last_cut_at
+            if age >= CHECKPOINT_AGE_SECONDS:
+                await self._checkpointer.take("age")
+                age = 0
+            await asyncio.sleep(CHECKPOINT_AGE_SECONDS - age)
+
+    async def _prepare_slot(self, number: int) -> None:
+        """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""
+        await self._checkpointer.first_commit()
+        with contextlib.suppress(TorporError, OSError):
+            await self._incarnations.prepare_slot(number)
+
+    async def _end(self, ending: Ending, life: Incarnation) -> Outcome:
+        """Free the sandbox; the session's rows already say what became of it, or are told now."""
+        if ending is Ending.KILLED:
+            await self._records.set_status(SessionStatus.CANCELLED, "killed by a person")
+        await life.sandbox.kill()
+        await self._incarnations.sweep(keep=None)
+        session = await self._records.session()
+        if session.status in ENDED:
+            self._staging.clear()
+        return Outcome(status=session.status, exit_status=session.exit_status)
+
+    async def _finish(self, life: Incarnation) -> None:
+        """The agent exited: its final workspace, the exit and the status become durable together, then init may go.
+
+        A kill -9 before the transaction leaves a sandbox whose init still holds the exit status; after it
+        (`exit.committed`) a session that has ended, and a sandbox that the next sweep kills.
+        """
+        wait_status = await life.link.wait_exit()
+        await self._checkpointer.settle()
+        final = await self._checkpointer.final_files(life)
+        code = exit_code(wait_status)
+        status = SessionStatus.SUCCEEDED if code == 0 else SessionStatus.FAILED
+        await self._records.end(status, code, final, describe_exit(wait_status))
+        crash_point("exit.committed")
+        life.link.acknowledge_exit()
+
+    async def _could_not_start(self, life: Incarnation, error: InvalidInput) -> None:
+        await self._records.set_status(SessionStatus.FAILED, str(error), exit_status=127)
+        await life.sandbox.kill()
+
+    async def _note_end(self, number: int, reason: str) -> None:
+        draft = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=number, data={"reason": reason})
+        await self._records.append(draft)
+
+
+class _LifeOver(Exception):
+    pass
+
+
+async def _as(ending: Ending, waited: Awaitable[object]) -> Ending:
+    await waited
+    return ending
+
+
+def _end_tasks() -> None:
+    """End the surrounding TaskGroup with everything in it."""
+    raise _LifeOver
+
+
+def _first(group: BaseExceptionGroup[TorporError]) -> TorporError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, TorporError)
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The first failure of a group, in its own words."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)
+
+
+def _tell(rung: Rung, took_ns: int) -> str:
+    milliseconds = took_ns / 1e6
+    if rung.mode == "adopt":
+        return f"adopted the living sandbox in {milliseconds:.0f} ms"
+    return f"restored checkpoint {rung.checkpoint.number} in {milliseconds:.0f} ms"
+
+
+def exit_code(wait_status: int) -> int:
+    """The exit status of the agent as a shell gives it: 128 + n for a signal."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return code if code >= 0 else 128 - code
+
+
+def describe_exit(wait_status: int) -> Mapping[str, object]:
+    """The agent's exit for its event."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return {"exit_status": code}
+    return {"exit_status": 128 - code, "signal": signal.Signals(-code).name}

@@ -1,0 +1,167 @@
+"""One session's log and rows, written with this owner's token: the runtime's only door to the database.
+
+Every method is one transaction. Superseded from any of them means: stop at once.
+"""
+
+from collections.abc import Sequence
+
+from torpor.core.call import Call
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.clock import Clock
+from torpor.core.errors import TorporError
+from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.ids import CallId, SessionId
+from torpor.core.session import SessionStatus
+from torpor.db import calls, checkpoints, log, outputs, sessions
+from torpor.db.database import Database, Transaction
+
+
+class Records:
+    """The owner's view of its session's rows."""
+
+    def __init__(self, *, database: Database, session_id: SessionId, owner_token: int, clock: Clock) -> None:
+        self.database = database
+        self.session_id = session_id
+        self.owner_token = owner_token
+        self._clock = clock
+
+    async def position(self) -> tuple[int, int]:
+        """The log's head and the branch's cursor."""
+        session = await self.session()
+        return session.head_seq, session.cursor_seq
+
+    async def session(self) -> sessions.Session:
+        return await self.database.read(lambda tx: sessions.get(tx, self.session_id))
+
+    async def append(self, *drafts: EventDraft, durable: bool = True) -> list[Event]:
+        def work(tx: Transaction) -> list[Event]:
+            return log.append(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                drafts=drafts,
+                wall_ns=self._clock.wall_ns(),
+            )
+
+        return await self.database.write(work, durable=durable)
+
+    async def set_status(self, status: SessionStatus, reason: str = "", exit_status: int | None = None) -> None:
+        """Move along the status table; being there already is fine."""
+
+        def work(tx: Transaction) -> None:
+            if sessions.get(tx, self.session_id).status is not status:
+                sessions.set_status(
+                    tx,
+                    session_id=self.session_id,
+                    owner_token=self.owner_token,
+                    status=status,
+                    wall_ns=self._clock.wall_ns(),
+                    reason=reason,
+                    exit_status=exit_status,
+                )
+
+        await self.database.write(work, durable=True)
+
+    async def begin_incarnation(self, number: int, checkpoint: Checkpoint, mode: str, reason: str) -> None:
+        """Make a new incarnation durable before anything of it exists; the cursor goes back to the checkpoint's."""
+
+        def work(tx: Transaction) -> None:
+            sessions.set_incarnation(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                incarnation=number,
+                wall_ns=self._clock.wall_ns(),
+                data={"mode": mode, "reason": reason, "checkpoint": checkpoint.number},
+            )
+            sessions.set_cursor(
+                tx, session_id=self.session_id, owner_token=self.owner_token, cursor_seq=checkpoint.cursor_seq
+            )
+
+        await self.database.write(work, durable=True)
+
+    async def commit_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Checkpoint row, event and head in one transaction."""
+
+        def work(tx: Transaction) -> Checkpoint:
+            return checkpoints.commit(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                checkpoint=checkpoint,
+                wall_ns=self._clock.wall_ns(),
+            )
+
+        return await self.database.write(work, durable=True)
+
+    async def checkpoint_failed(self, incarnation: int, reason: str, error: Exception) -> None:
+        code = error.code if isinstance(error, TorporError) else "machine_failed"
+        data = {"reason": reason, "code": code, "message": str(error)}
+        draft = EventDraft(kind=Kind.CHECKPOINT_FAILED, incarnation=incarnation, data=data)
+        await self.append(draft, durable=False)
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """All that may restore, oldest first."""
+        return await self.database.read(lambda tx: checkpoints.list_intact(tx, self.session_id))
+
+    async def calls(self) -> dict[CallId, Call]:
+        found = await self.database.read(lambda tx: calls.load_calls(tx, self.session_id))
+        return {call.call_id: call for call in found}
+
+    async def events(self, after_seq: int = 0) -> Sequence[Event]:
+        return await self.database.read(lambda tx: log.events(tx, self.session_id, after_seq=after_seq))
+
+    async def append_output(self, channel: int, position: int, incarnation: int, data: bytes) -> None:
+        """Written, not synced: an image that no longer has these bytes is committed after them, durably."""
+
+        def work(tx: Transaction) -> None:
+            outputs.append_output(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                channel=channel,
+                position=position,
+                incarnation=incarnation,
+                data=data,
+                wall_ns=self._clock.wall_ns(),
+            )
+
+        await self.database.write(work, durable=False)
+
+    async def output_after(self, channel: int, position: int) -> bytes:
+        return await self.database.read(lambda tx: outputs.read(tx, self.session_id, channel, position))
+
+    async def end(self, status: SessionStatus, exit_status: int, final: Checkpoint, data: dict[str, object]) -> None:
+        """The agent's exit, the session's last status and its final workspace, together."""
+
+        def work(tx: Transaction) -> None:
+            checkpoints.commit(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                checkpoint=final,
+                wall_ns=self._clock.wall_ns(),
+            )
+            draft = EventDraft(kind=Kind.AGENT_EXITED, incarnation=final.incarnation, data=data)
+            wall_ns = self._clock.wall_ns()
+            log.append(tx, session_id=self.session_id, owner_token=self.owner_token, drafts=[draft], wall_ns=wall_ns)
+            sessions.set_status(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                status=status,
+                wall_ns=wall_ns,
+                reason="the agent exited",
+                exit_status=exit_status,
+            )
+
+        await self.database.write(work, durable=True)
+
+    async def release(self) -> None:
+        """Say that no node drives the session any more."""
+        await self.database.write(
+            lambda tx: sessions.release(
+                tx, session_id=self.session_id, owner_token=self.owner_token, wall_ns=self._clock.wall_ns()
+            ),
+            durable=True,
+        )

@@ -1,0 +1,153 @@
+"""From a session that stopped anywhere to one that runs: the ladder of RECOVERY sections 4 and 9.
+
+    adopt the living sandbox -> newest eligible checkpoint -> older ones -> checkpoint 0: a fresh boot with the files
+
+Each rung that is tried and fails is an event with its reason. Order of a rung: the incarnation's number and its event
+are durable, then the sandbox is made, then its streams are inherited. A kill -9 in between leaves a numbered sandbox
+that the next recovery finds: it adopts it if it came to life, else kills it and tries again under a new number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torpor.core.branch import Timeline
+from torpor.core.call import Call
+from torpor.core.checkpoint import Checkpoint, OpenStream, every_stream_goes_on, restore_order
+from torpor.core.clock import Clock
+from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, TorporError
+from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import CallId, StreamId
+from torpor.core.redo import RedoSet, redo_set_after_recovery
+from torpor.gateway.server import Gateway
+from torpor.runtime.incarnation import Incarnation, Incarnations
+from torpor.runtime.records import Records
+from torpor.sandbox.frames import GuestStatus, Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """A sandbox whose link is open, and what is to be done with it.
+
+    Attributes:
+        mode: "boot", "restore" or "adopt".
+        streams: what was open at the cut, or, adopted, what is open now.
+    """
+
+    life: Incarnation
+    mode: str
+    checkpoint: Checkpoint
+    redo: RedoSet
+    streams: tuple[OpenStream, ...]
+    requested_at: float
+
+
+class Ladder:
+    """Finds the highest rung that holds."""
+
+    def __init__(self, *, records: Records, incarnations: Incarnations, gateway: Gateway, clock: Clock) -> None:
+        self._records = records
+        self._incarnations = incarnations
+        self._gateway = gateway
+        self._clock = clock
+
+    async def adopt(self, calls: Mapping[CallId, Call]) -> Rung | None:
+        """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
+        session = await self._records.session()
+        checkpoints = await self._records.checkpoints()
+        if session.incarnation == 0 or not checkpoints:
+            return None
+        started_at = self._clock.monotonic()
+        life = await self._incarnations.adopt(session.incarnation)
+        if life is None:
+            return None
+        refusal, rung = await self._consider(life, checkpoints, calls, started_at)
+        if refusal:
+            life.link.close()
+            await self._rejected("adopt", None, life.number, refusal)
+        return rung
+
+    async def _consider(
+        self, life: Incarnation, checkpoints: list[Checkpoint], calls: Mapping[CallId, Call], started_at: float
+    ) -> tuple[str, Rung | None]:
+        status = life.link.status
+        if status.incarnation != life.number or status.phase not in (Phase.RUNNING, Phase.EXITED):
+            return f"its sandbox never came to life as incarnation {life.number}", None
+        try:
+            redo, known = await self._gateway.load_incarnation(life.number)
+        except TorporError as error:
+            return str(error), None
+        streams = _open_now(status, known)
+        if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
+            return "its agent holds part of an answer that was torn", None
+        origin = max(checkpoints, key=lambda point: point.seq)
+        rung = Rung(life=life, mode="adopt", checkpoint=origin, redo=redo, streams=streams, requested_at=started_at)
+        return "", rung
+
+    async def restore(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
+        """The newest checkpoint that restores.
+
+        Raises:
+            SandboxFailed: `session_lost`: none does.
+        """
+        started_at = self._clock.monotonic()
+        checkpoints = await self._records.checkpoints()
+        for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
+            session = await self._records.session()
+            number = session.incarnation + 1
+            mode = "restore" if checkpoint.has_memory else "boot"
+            await self._records.begin_incarnation(number, checkpoint, mode, reason)
+            try:
+                make = self._incarnations.restore if checkpoint.has_memory else self._incarnations.boot
+                life = await make(number, checkpoint)
+            except Superseded:
+                raise
+            except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
+                await self._rejected(mode, checkpoint, number, _words(error))
+                continue
+            redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
+            return Rung(
+                life=life,
+                mode=mode,
+                checkpoint=checkpoint,
+                redo=redo,
+                streams=checkpoint.open_streams,
+                requested_at=started_at,
+            )
+        raise SandboxFailed(
+            "session_lost",
+            f"cannot recover session {self._records.session_id}: none of its {len(checkpoints)} checkpoints restores",
+            hint="`torpor log SESSION` says why each was rejected; `torpor pull SESSION` still brings its files.",
+        )
+
+    async def _rejected(self, mode: str, checkpoint: Checkpoint | None, number: int, reason: str) -> None:
+        data = {"mode": mode, "checkpoint": checkpoint.number if checkpoint else None, "reason": reason}
+        draft = EventDraft(kind=Kind.RECOVERY_REJECTED, incarnation=number, data=data)
+        await self._records.append(draft)
+
+
+def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenStream]) -> tuple[OpenStream, ...]:
+    """The streams of a living sandbox: positions from the guest, who has the last word, calls from the log."""
+    found: list[OpenStream] = []
+    for stream in status.streams:
+        if stream.kind != "call":
+            continue
+        logged = known.get(StreamId(stream.stream))
+        found.append(
+            OpenStream(
+                stream=StreamId(stream.stream),
+                port=stream.port,
+                call_id=logged.call_id if logged else None,
+                read=stream.read,
+                acknowledged=stream.acknowledged,
+                taken=stream.taken,
+                untouched_bytes=logged.untouched_bytes if logged else 0,
+                attempt=logged.attempt if logged else 1,
+            )
+        )
+    return tuple(found)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_words(inner) for inner in error.exceptions)
+    return str(error)

@@ -1,0 +1,315 @@
+"""The runtime's public verbs: create, run (own), pull, diff, remove. The CLI and the node call nothing below it."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from torpor.config import Upstream, guest_environment, read_upstreams, torpor_home
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.clock import Clock
+from torpor.core.errors import Conflict, InvalidInput
+from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.session import ENDED
+from torpor.db import checkpoints, sessions
+from torpor.db.database import Database, Transaction, open_database
+from torpor.gateway.server import Gateway
+from torpor.runtime import leasing, workspaces
+from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
+from torpor.runtime.home import Home
+from torpor.runtime.incarnation import Incarnations
+from torpor.runtime.owner import Owner, Watcher
+from torpor.runtime.records import Records
+from torpor.runtime.recovery import Ladder
+from torpor.runtime.spec import SessionSpec, image_spec
+from torpor.runtime.staging import Staging
+from torpor.sandbox import rootfs
+from torpor.sandbox.gvisor import GvisorDriver, Runsc
+from torpor.sandbox.tools import find_runsc
+from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.capture import capture
+from torpor.snapshots.diff import Change
+from torpor.snapshots.materialize import ExportReport
+from torpor.snapshots.store import SnapshotStore
+
+CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a person asks for with `torpor run`."""
+
+    argv: tuple[str, ...]
+    name: str | None
+    image: str
+    workspace: Path
+    environment: Mapping[str, str]
+    mounts: tuple[Path, ...] = ()
+
+
+class Runtime:
+    """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
+
+    def __init__(self, *, home: Home, upstreams: Sequence[Upstream], database: Database, clock: Clock) -> None:
+        self.home = home
+        self.upstreams = upstreams
+        self.database = database
+        self.clock = clock
+        self.store = SnapshotStore(LocalDirectory(home.store), clock=clock)
+
+    async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
+        """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
+
+        A kill -9 before the last transaction leaves a session without a checkpoint, which `rm` removes.
+
+        Raises:
+            InvalidInput, Conflict, MachineUnfit: something of the request can't be used.
+        """
+        if not request.argv:
+            raise InvalidInput("command_empty", "cannot run a session: no command was given", hint="torpor run -- CMD")
+        source = workspaces.check_source(request.workspace, Path.home(), self.home.root)
+        spec = await asyncio.to_thread(self._spec, request, source, caller)
+        session_id = new_session_id(self.clock.wall_ns())
+        plain = msgspec.to_builtins(spec)
+        session = await self.database.write(
+            lambda tx: sessions.create(
+                tx, session_id=session_id, name=request.name, spec=plain, wall_ns=self.clock.wall_ns()
+            ),
+            durable=True,
+        )
+        environments = await asyncio.to_thread(self._environments, request, caller)
+        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
+        seed = await asyncio.to_thread(self._seed, session, source, inside)
+        await self.database.write(
+            lambda tx: checkpoints.commit(
+                tx,
+                session_id=session_id,
+                owner_token=session.owner_token,
+                checkpoint=seed,
+                wall_ns=self.clock.wall_ns(),
+            ),
+            durable=True,
+        )
+        return session
+
+    @contextlib.asynccontextmanager
+    async def own(
+        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: Watcher
+    ) -> AsyncGenerator[Owner]:
+        """Acquire the session: lock first, then the token. Let go of both at the end.
+
+        Raises:
+            Conflict: `session_running`, `session_ended`.
+        """
+        session = await self.session(session_id)
+        if session.status in ENDED:
+            raise Conflict(
+                "session_ended",
+                f"cannot resume session {session_id}: it has {session.status}",
+                hint="`torpor log SESSION` shows its past, `torpor pull SESSION` brings its files.",
+            )
+        runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            seen = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
+            records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
+            yield self._owner(records, seen, runsc, watcher)
+            await records.release()
+        finally:
+            lock.release()
+
+    async def session(self, text: str) -> sessions.Session:
+        """Find a session by id, unique beginning of an id, or name."""
+        return await self.database.read(lambda tx: sessions.find(tx, text))
+
+    async def newest_checkpoint(self, session_id: SessionId) -> Checkpoint:
+        """The one whose files are the newest.
+
+        Raises:
+            Conflict: `session_without_checkpoint`.
+        """
+        found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
+        if not found:
+            raise Conflict("session_without_checkpoint", f"cannot read session {session_id}: it has no checkpoint")
+        return max(found, key=lambda point: point.seq)
+
+    async def pull(self, session_id: SessionId, destination: Path) -> ExportReport:
+        """Lay the session's newest checkpointed workspace over a directory."""
+        point = await self.newest_checkpoint(session_id)
+        destination.mkdir(parents=True, exist_ok=True)
+        return await asyncio.to_thread(
+            self.store.export_workspace, point.snapshot_id, point.manifest_digest, destination
+        )
+
+    async def diff(self, session_id: SessionId) -> list[Change]:
+        """What the session changed in its workspace, from the seed to its newest checkpoint."""
+        found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
+        first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
+        return await asyncio.to_thread(
+            self.store.diff,
+            (first.snapshot_id, first.manifest_digest),
+            (last.snapshot_id, last.manifest_digest),
+        )
+
+    async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
+        """Forget a session: its rows, directories and sandboxes. Its snapshots become garbage for `collect`."""
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+            runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+            staging = Staging(self.home.root, session_id)
+            await self._incarnations(session, runsc, staging).sweep(keep=None)
+            await self.database.write(
+                lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
+            )
+            staging.clear()
+            await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
+        finally:
+            lock.release()
+
+    def driver(self, runsc: Runsc) -> GvisorDriver:
+        return GvisorDriver(runsc=runsc, state_directory=self.home.driver_state, clock=self.clock)
+
+    def _acquire(self, tx: Transaction, seen: sessions.Session, me: leasing.Holder) -> int:
+        return sessions.acquire(
+            tx,
+            session_id=seen.session_id,
+            seen_token=seen.owner_token,
+            node_id=me.node_id,
+            boot_id=leasing.boot_id(),
+            pid=me.pid,
+            wall_ns=self.clock.wall_ns(),
+        )
+
+    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher) -> Owner:
+        spec = msgspec.convert(session.spec, SessionSpec)
+        staging = Staging(self.home.root, session.session_id)
+        incarnations = self._incarnations(session, runsc, staging)
+        gateway = Gateway(
+            database=self.database,
+            session_id=session.session_id,
+            owner_token=records.owner_token,
+            clock=self.clock,
+            upstreams=self.upstreams,
+            on_call=lambda _call_id: checkpointer.take("call"),
+        )
+        checkpointer = Checkpointer(
+            records=records,
+            store=self.store,
+            staging=staging,
+            gateway=gateway,
+            clock=self.clock,
+            pins=self.driver(runsc).pins | {"image_digest": spec.image.digest},
+        )
+        return Owner(
+            spec=spec,
+            records=records,
+            incarnations=incarnations,
+            ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock),
+            gateway=gateway,
+            checkpointer=checkpointer,
+            staging=staging,
+            clock=self.clock,
+            watcher=watcher,
+        )
+
+    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> Incarnations:
+        return Incarnations(
+            home=self.home,
+            session_id=session.session_id,
+            spec=msgspec.convert(session.spec, SessionSpec),
+            driver=self.driver(runsc),
+            store=self.store,
+            staging=staging,
+            clock=self.clock,
+        )
+
+    def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
+        return rootfs.python_environments(request.argv[0], caller, self.clock)
+
+    def _spec(self, request: Request, source: Path, caller: Mapping[str, str]) -> SessionSpec:
+        environments = self._environments(request, caller)
+        if request.image == "host":
+            image = rootfs.host_image(self.home.images, environments, request.mounts)
+        else:
+            image = rootfs.directory_image(Path(request.image), request.mounts)
+        environment = {
+            "PATH": image.path,
+            "HOME": "/root",
+            "USER": "root",
+            "LANG": "C.UTF-8",
+            "TORPOR_SESSION": "1",
+            **{name: caller[name] for name in CALLER_VARIABLES_KEPT if name in caller},
+            **guest_environment(),
+            **request.environment,
+        }
+        return SessionSpec(
+            argv=(_visible_command(request.argv[0], environments), *request.argv[1:]),
+            environment=environment,
+            cwd="/workspace",
+            image=image_spec(image),
+            init_directory=str(self.home.init_directory()),
+            workspace_source=str(source),
+        )
+
+    def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
+        """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
+        snapshot_id = new_snapshot_id(self.clock.wall_ns())
+        scratch = self.home.session(session.session_id) / "seed"
+        for name in ("image", "changes"):
+            (scratch / name).mkdir(parents=True, mode=0o700)
+        workspace = capture(
+            source,
+            scratch / "changes",
+            leave_out=lambda path: workspaces.left_out(path, environments),
+            clock=self.clock,
+        )
+        saved = self.store.save(
+            image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
+        )
+        shutil.rmtree(scratch)
+        return files_checkpoint(
+            saved,
+            session_id=session.session_id,
+            number=0,
+            seq=session.head_seq,
+            cursor_seq=session.cursor_seq,
+            incarnation=0,
+            reason="start",
+            wall_ns=self.clock.wall_ns(),
+        )
+
+
+def _visible_command(command: str, environments: Sequence[Path]) -> str:
+    """A command given by a path into a Python environment is found there inside, not in the workspace."""
+    path = Path(command)
+    if "/" in command and not path.is_absolute():
+        absolute = Path.cwd() / path
+        if any(absolute.is_relative_to(environment) for environment in environments):
+            return str(absolute)
+    return command
+
+
+@contextlib.asynccontextmanager
+async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGenerator[Runtime]:
+    """Open TORPOR_HOME, making it if need be."""
+    home = Home(torpor_home(environment))
+    upstreams = read_upstreams(home.root, environment)
+    home.prepare()
+    database = await open_database(home.database_url, clock=clock)
+    try:
+        yield Runtime(home=home, upstreams=upstreams, database=database, clock=clock)
+    finally:
+        await database.close()
+
+
+def node_holder(home: Home, node_id: NodeId) -> leasing.Holder:
+    """What this process writes into the lock files that it holds."""
+    return leasing.Holder(node_id=node_id, pid=os.getpid(), socket=home.socket(node_id))

@@ -1,0 +1,86 @@
+"""What a session is to run, fixed at its creation and stored with it: every later sandbox is made from this alone."""
+
+from pathlib import Path
+
+import msgspec
+
+from torpor.core.errors import Damaged
+from torpor.core.ids import SessionId
+from torpor.runtime.home import Home
+from torpor.sandbox.driver import SandboxPlan
+from torpor.sandbox.rootfs import Mount, RootImage
+
+
+class ImageSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A RootImage as JSON."""
+
+    name: str
+    root: str
+    mounts: tuple[tuple[str, str], ...]
+    path: str
+    digest: str
+
+
+class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The stored spec.
+
+    Attributes:
+        argv: the agent's command.
+        environment: the agent's, complete; no secret of the host is in it.
+        cwd: the agent's, inside the sandbox.
+        image: the root and its mounts.
+        init_directory: host directory of the torpor-init that the session was made with.
+        workspace_source: the host directory that was copied, for people.
+    """
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    cwd: str
+    image: ImageSpec
+    init_directory: str
+    workspace_source: str
+
+
+def image_spec(image: RootImage) -> ImageSpec:
+    mounts = tuple((mount.source, mount.destination) for mount in image.mounts)
+    return ImageSpec(name=image.name, root=image.root, mounts=mounts, path=image.path, digest=image.digest)
+
+
+def encode_spec(spec: SessionSpec) -> str:
+    return msgspec.json.encode(spec).decode()
+
+
+def decode_spec(text: str) -> SessionSpec:
+    """Read a stored spec.
+
+    Raises:
+        Damaged: `spec_damaged`.
+    """
+    try:
+        return msgspec.json.decode(text, type=SessionSpec)
+    except msgspec.DecodeError as error:
+        raise Damaged("spec_damaged", f"cannot read the session's spec: {error}") from error
+
+
+def sandbox_id(session_id: SessionId, incarnation: int) -> str:
+    """The driver's name for one incarnation; carries the session's, so that orphans can be told."""
+    return f"{session_id.removeprefix('ses_')}-{incarnation}"
+
+
+def sandbox_plan(home: Home, session_id: SessionId, spec: SessionSpec, incarnation: int) -> SandboxPlan:
+    """The plan of one incarnation, always the same for the same arguments: a later node finds the sandbox by it."""
+    directory = home.incarnation(session_id, incarnation)
+    image = RootImage(
+        name=spec.image.name,
+        root=spec.image.root,
+        mounts=tuple(Mount(source=source, destination=destination) for source, destination in spec.image.mounts),
+        path=spec.image.path,
+        digest=spec.image.digest,
+    )
+    return SandboxPlan(
+        sandbox_id=sandbox_id(session_id, incarnation),
+        directory=directory,
+        image=image,
+        workspace=directory / "workspace",
+        init_directory=Path(spec.init_directory),
+    )

@@ -1,0 +1,89 @@
+"""What every driver offers: create a sandbox, start or restore it, pause, save an image, kill.
+
+A sandbox is created from a plan, which owns a directory of its own: FIFOs, bundle, the driver's log. It outlives the
+node that made it; `find` hands it to the next one. A created sandbox that nothing runs in yet is a warm slot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torpor.sandbox.rootfs import RootImage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxPlan:
+    """What a sandbox is made of.
+
+    Attributes:
+        sandbox_id: unique on this machine, at most 40 characters of `[a-z0-9-]`.
+        directory: its own; holds `to-guest`, `from-guest`, `bundle/`, `driver.log`.
+        image: the read-only root and what is mounted into it.
+        workspace: host directory that is `/workspace` inside, writable.
+        init_directory: host directory with `torpor-init`, `/.torpor` inside.
+    """
+
+    sandbox_id: str
+    directory: Path
+    image: RootImage
+    workspace: Path
+    init_directory: Path
+
+    @property
+    def to_guest(self) -> Path:
+        return self.directory / "to-guest"
+
+    @property
+    def from_guest(self) -> Path:
+        return self.directory / "from-guest"
+
+
+class Sandbox(Protocol):
+    """One isolated machine. Every method raises SandboxFailed when the driver refuses."""
+
+    @property
+    def plan(self) -> SandboxPlan: ...
+
+    async def start(self) -> None:
+        """Run PID 1 in a created sandbox."""
+        ...
+
+    async def restore(self, image_directory: Path) -> None:
+        """Load an image into a created sandbox; its processes run on from there."""
+        ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def save_image(self, image_directory: Path) -> None:
+        """Write the image into a new or empty directory; the sandbox stays as it was. Not synced to disk."""
+        ...
+
+    def alive(self) -> bool:
+        """Its kernel answers. Never blocks for long."""
+        ...
+
+    async def kill(self) -> None:
+        """Destroy it and its driver state; done already is fine."""
+        ...
+
+
+class Driver(Protocol):
+    @property
+    def pins(self) -> dict[str, str]:
+        """What an image of this driver needs to be restored: binary hash, CPU features, flags."""
+        ...
+
+    async def create(self, plan: SandboxPlan) -> Sandbox:
+        """Make a sandbox that waits for `start` or `restore`."""
+        ...
+
+    def find(self, plan: SandboxPlan) -> Sandbox | None:
+        """The sandbox of that id, if the driver knows it (alive or not)."""
+        ...
+
+    def sandbox_ids(self) -> Sequence[str]:
+        """Ids of all sandboxes that the driver has state of."""
+        ...

@@ -1,0 +1,285 @@
+"""The gVisor driver: sandboxes by `runsc`, as root or as an ordinary user through a user namespace.
+
+What it never does, and why: no `runsc exec` (its descendants die at a restore), no checkpoint without `--leave-running`
+(a failed one destroys the sandbox), no FIFO end opened read-write for the sandbox (the save would drain it).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torpor.core.clock import Clock
+from torpor.core.errors import SandboxFailed
+from torpor.sandbox import control, process
+from torpor.sandbox.driver import SandboxPlan
+
+IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
+CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+)
+"""Inside the sandbox only; its kernel runs without any on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runsc:
+    """A usable runsc.
+
+    Attributes:
+        path: the binary.
+        version: as `runsc --version` says.
+        sha256: of the binary; an image restores only with the binary that wrote it.
+    """
+
+    path: Path
+    version: str
+    sha256: str
+
+
+class GvisorDriver:
+    """Sandboxes of one runsc binary and one state directory."""
+
+    def __init__(self, *, runsc: Runsc, state_directory: Path, clock: Clock, deadline_seconds: float = 60) -> None:
+        self.runsc = runsc
+        self.clock = clock
+        self.deadline_seconds = deadline_seconds
+        self.state_directory = state_directory
+        self.rootless = os.geteuid() != 0
+        self.direct = runsc.version in control.CONTROL_VERSIONS
+        state_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @property
+    def pins(self) -> dict[str, str]:
+        return {
+            "driver": "gvisor",
+            "runsc_sha256": self.runsc.sha256,
+            "runsc_version": self.runsc.version,
+            "machine": platform.machine(),
+            "flags": " ".join(self._flags()),
+        }
+
+    def _flags(self) -> list[str]:
+        """Global flags; they are part of every image and must be the same at its restore."""
+        return [
+            "--platform=systrap",
+            "--network=none",
+            "--overlay2=root:memory",
+            "--ignore-cgroups",
+            "--host-uds=none",
+            "--directfs=false",
+        ]
+
+    def command(self, *words: str, namespace: bool = False) -> list[str]:
+        """The argv of a runsc command; create and restore need their own user namespace for an ordinary user."""
+        prefix = ["unshare", "-Urm", "--propagation", "private"] if namespace and self.rootless else []
+        return [*prefix, str(self.runsc.path), f"--root={self.state_directory}", *self._flags(), *words]
+
+    async def create(self, plan: SandboxPlan) -> "GvisorSandbox":
+        bundle = plan.directory / "bundle"
+        bundle.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (bundle / "config.json").write_text(json.dumps(bundle_config(plan)))
+        for fifo in (plan.to_guest, plan.from_guest):
+            fifo.unlink(missing_ok=True)
+            os.mkfifo(fifo, 0o600)
+        # Opening one end of a FIFO waits for the other: hold both for a moment, so that neither open blocks.
+        with contextlib.ExitStack() as ends:
+            for fifo in (plan.to_guest, plan.from_guest):
+                ends.callback(os.close, os.open(fifo, os.O_RDWR | os.O_CLOEXEC))
+            stdin = os.open(plan.to_guest, os.O_RDONLY | os.O_CLOEXEC)
+            ends.callback(os.close, stdin)
+            stdout = os.open(plan.from_guest, os.O_WRONLY | os.O_CLOEXEC)
+            ends.callback(os.close, stdout)
+            await process.run_attached(
+                self.command("create", f"--bundle={bundle}", plan.sandbox_id, namespace=True),
+                stdin_fd=stdin,
+                stdout_fd=stdout,
+                stderr_path=plan.directory / "driver.log",
+                deadline_seconds=self.deadline_seconds,
+                clock=self.clock,
+            )
+        return GvisorSandbox(driver=self, plan=plan)
+
+    def find(self, plan: SandboxPlan) -> "GvisorSandbox | None":
+        return GvisorSandbox(driver=self, plan=plan) if self.state_file(plan.sandbox_id).exists() else None
+
+    def sandbox_ids(self) -> Sequence[str]:
+        return sorted(file.name.partition("_sandbox:")[0] for file in self.state_directory.glob("*_sandbox:*.state"))
+
+    def state_file(self, sandbox_id: str) -> Path:
+        return self.state_directory / f"{sandbox_id}_sandbox:{sandbox_id}.state"
+
+
+class GvisorSandbox:
+    """One runsc container, root of its sandbox, with torpor-init as PID 1."""
+
+    def __init__(self, *, driver: GvisorDriver, plan: SandboxPlan) -> None:
+        self.driver = driver
+        self._plan = plan
+
+    @property
+    def plan(self) -> SandboxPlan:
+        return self._plan
+
+    async def start(self) -> None:
+        await self._command("start", self._plan.sandbox_id, namespace=True)
+
+    async def restore(self, image_directory: Path) -> None:
+        if not self.driver.direct:
+            bundle = self._plan.directory / "bundle"
+            await self._command(
+                "restore",
+                f"--image-path={image_directory}",
+                f"--bundle={bundle}",
+                "--detach",
+                self._plan.sandbox_id,
+                namespace=True,
+            )
+            return
+        with contextlib.ExitStack() as files:
+            descriptors = [_open(files, image_directory / name, os.O_RDONLY) for name in IMAGE_FILES]
+            await self._control("Network.CreateLinksAndRoutes", control.LOOPBACK_LINKS)
+            await self._control("containerManager.Restore", {"HavePagesFile": True}, descriptors)
+
+    async def pause(self) -> None:
+        if self.driver.direct:
+            await self._control("containerManager.Pause")
+        else:
+            await self._command("pause", self._plan.sandbox_id)
+
+    async def resume(self) -> None:
+        if self.driver.direct:
+            await self._control("containerManager.Resume")
+        else:
+            await self._command("resume", self._plan.sandbox_id)
+
+    async def save_image(self, image_directory: Path) -> None:
+        image_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self.driver.direct:
+            await self._command(
+                "checkpoint",
+                f"--image-path={image_directory}",
+                "--compression=none",
+                "--leave-running",
+                self._plan.sandbox_id,
+            )
+            return
+        with contextlib.ExitStack() as files:
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+            descriptors = [_open(files, image_directory / name, flags) for name in IMAGE_FILES]
+            options = {"Metadata": {"compression": "none"}, "have_pages_file": True, "Resume": True}
+            await self._control("containerManager.Checkpoint", options, descriptors)
+
+    def alive(self) -> bool:
+        state = self._state()
+        return state is not None and control.answers(state["sandbox"]["controlSocketPath"])
+
+    async def kill(self) -> None:
+        state = self._state()
+        if state is None:
+            return
+        for pid in (state["sandbox"]["pid"], state["goferPid"]):
+            _kill_if_ours(pid, self._plan.sandbox_id)
+        await self._command("delete", "--force", self._plan.sandbox_id, check=False)
+        # `delete` refuses a half-made container's state; nothing of it runs any more, so its files may go.
+        for leftover in self.driver.state_directory.glob(f"*{self._plan.sandbox_id}*"):
+            leftover.unlink(missing_ok=True)
+
+    def pids(self) -> tuple[int, int] | None:
+        """Host pids of the sandbox's kernel and of its file server."""
+        state = self._state()
+        return None if state is None else (state["sandbox"]["pid"], state["goferPid"])
+
+    def _state(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.driver.state_file(self._plan.sandbox_id).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    async def _control(self, method: str, argument: object = None, files: Sequence[int] = ()) -> None:
+        state = self._state()
+        if state is None:
+            raise SandboxFailed("sandbox_gone", f"cannot reach sandbox {self._plan.sandbox_id}: it is not there")
+        call = asyncio.to_thread(
+            control.control_call,
+            state["sandbox"]["controlSocketPath"],
+            method,
+            argument,
+            files,
+            deadline_seconds=self.driver.deadline_seconds,
+        )
+        await call
+
+    async def _command(self, *words: str, namespace: bool = False, check: bool = True) -> None:
+        finished = await process.run(
+            self.driver.command(*words, namespace=namespace),
+            deadline_seconds=self.driver.deadline_seconds,
+            clock=self.driver.clock,
+            check=False,
+        )
+        if check and finished.exit_status != 0:
+            reason = finished.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            raise SandboxFailed("sandbox_refused", f"cannot {words[0]} sandbox {self._plan.sandbox_id}: {reason[0]}")
+
+
+def bundle_config(plan: SandboxPlan) -> dict[str, Any]:
+    """The OCI runtime spec of a plan. The agent's own arguments are not in it: init gets them over the link."""
+    capabilities = list(CAPABILITIES)
+    binds = [(mount.source, mount.destination, "ro") for mount in plan.image.mounts]
+    binds += [(str(plan.init_directory), "/.torpor", "ro"), (str(plan.workspace), "/workspace", "rw")]
+    return {
+        "ociVersion": "1.0.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/.torpor/torpor-init"],
+            "env": [f"PATH={plan.image.path}"],
+            "cwd": "/",
+            "terminal": False,
+            "noNewPrivileges": True,
+            "capabilities": dict.fromkeys(
+                ("bounding", "effective", "inheritable", "permitted", "ambient"), capabilities
+            ),
+        },
+        "root": {"path": plan.image.root, "readonly": False},
+        "hostname": "torpor",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            *(
+                {"destination": target, "type": "bind", "source": source, "options": [mode, "rbind"]}
+                for source, target, mode in binds
+            ),
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+    }
+
+
+def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    files.callback(os.close, descriptor)
+    return descriptor
+
+
+def _kill_if_ours(pid: int, sandbox_id: str) -> None:
+    """SIGKILL a pid of a state file, unless the number belongs to another process by now."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if sandbox_id.encode() in command:
+            os.kill(pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        return

@@ -1,0 +1,199 @@
+"""Where the store's objects live: named, immutable byte strings, created once, durable when `put` returns.
+
+Owns the `Backend` protocol and the local directory. Refuses to change an object, and to show half of one.
+The order of steps in `put` and what a crash leaves after each is in docs/snapshot-format.md.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+from typing import Protocol
+
+from torpor.core.crash import crash_point
+from torpor.core.errors import MachineUnfit, NotFound
+
+_KEY = re.compile(r"[a-z]+/[a-z0-9_]{2,128}")
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Backend(Protocol):
+    """Keys are `kind/name` in lower-case letters, digits and underscores."""
+
+    def put(self, key: str, data: bytes) -> bool:
+        """Create the object, durable on return; True if it was new, False if the key existed (which is left
+        alone).
+
+        Raises:
+            MachineUnfit: no_space, or storage_failed.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Raises NotFound (object_not_found)."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`, fewer where the object ends. Raises NotFound (object_not_found)."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def delete(self, key: str) -> None:
+        """Absent afterwards, whether it was there or not."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that start with `prefix`, sorted."""
+        ...
+
+
+@contextlib.contextmanager
+def storage_errors(action: str) -> Generator[None]:
+    """Translate the operating system's refusals: `action` reads like "write object packs/ab"."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _OUT_OF_SPACE:
+            raise MachineUnfit(
+                "no_space",
+                f"cannot {action}: {reason}",
+                hint="Free some disk space, or raise the quota, then try again.",
+            ) from error
+        raise MachineUnfit("storage_failed", f"cannot {action}: {reason}") from error
+
+
+class LocalDirectory:
+    """A directory tree: `root/kind/<last two characters of name>/name`, with `root/partial` for what is being
+    written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._partial = root / "partial"
+        with storage_errors(f"open store {root}"):
+            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sweep_partials()
+
+    def put(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with storage_errors(f"write object {key}"):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._open_partial() as (descriptor, partial):
+                _write_all(descriptor, data)
+                crash_point("backend.partial_written")
+                os.fsync(descriptor)
+                is_new = _link_if_absent(partial, path)
+                crash_point("backend.linked")
+                # Also when the object was there: its writer may have died before it made the name durable.
+                for directory in (path.parent, path.parent.parent, self._root):
+                    _fsync_directory(directory)
+        return is_new
+
+    def get(self, key: str) -> bytes:
+        with self._open_object(key) as descriptor:
+            return _read(descriptor, 0, os.fstat(descriptor).st_size)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._open_object(key) as descriptor:
+            return _read(descriptor, start, length)
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with storage_errors(f"delete object {key}"), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _fsync_directory(path.parent)
+
+    def list(self, prefix: str) -> list[str]:
+        kind, slash, _ = prefix.partition("/")
+        kinds = [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
+        keys = [f"{kind}/{path.name}" for kind in kinds if kind != "partial" for path in self._root.glob(f"{kind}/*/*")]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def _path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key) or key.startswith("partial/"):
+            raise ValueError(f"malformed object key {key!r}")
+        kind, name = key.split("/")
+        return self._root / kind / name[-2:] / name
+
+    @contextlib.contextmanager
+    def _open_object(self, key: str) -> Generator[int]:
+        with storage_errors(f"read object {key}"):
+            try:
+                descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError as error:
+                raise NotFound("object_not_found", f"cannot read object {key}: it does not exist") from error
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _open_partial(self) -> Generator[tuple[int, Path]]:
+        """A new file that no sweep removes while this process lives, and that is gone at the end."""
+        while True:
+            partial = self._partial / secrets.token_hex(8)
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_nlink == 0:
+                    continue  # A sweep came between creation and lock.
+                crash_point("backend.partial_created")
+                yield descriptor, partial
+            finally:
+                partial.unlink(missing_ok=True)
+                os.close(descriptor)
+            return
+
+    def _sweep_partials(self) -> None:
+        """Remove what dead writers left: a live one holds its lock."""
+        for partial in self._partial.iterdir():
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    partial.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _link_if_absent(partial: Path, path: Path) -> bool:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _read(descriptor: int, start: int, length: int) -> bytes:
+    pieces: list[bytes] = []
+    while length > 0:
+        piece = os.pread(descriptor, length, start)
+        if not piece:
+            break
+        pieces.append(piece)
+        start += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

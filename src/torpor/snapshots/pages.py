@@ -1,0 +1,146 @@
+"""Which 4 KiB pages of a memory image are new, and where each one of them is stored.
+
+Pure: bytes in, plan out. Pages are compared by content wherever they stand in the file, because images are
+    packed and every page that is newly in use shifts those behind it. A place is one number: pack << 32 |
+    item.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from torpor.snapshots.pack import FRAME_BYTES, PAGE_BYTES, PAGE_DIGEST_BYTES, PackIndex, PackRef
+
+PAGES_PER_FRAME = FRAME_BYTES // PAGE_BYTES
+PAGES_PER_PACK = 8192
+# A restore decompresses whole frames, and survivors of old images lie in ever sparser ones: after 100 steps
+# of a 78 MB agent it would read six times the frames it needs. Above twice the least number of frames the
+# sparsest are emptied by storing their pages again, some at each save, which adds about a fifth to what long
+# sessions store.
+FRAMES_OVER_IDEAL_MAX = 2.0
+PAGES_MOVED_PER_SAVE_MAX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`count` consecutive pages of the file are `count` consecutive items of one pack."""
+
+    count: int
+    pack: int
+    first: int
+
+    @property
+    def place(self) -> int:
+        return self.pack << 32 | self.first
+
+
+@dataclass(frozen=True, slots=True)
+class PageIndex:
+    """Every page of one stored image: `digests` is 16 bytes a page, `places` refer to `packs`."""
+
+    packs: tuple[PackRef, ...]
+    digests: bytes
+    places: "array[int]"
+
+    @property
+    def pages(self) -> int:
+        return len(self.places)
+
+    def by_digest(self, is_present: Sequence[bool]) -> dict[bytes, int]:
+        """Place of each digest, without the packs that are no longer there."""
+        step = PAGE_DIGEST_BYTES
+        digests = [self.digests[at : at + step] for at in range(0, len(self.digests), step)]
+        if all(is_present):
+            return dict(zip(digests, self.places, strict=True))
+        pairs = zip(digests, self.places, strict=True)
+        return {digest: place for digest, place in pairs if is_present[place >> 32]}
+
+
+EMPTY_INDEX = PageIndex((), b"", array("Q"))
+
+
+@dataclass(frozen=True, slots=True)
+class PagePlan:
+    """What to store: `new` are page numbers in the file; the k-th goes to item k % PAGES_PER_PACK of new pack
+    k // PAGES_PER_PACK, whose number is `first_pack` higher."""
+
+    digests: list[bytes]
+    places: "array[int]"
+    new: list[int]
+    first_pack: int
+
+
+def hash_pages(image: memoryview) -> list[bytes]:
+    """The first 16 bytes of each page's SHA-256; the last page is padded with zeros."""
+    whole = len(image) - len(image) % PAGE_BYTES
+    digests = [sha256(image[at : at + PAGE_BYTES]).digest()[:PAGE_DIGEST_BYTES] for at in range(0, whole, PAGE_BYTES)]
+    if whole < len(image):
+        last = bytes(image[whole:]).ljust(PAGE_BYTES, b"\0")
+        digests.append(sha256(last).digest()[:PAGE_DIGEST_BYTES])
+    return digests
+
+
+def plan_pages(digests: list[bytes], known: dict[bytes, int], first_pack: int) -> PagePlan:
+    """Find each page's place; new pages are added to `known`, so that equal ones are stored once."""
+    places = list(map(known.get, digests))
+    emptied = _frames_to_empty(places)
+    if emptied:
+        for page, place in enumerate(places):
+            if place is not None and place // PAGES_PER_FRAME in emptied:
+                places[page] = None
+                known.pop(digests[page], None)
+    new: list[int] = []
+    for page in _missing(places):
+        digest = digests[page]
+        if digest not in known:
+            pack, item = divmod(len(new), PAGES_PER_PACK)
+            known[digest] = first_pack + pack << 32 | item
+            new.append(page)
+        places[page] = known[digest]
+    return PagePlan(digests, array("Q", [place for place in places if place is not None]), new, first_pack)
+
+
+def _missing(places: list[int | None]) -> list[int]:
+    return [page for page, place in enumerate(places) if place is None]
+
+
+def _frames_to_empty(places: list[int | None]) -> set[int]:
+    """The sparsest frames, once the image is spread over too many. A frame's number is a place without its
+    low bits.
+    """
+    kept = {place for place in places if place is not None}
+    use = Counter([place // PAGES_PER_FRAME for place in kept])
+    excess = len(use) - int(FRAMES_OVER_IDEAL_MAX * (len(kept) / PAGES_PER_FRAME + 1))
+    emptied, budget = set[int](), PAGES_MOVED_PER_SAVE_MAX
+    if excess > 0:
+        for pages, frame in sorted((pages, frame) for frame, pages in use.items())[:excess]:
+            budget -= pages
+            if budget < 0:
+                break
+            emptied.add(frame)
+    return emptied
+
+
+def extents_of(places: Iterable[int]) -> Iterator[Extent]:
+    """Run-length code places in file order."""
+    start, count = 0, 0
+    for place in places:
+        if place == start + count and count:
+            count += 1
+            continue
+        if count:
+            yield Extent(count, start >> 32, start & 0xFFFFFFFF)
+        start, count = place, 1
+    if count:
+        yield Extent(count, start >> 32, start & 0xFFFFFFFF)
+
+
+def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:
+    """Rebuild the index of a stored image from its extents and its packs' indexes."""
+    digests, places = bytearray(), array("Q")
+    for extent in extents:
+        digests += packs[extent.pack].digests_of(extent.first, extent.count)
+        places.extend(range(extent.place, extent.place + extent.count))
+    return PageIndex(tuple(pack.ref for pack in packs), bytes(digests), places)

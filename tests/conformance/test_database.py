@@ -1,0 +1,413 @@
+"""What every database owes Torpor, whichever it is: atomic functions, one fence, a log without gaps."""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from torpor.core.call import CallState
+from torpor.core.errors import Conflict, NotFound, Superseded
+from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import NodeId
+from torpor.core.redo import RedoSet, entry_of
+from torpor.core.session import SessionStatus
+from torpor.db import blocks, calls, checkpoints, log, outputs, redo, requests, sessions, verify
+from torpor.db.database import Database, Row, Transaction, Value, open_database
+from torpor.db.statements import statements
+from torpor.testing.clock import FakeClock
+
+URLS: dict[str, Callable[[Path], str]] = {"sqlite": lambda directory: f"sqlite://{directory}/torpor.db"}
+NOTE = EventDraft(kind=Kind.OUTPUT_DIFFERED, incarnation=0)
+
+
+@pytest.fixture(params=sorted(URLS))
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return URLS[request.param](tmp_path)
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[Database]:
+    opened = await open_database(url, clock=FakeClock())
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def scene(database: Database) -> Scene:
+    return await new_scene(database)
+
+
+def append(tx: Transaction, scene: Scene, *drafts: EventDraft) -> list[int]:
+    return [event.seq for event in log.append(tx, **scene.owner, drafts=drafts or [NOTE], wall_ns=NOW)]
+
+
+# --- transactions -------------------------------------------------------------------------------------------------
+
+
+async def test_function_that_fails_leaves_no_row(scene: Scene) -> None:
+    def work(tx: Transaction) -> None:
+        append(tx, scene)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await scene.write(work)
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 2
+    assert await scene.write(lambda tx: append(tx, scene)) == [3]
+
+
+async def test_reader_sees_one_state_while_a_writer_commits(scene: Scene) -> None:
+    reading, written = threading.Event(), threading.Event()
+
+    def read_twice(tx: Transaction) -> tuple[int, int]:
+        before = sessions.get(tx, scene.session_id).head_seq
+        reading.set()
+        assert written.wait(10)
+        return before, len(log.events(tx, scene.session_id))
+
+    async with asyncio.TaskGroup() as tasks:
+        seen = tasks.create_task(scene.read(read_twice))
+        await asyncio.to_thread(reading.wait, 10)
+        await scene.write(lambda tx: append(tx, scene), durable=True)
+        written.set()
+    assert seen.result() == (2, 2)
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
+
+
+async def test_cancelled_write_that_did_not_start_leaves_no_row(scene: Scene) -> None:
+    holding, release = threading.Event(), threading.Event()
+
+    def hold(tx: Transaction) -> None:
+        holding.set()
+        assert release.wait(10)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.write(hold))
+        await asyncio.to_thread(holding.wait, 10)
+        queued = tasks.create_task(scene.write(lambda tx: append(tx, scene)))
+        await asyncio.sleep(0)
+        queued.cancel()
+        await asyncio.wait([queued])
+        assert queued.cancelled()
+        release.set()
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 2
+
+
+async def test_cancelled_write_that_runs_ends_before_the_cancellation_is_delivered(scene: Scene) -> None:
+    running, release = threading.Event(), threading.Event()
+
+    def work(tx: Transaction) -> None:
+        running.set()
+        assert release.wait(10)
+        append(tx, scene)
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(scene.write(work))
+        await asyncio.to_thread(running.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()
+        release.set()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
+
+
+async def test_closed_database_refuses(url: str) -> None:
+    database = await open_database(url, clock=FakeClock())
+    await database.close()
+    await database.close()
+    with pytest.raises(Conflict) as refused:
+        await database.write(lambda tx: None, durable=False)
+    assert refused.value.code == "database_closed"
+    with pytest.raises(Conflict):
+        await database.read(lambda tx: None)
+
+
+async def test_rows_are_there_after_reopening(url: str) -> None:
+    first = await open_database(url, clock=FakeClock())
+    scene = await new_scene(first, "mine")
+    await first.close()
+    second = await open_database(url, clock=FakeClock())
+    found = await second.read(lambda tx: sessions.find(tx, "mine"))
+    assert (found.session_id, found.spec) == (scene.session_id, {"argv": ["a\udcff"]})
+    await second.close()
+
+
+# --- the fence ----------------------------------------------------------------------------------------------------
+
+AREAS: list[ModuleType] = [sessions, log, calls, requests, blocks, checkpoints, redo, outputs]
+WRITERS = {
+    f"{area.__name__.rpartition('.')[2]}.{name}": function
+    for area in AREAS
+    for name, function in inspect.getmembers(area, inspect.isfunction)
+    if function.__module__ == area.__name__ and "owner_token" in inspect.signature(function).parameters
+    if not name.startswith("_")
+}
+
+
+class Rows:
+    """A session in which every writing function has something to write, and the arguments to do so."""
+
+    def __init__(self, tx: Transaction, scene: Scene) -> None:
+        self.scene = scene
+        self.answered = scene.answer(tx, b"x", b"y")
+        self.open = scene.send(tx)
+        scene.add_chunks(tx, self.open, b"first")
+        self.sent = scene.intend(tx).call_id
+        calls.mark_sent(tx, **scene.owner, call_id=self.sent, wall_ns=NOW)
+        self.intended = scene.intend(tx)
+        self.body = requests.prepare(b'{"messages":["new"]}')
+        self.request = requests.store(tx, **scene.owner, head=REQUEST_HEAD, body=self.body)
+        self.bare = scene.intend(tx).call_id
+        tx.run("request/delete_of_session_fenced", **scene.owner)
+        seq = sessions.get(tx, scene.session_id).head_seq
+        self.checkpoint = checkpoints.commit(
+            tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
+        )
+        redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        self.call = scene.new_call()
+
+    def redo_set(self, tx: Transaction) -> RedoSet:
+        return RedoSet([entry_of(calls.load_call(tx, self.answered))])
+
+    def arguments(self, tx: Transaction) -> dict[str, dict[str, object]]:
+        chunk = calls.Chunk(number=1, offset_ns=1, data=b"z")
+        point = self.checkpoint.checkpoint_id
+        return {
+            "sessions.release": {"wall_ns": NOW},
+            "sessions.set_status": {"status": SessionStatus.RUNNING, "wall_ns": NOW},
+            "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
+            "sessions.set_cursor": {"cursor_seq": 1},
+            "sessions.forget": {},
+            "log.append": {"drafts": [NOTE, NOTE], "wall_ns": NOW},
+            "calls.intend": {"call": self.call, "head": REQUEST_HEAD, "body": self.body, "wall_ns": NOW},
+            "calls.mark_sent": {"call_id": self.intended.call_id, "wall_ns": NOW},
+            "calls.record_head": {"call_id": self.sent, "attempt": 1, "head": HEAD, "wall_ns": NOW},
+            "calls.append_chunks": {"call_id": self.open, "attempt": 1, "chunks": [chunk]},
+            "calls.complete": {"call_id": self.open, "usage": {}, "wall_ns": NOW},
+            "calls.fail": {"call_id": self.open, "error": "e", "response": (HEAD, b"sorry"), "wall_ns": NOW},
+            "calls.tear": {"call_id": self.open, "wall_ns": NOW},
+            "calls.tear_open": {"wall_ns": NOW},
+            "calls.doubt": {"call_id": self.open},
+            "requests.store": {"head": REQUEST_HEAD, "body": requests.prepare(b"never seen")},
+            "requests.attach": {"call_id": self.bare, "request": self.request},
+            "blocks.put": {"data": b"block"},
+            "blocks.redact": {"digest": self.request.manifest},
+            "checkpoints.commit": {"checkpoint": self.scene.checkpoint(1, self.checkpoint.seq), "wall_ns": NOW},
+            "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
+            "checkpoints.forget": {"checkpoint_id": point},
+            "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "redo.consume": {"incarnation": 0, "call_id": self.answered},
+            "outputs.append_output": {
+                "channel": 1,
+                "incarnation": 0,
+                "position": 0,
+                "data": b"hello",
+                "wall_ns": NOW,
+            },
+        }
+
+
+class StaleFirst:
+    """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
+
+    def __init__(self, inner: Transaction) -> None:
+        self._inner = inner
+        self.tried: list[str] = []
+
+    def one(self, query: str, /, **values: Value) -> Row | None:
+        if "owner_token" in values:
+            self.tried.append(query)
+            assert self._inner.one(query, **{**values, "owner_token": 99}) is None, query
+        return self._inner.one(query, **values)
+
+    def all(self, query: str, /, **values: Value) -> list[Row]:
+        return self._inner.all(query, **values)
+
+    def run(self, query: str, /, **values: Value) -> int:
+        self.tried.append(query)
+        assert self._inner.run(query, **{**values, "owner_token": 99}) == 0, query
+        return self._inner.run(query, **values)
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+async def test_stale_token_cannot_write(scene: Scene, name: str) -> None:
+    rows = await scene.write(lambda tx: Rows(tx, scene))
+    await scene.write(lambda tx: acquire(tx, scene.session_id, seen_token=scene.owner_token))
+    head = await scene.read(lambda tx: sessions.get(tx, scene.session_id))
+    with pytest.raises(Superseded) as refused:
+        await scene.write(lambda tx: WRITERS[name](tx, **scene.owner, **rows.arguments(tx)[name]))
+    assert refused.value.code == "owner_superseded"
+    assert await scene.read(lambda tx: sessions.get(tx, scene.session_id)) == head
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+async def test_each_statement_checks_the_token_itself(scene: Scene, name: str) -> None:
+    def work(tx: Transaction) -> None:
+        rows = Rows(tx, scene)
+        guarded = StaleFirst(tx)
+        WRITERS[name](guarded, **scene.owner, **rows.arguments(tx)[name])
+        assert guarded.tried
+
+    await scene.write(work)
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> None:
+    rows = await scene.write(lambda tx: Rows(tx, scene))
+    arguments = await scene.read(rows.arguments)
+    await scene.write(lambda tx: sessions.forget(tx, **scene.owner))
+    with pytest.raises(Superseded):
+        await scene.write(lambda tx: WRITERS[name](tx, **scene.owner, **arguments[name]))
+
+
+def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
+    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    for name, text in statements().items():
+        words = [line for line in text.splitlines() if not line.startswith("--")]
+        if words[0].split()[0] in {"INSERT", "UPDATE", "DELETE"} and name not in unfenced:
+            assert name.endswith("_fenced") or name == "log/hold_head", name
+            assert "owner_token = :owner_token" in text, name
+
+
+async def test_of_two_acquirers_that_saw_the_same_token_one_wins(database: Database) -> None:
+    scene = await new_scene(database)
+    token = await database.write(lambda tx: acquire(tx, scene.session_id, seen_token=1), durable=True)
+    assert token == 2
+    with pytest.raises(Superseded):
+        await database.write(lambda tx: acquire(tx, scene.session_id, seen_token=1), durable=True)
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+async def test_no_gaps_under_two_writers(url: str) -> None:
+    one, other = await open_database(url, clock=FakeClock()), await open_database(url, clock=FakeClock())
+    scene = await new_scene(one)
+
+    async def write_many(database: Database) -> None:
+        for _ in range(100):
+            await database.write(lambda tx: append(tx, scene, NOTE, NOTE), durable=False)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(write_many(one))
+        tasks.create_task(write_many(other))
+    events = await one.read(lambda tx: log.events(tx, scene.session_id))
+    assert [event.seq for event in events] == list(range(1, 403))
+    assert await other.read(lambda tx: verify.verify_chain(tx, scene.session_id)) == []
+    await one.close()
+    await other.close()
+
+
+async def test_events_are_given_back_as_they_were_appended(scene: Scene) -> None:
+    draft = EventDraft(
+        kind=Kind.STREAM_RESET,
+        incarnation=3,
+        data={"text": "é\ud800\0", "list": [1, None, True, {"deep": {}}], "big": 2**63},
+        refs=("ab" * 32,),
+    )
+    appended = await scene.write(lambda tx: log.append(tx, **scene.owner, drafts=[draft, draft], wall_ns=NOW))
+    assert await scene.read(lambda tx: log.events(tx, scene.session_id, after_seq=2)) == appended
+    assert await scene.read(lambda tx: log.events(tx, scene.session_id, after_seq=2, limit=1)) == appended[:1]
+
+
+# --- calls --------------------------------------------------------------------------------------------------------
+
+
+async def test_call_goes_its_way_from_intent_to_answer(scene: Scene) -> None:
+    call_id = await scene.write(lambda tx: scene.answer(tx, b"hel", b"lo", body=b'{"messages":[1]}'))
+    call = await scene.read(lambda tx: calls.load_call(tx, call_id))
+    assert (call.state, call.model, call.usage) == (CallState.ANSWERED, "m\ud800\0", {"input_tokens": 1})
+    [attempt] = call.attempts
+    assert (attempt.head, attempt.chunk_count, attempt.body_bytes, attempt.finished) == (HEAD, 2, 5, True)
+    assert await scene.read(lambda tx: calls.load_calls(tx, scene.session_id)) == [call]
+    chunks = await scene.read(lambda tx: calls.load_chunks(tx, call_id, 1, from_number=1))
+    assert [chunk.data for chunk in chunks] == [b"lo"]
+    assert await scene.read(lambda tx: requests.get_request(tx, call_id)) == (REQUEST_HEAD, b'{"messages":[1]}')
+    events = await scene.read(lambda tx: log.events(tx, scene.session_id, after_seq=2))
+    assert [event.kind.value for event in events] == [
+        "call.intended",
+        "call.sent",
+        "call.answering",
+        "call.completed",
+    ]
+    assert [event.parent_seq for event in events] == [1, None, None, call.intended_seq]
+    session = await scene.read(lambda tx: sessions.get(tx, scene.session_id))
+    assert session.cursor_seq == call.intended_seq
+
+
+async def test_torn_call_is_sent_again_as_its_next_attempt(scene: Scene) -> None:
+    def work(tx: Transaction) -> None:
+        call_id = scene.send(tx)
+        scene.add_chunks(tx, call_id, b"par", b"tial")
+        pumped = scene.send(tx)
+        assert calls.tear_open(tx, **scene.owner, pumped=frozenset({pumped}), wall_ns=NOW) == [call_id]
+        assert calls.load_call(tx, pumped).state is CallState.SENT
+        with pytest.raises(Conflict, match="cannot add chunk"):
+            scene.add_chunks(tx, call_id, b"late", first=2)
+        assert calls.mark_sent(tx, **scene.owner, call_id=call_id, wall_ns=NOW).number == 2
+        with pytest.raises(Conflict, match="cannot add chunk"):
+            scene.add_chunks(tx, call_id, b"late", first=2)
+        calls.record_head(tx, **scene.owner, call_id=call_id, attempt=2, head=HEAD, wall_ns=NOW)
+        scene.add_chunks(tx, call_id, b"whole", attempt=2)
+        calls.complete(tx, **scene.owner, call_id=call_id, usage={}, wall_ns=NOW)
+        first, second = calls.load_call(tx, call_id).attempts
+        assert (first.chunk_count, first.body_bytes, first.finished) == (2, 7, False)
+        assert (second.chunk_count, second.body_bytes, second.finished) == (1, 5, True)
+
+    await scene.write(work)
+    assert await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id)) == []
+
+
+async def test_failed_call_keeps_the_gateways_own_response(scene: Scene) -> None:
+    def work(tx: Transaction) -> None:
+        denied, cut = scene.intend(tx).call_id, scene.send(tx)
+        scene.add_chunks(tx, cut, b"some")
+        for call_id in (denied, cut):
+            calls.fail(tx, **scene.owner, call_id=call_id, error="denied", response=(HEAD, b"no"), wall_ns=NOW)
+        [only] = calls.load_call(tx, denied).attempts
+        assert (only.finished, only.body_bytes) == (True, 2)
+        first, own = calls.load_call(tx, cut).attempts
+        assert (first.finished, own.finished) == (False, True)
+        assert [chunk.data for chunk in calls.load_chunks(tx, cut, own.number)] == [b"no"]
+
+    await scene.write(work)
+    assert await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id)) == []
+
+
+@pytest.mark.parametrize("number", [0, 2])
+async def test_chunks_have_no_gaps_and_no_doubles(scene: Scene, number: int) -> None:
+    call_id = await scene.write(scene.send)
+    await scene.write(lambda tx: scene.add_chunks(tx, call_id, b"zero"))
+    with pytest.raises(Conflict) as refused:
+        await scene.write(lambda tx: scene.add_chunks(tx, call_id, b"other", first=number))
+    assert refused.value.code == "chunk_refused"
+
+
+async def test_call_states_follow_their_table(scene: Scene) -> None:
+    answered = await scene.write(lambda tx: scene.answer(tx, b"x"))
+    for step in (calls.mark_sent, calls.tear):
+        with pytest.raises(Conflict, match="cannot move call"):
+            await scene.write(lambda tx, step=step: step(tx, **scene.owner, call_id=answered, wall_ns=NOW))
+    with pytest.raises(Conflict, match="cannot move call"):
+        await scene.write(lambda tx: calls.complete(tx, **scene.owner, call_id=answered, usage={}, wall_ns=NOW))
+    headless = await scene.write(lambda tx: scene.intend(tx).call_id)
+    await scene.write(lambda tx: calls.mark_sent(tx, **scene.owner, call_id=headless, wall_ns=NOW))
+    with pytest.raises(Conflict, match="no head"):
+        await scene.write(lambda tx: calls.complete(tx, **scene.owner, call_id=headless, usage={}, wall_ns=NOW))
+
+
+async def test_call_of_another_session_is_not_found(database: Database) -> None:
+    mine, theirs = await new_scene(database), await new_scene(database)
+    call_id = await theirs.write(theirs.send)
+    with pytest.raises(NotFound):
+        await mine.write(lambda tx: calls.tear(tx, **mine.owner, call_id=call_id, wall_ns=NOW))
+    with pytest.raises(Conflict):
+        await mine.write(lambda tx: mine.add_chunks(tx, call_id, b"x"))

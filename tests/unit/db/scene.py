@@ -1,0 +1,176 @@
+"""A session in a database with the usual things in it: what the tests of torpor.db start from."""
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from torpor.core.call import Call, RequestKey, ResponseHead
+from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.ids import (
+    CallId,
+    NodeId,
+    SessionId,
+    StreamId,
+    new_call_id,
+    new_checkpoint_id,
+    new_session_id,
+    new_snapshot_id,
+)
+from torpor.db import calls, requests, sessions
+from torpor.db.calls import Chunk, NewCall
+from torpor.db.database import Database, Transaction
+from torpor.db.requests import RequestHead
+
+T = TypeVar("T")
+NOW = 1_700_000_000_000_000_000
+HEAD = ResponseHead(status=200, reason="OK", headers=(("content-type", "text/event-stream"),))
+REQUEST_HEAD = RequestHead(method="POST", target="/v1/messages", headers=(("accept", "*/*"),))
+
+
+class Scene:
+    """One owner of one session."""
+
+    def __init__(self, database: Database, session_id: SessionId, owner_token: int) -> None:
+        self.database = database
+        self.session_id = session_id
+        self.owner_token = owner_token
+        self._streams = 0
+
+    @property
+    def owner(self) -> dict[str, object]:
+        return {"session_id": self.session_id, "owner_token": self.owner_token}
+
+    async def write(self, work: Callable[[Transaction], T], *, durable: bool = False) -> T:
+        return await self.database.write(work, durable=durable)
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        return await self.database.read(work)
+
+    def new_call(self, key: str = "a") -> NewCall:
+        self._streams += 1
+        return NewCall(
+            call_id=new_call_id(NOW),
+            key=RequestKey(exact=f"{key}1", canonical=f"{key}2", logical=f"{key}3"),
+            dialect="anthropic",
+            method="POST",
+            target="/v1/messages",
+            model="m\ud800\0",
+            incarnation=0,
+            stream=StreamId(self._streams),
+            request_bytes=100,
+        )
+
+    def intend(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> Call:
+        prepared = requests.prepare(body)
+        call = self.new_call()
+        return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
+
+    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> CallId:
+        """A call whose answer has begun to arrive."""
+        call_id = self.intend(tx, body).call_id
+        calls.mark_sent(tx, **self.owner, call_id=call_id, wall_ns=NOW)
+        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=HEAD, wall_ns=NOW)
+        return call_id
+
+    def add_chunks(self, tx: Transaction, call_id: CallId, *pieces: bytes, first: int = 0, attempt: int = 1) -> None:
+        chunks = [Chunk(number=number, offset_ns=number, data=piece) for number, piece in enumerate(pieces, first)]
+        calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
+
+    def answer(self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}') -> CallId:
+        """A whole call."""
+        call_id = self.send(tx, body)
+        self.add_chunks(tx, call_id, *pieces)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
+        return call_id
+
+    def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
+        streams = [
+            OpenStream(stream=StreamId(n), port=4100, call_id=call_id, read=100, acknowledged=100, taken=0)
+            for n, call_id in enumerate(open_calls)
+        ]
+        return Checkpoint(
+            checkpoint_id=new_checkpoint_id(NOW),
+            session_id=self.session_id,
+            number=number,
+            seq=seq,
+            committed_seq=0,
+            cursor_seq=1,
+            incarnation=0,
+            snapshot_id=new_snapshot_id(NOW),
+            manifest_digest="ab" * 32,
+            has_memory=True,
+            open_streams=tuple(streams),
+            next_stream=5,
+            stdout_bytes=0,
+            stderr_bytes=0,
+            reason="call",
+            wall_ns=NOW,
+            freeze_ns=1,
+            commit_ns=2,
+            raw_bytes=3,
+            stored_bytes=4,
+            joinable=tuple(open_calls),
+        )
+
+
+async def new_scene(database: Database, name: str | None = None) -> Scene:
+    """A new session, acquired."""
+    session_id = new_session_id(NOW)
+
+    def work(tx: Transaction) -> int:
+        sessions.create(tx, session_id=session_id, name=name, spec={"argv": ["a\udcff"]}, wall_ns=NOW)
+        return acquire(tx, session_id, seen_token=0)
+
+    return Scene(database, session_id, await database.write(work, durable=True))
+
+
+def acquire(tx: Transaction, session_id: SessionId, *, seen_token: int) -> int:
+    return sessions.acquire(
+        tx,
+        session_id=session_id,
+        seen_token=seen_token,
+        node_id=NodeId("node_1"),
+        boot_id="boot",
+        pid=1,
+        wall_ns=NOW,
+    )
+
+
+def dump(path: Path) -> list[str]:
+    """Every row of a SQLite file, as SQL."""
+    connection = sqlite3.connect(path)
+    try:
+        return list(connection.iterdump())
+    finally:
+        connection.close()
+
+
+def conversation(turns: int, *, marker: bool = True) -> bytes:
+    """The request body of a coding agent at its n-th turn, as Anthropic's clients send it."""
+    tools = [{"name": f"tool{n}", "description": "d" * 1500, "input_schema": {"type": "object"}} for n in range(30)]
+    messages: list[object] = [{"role": "user", "content": "Fix the bug."}]
+    for turn in range(turns):
+        use = {"type": "tool_use", "id": f"toolu_{turn:06}", "name": "bash", "input": {"command": f"pytest -k {turn}"}}
+        text = {"type": "text", "text": f"Let me look at step {turn}. " + _words(turn, 60)}
+        messages.append({"role": "assistant", "content": [text, use]})
+        result = {"type": "tool_result", "tool_use_id": f"toolu_{turn:06}", "content": _words(turn * 7 + 1, 350)}
+        if marker and turn == turns - 1:
+            result["cache_control"] = {"type": "ephemeral"}
+        messages.append({"role": "user", "content": [result]})
+    system = [{"type": "text", "text": _words(3, 5000), "cache_control": {"type": "ephemeral"}}]
+    body = {"model": "m", "max_tokens": 32000, "messages": messages, "system": system, "tools": tools, "stream": True}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _words(seed: int, count: int) -> str:
+    """Text that compresses about as well as text does."""
+    state, words = seed * 2654435761 + 12345, []
+    for _ in range(count):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        words.append(_VOCABULARY[(state >> 33) % len(_VOCABULARY)])
+    return " ".join(words)
+
+
+_VOCABULARY = [f"{a}{b}{c}" for a in ("re", "un", "con", "pre", "") for b in ("test", "file", "pass", "line", "fail", "def") for c in ("ing", "ed", "s", "_1", ".py", "\n", "():")]
