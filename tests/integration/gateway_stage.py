@@ -22,7 +22,7 @@ from torpor.core.clock import SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
-from torpor.core.redo import RedoSet, follow
+from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, open_database
 from torpor.gateway.server import Gateway
@@ -159,7 +159,6 @@ class Stage:
                 owner_token=token,
                 clock=CLOCK,
                 upstreams=self.upstreams,
-                environment={},
                 on_call=self.on_call,
             )
             link = await Link.open(
@@ -178,6 +177,18 @@ class Stage:
                     driving.cancel()
         finally:
             await database.close()
+
+    async def _begin(self, node: Node, incarnation: int) -> None:
+        await node.database.write(
+            lambda tx: sessions.set_incarnation(
+                tx,
+                session_id=self.session_id,
+                owner_token=node.owner_token,
+                incarnation=incarnation,
+                wall_ns=CLOCK.wall_ns(),
+            ),
+            durable=True,
+        )
 
     async def _acquire(self, database: Database) -> int:
         session = await database.read(lambda tx: sessions.get(tx, self.session_id))
@@ -198,21 +209,12 @@ class Stage:
         """What the runtime does: begin or adopt, then serve every new stream."""
         gateway, link = node.gateway, node.link
         await gateway.recover()
-        claimed = await gateway.claimed_streams(incarnation)
+        adopted = any(event.incarnation == incarnation for event in await node.events())
+        if not adopted:
+            await self._begin(node, incarnation)
+        known_redo, claimed = await gateway.load_incarnation(incarnation)
         by_id = {call.call_id: call for call in await node.calls()}
-        events = [event for event in await node.events() if event.incarnation == incarnation]
-        await gateway.begin_incarnation(incarnation, redo or follow(RedoSet(), events, by_id))
-        if not events:
-            await node.database.write(
-                lambda tx: sessions.set_incarnation(
-                    tx,
-                    session_id=self.session_id,
-                    owner_token=node.owner_token,
-                    incarnation=incarnation,
-                    wall_ns=CLOCK.wall_ns(),
-                ),
-                durable=True,
-            )
+        await gateway.begin_incarnation(incarnation, redo or known_redo, adopted=adopted)
         for status in link.status.streams:
             if status.kind != "call":
                 continue
