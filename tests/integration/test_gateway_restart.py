@@ -1,11 +1,12 @@
 """Calls over the death of a node, of a sandbox, and of both: what is paid once, and what an agent is told."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from tests.integration.gateway_stage import Node, gateway_stage, http_request
-from tests.integration.test_gateway import CHAT, MESSAGES, answered, client, question, slow
+from tests.integration.test_gateway import CHAT, MESSAGES, answered, body_of, client, question, slow
 
 from torpor.core.call import CallState
 from torpor.core.checkpoint import StreamFate
@@ -201,3 +202,19 @@ async def test_a_node_that_lost_its_session_writes_and_sends_nothing_more(tmp_pa
                     await stage.raw(http_request(CHAT, question()))
         assert failed.group_contains(Superseded)
         assert stage.model.witness.requests == 0
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+async def test_a_retry_without_streaming_gets_the_streamed_answer_in_one_piece(tmp_path: Path, path: str) -> None:
+    async with gateway_stage(tmp_path, script=slow) as stage, stage.node() as node:
+        async with client(stage, http_request(path, question())) as (reader, _):
+            await reader.readuntil(b"x")
+        await node.logged(Kind.CALL_DELIVERED)
+        received = await stage.raw(http_request(path, question(stream=False)))
+        assert b"content-type: application/json" in received
+        message = json.loads(body_of(received))
+        text = message["content"][0]["text"] if path == MESSAGES else message["choices"][0]["message"]["content"]
+        assert text == "attempt 1 " + "x" * 1000
+        assert stage.model.witness.requests == 1
+        [joined] = await node.events(Kind.CALL_JOINED)
+        assert joined.data["shape"] == "message"

@@ -4,14 +4,13 @@ Nothing here can disturb the bytes. What can't be read (an unknown encoding, an 
 reader blind, and a blind reader believes the transport that the answer was complete.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
-from typing import Any, cast
 
 from torpor.gateway.dialects.base import AnswerFacts, Dialect
+from torpor.gateway.dialects.sse import EventSplitter, json_object
 
-LINE_BYTES_MAX = 16 << 20
+EVENT_BYTES_MAX = 16 << 20
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -22,28 +21,32 @@ class AnswerReader:
         self.facts = AnswerFacts()
         self._dialect = dialect
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        self._is_events = kind == "text/event-stream"
         self._is_message = kind == "application/json"
         encoding = headers.get("content-encoding", "identity").lower()
         self._inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "x-gzip", "deflate"} else None
         readable = encoding == "identity" or self._inflate is not None
-        self._blind = not (readable and is_llm and 200 <= status < 300 and (self._is_events or self._is_message))
-        self._buffer = bytearray()
-        self._event_data: list[bytes] = []
+        self._blind = not (
+            readable and is_llm and 200 <= status < 300 and (self._is_message or kind == "text/event-stream")
+        )
+        self._splitter = EventSplitter()
+        self._message = bytearray()
 
     def feed(self, data: bytes) -> None:
         if self._blind:
             return
         try:
-            self._buffer += self._decoded(data)
+            plain = self._decoded(data)
         except zlib.error:
             self._blind = True
             return
-        if self._is_events:
-            self._read_lines()
-        if len(self._buffer) > (LINE_BYTES_MAX if self._is_events else MESSAGE_BYTES_MAX):
+        if self._is_message:
+            self._message += plain
+        else:
+            for raw in self._splitter.feed(plain):
+                self._read_event(raw)
+        if len(self._message) > MESSAGE_BYTES_MAX or self._splitter.buffered_bytes > EVENT_BYTES_MAX:
             self._blind = True
-            self._buffer.clear()
+            self._message.clear()
 
     def _decoded(self, data: bytes) -> bytes:
         if self._inflate is None:
@@ -58,35 +61,13 @@ class AnswerReader:
         if self._blind:
             return True
         if self._is_message:
-            message = _json_object(bytes(self._buffer))
+            message = json_object(bytes(self._message))
             if message is not None:
                 self._dialect.read_message(message, self.facts)
         return self.facts.terminal
 
-    def _read_lines(self) -> None:
-        *lines, rest = self._buffer.split(b"\n")
-        self._buffer = rest
-        for line in lines:
-            self._read_line(bytes(line.removesuffix(b"\r")))
-
-    def _read_line(self, line: bytes) -> None:
-        if line.startswith(b"data:"):
-            self._event_data.append(line[5:].removeprefix(b" "))
-        elif not line and self._event_data:
-            raw = b"\n".join(self._event_data)
-            self._event_data.clear()
-            self._read_event(raw)
-
     def _read_event(self, raw: bytes) -> None:
         if self._dialect.last_event is not None and raw.strip() == self._dialect.last_event:
             self.facts.terminal = True
-        elif (event := _json_object(raw)) is not None:
+        elif (event := json_object(raw)) is not None:
             self._dialect.read_event(event, self.facts)
-
-
-def _json_object(raw: bytes) -> Mapping[str, Any] | None:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return cast("Mapping[str, Any]", value) if isinstance(value, dict) else None

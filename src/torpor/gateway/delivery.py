@@ -6,13 +6,20 @@ is not in the log. The bytes on the agent's socket are made by `core.delivery.Ta
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
+from typing import TypeAlias
 
 from torpor.core.call import ResponseHead
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
+from torpor.gateway.dialects.base import Dialect
+from torpor.gateway.reshape import Shape, reshaped
 from torpor.sandbox.fifos import Pulse
 from torpor.sandbox.streams import Closed, Stream, StreamGone
+
+Row: TypeAlias = "ResponseHead | bytes | None"
+"""The head, a chunk, or the proper end of an attempt."""
 
 _ENDS = {Closed.CONSUMED: StreamEnd.CONSUMED, Closed.GONE: StreamEnd.GONE, Closed.RESET: StreamEnd.RESET}
 
@@ -44,8 +51,8 @@ class Recording:
         self.finished = finished
         self._changed.fire()
 
-    async def rows(self) -> AsyncGenerator[ResponseHead | bytes]:
-        """The head and the chunks, waiting for each; ends when no more will come."""
+    async def rows(self) -> AsyncGenerator[Row]:
+        """The head, the chunks, and the proper end (None) if there is one; waits for each."""
         while self.head is None and self.finished is None:
             await self._changed.wait()
         if self.head is not None:
@@ -56,18 +63,42 @@ class Recording:
                 yield self.chunks[number]
                 number += 1
             if self.finished is not None:
-                return
+                break
+            await self._changed.wait()
+        if self.finished:
+            yield None
+
+    async def wait_end(self) -> None:
+        while self.finished is None:
             await self._changed.wait()
 
 
-async def deliver(stream: Stream, recording: Recording, *, continued: bool) -> StreamEnd | None:
+async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) -> AsyncGenerator[Row]:
+    """The rows for a client that asked for another shape of the answer, once there is a whole answer to reshape."""
+    if shape is not Shape.AS_SENT:
+        await recording.wait_end()
+        other = (
+            reshaped(dialect, shape, recording.head, recording.chunks)
+            if recording.finished and recording.head
+            else None
+        )
+        if other is not None:
+            yield other[0]
+            yield other[1]
+            yield None
+            return
+    async for row in recording.rows():
+        yield row
+
+
+async def deliver(stream: Stream, rows: AsyncGenerator[Row], *, continued: bool) -> StreamEnd | None:
     """Deliver from where the stream stands until it closes; None when the link ended first.
 
     Args:
         continued: this stream's client asked for `100 Continue`; a client that joined may differ from the first.
     """
     async with asyncio.TaskGroup() as group:
-        sending = group.create_task(_send_rows(stream, recording, continued=continued))
+        sending = group.create_task(_send_rows(stream, rows, continued=continued))
         end = await closed(stream)
         sending.cancel()
     return end
@@ -82,7 +113,7 @@ async def deliver_locally(stream: Stream, head: ResponseHead, body: bytes) -> No
     recording.end(finished=True)
     async with asyncio.TaskGroup() as group:
         draining = group.create_task(_drain(stream))
-        await deliver(stream, recording, continued=head.continued)
+        await deliver(stream, recording.rows(), continued=head.continued)
         draining.cancel()
 
 
@@ -102,19 +133,20 @@ async def closed(stream: Stream) -> StreamEnd | None:
         return None
 
 
-async def _send_rows(stream: Stream, recording: Recording, *, continued: bool) -> None:
-    """A clean end only for a finished attempt; anything else breaks the connection off."""
+async def _send_rows(stream: Stream, rows: AsyncGenerator[Row], *, continued: bool) -> None:
+    """A clean end only after a proper one; anything else breaks the connection off."""
     tape = Tape(stream.sent)
     try:
-        async for row in recording.rows():
-            if isinstance(row, ResponseHead):
-                await _send(stream, tape, tape.head(replace(row, continued=continued)))
-            else:
-                await _send(stream, tape, tape.chunk(row))
-        if recording.finished:
-            await _send(stream, tape, tape.finish())
-            await stream.finish(tape.position)
-        else:
+        async with aclosing(rows):
+            async for row in rows:
+                if row is None:
+                    await _send(stream, tape, tape.finish())
+                    await stream.finish(tape.position)
+                elif isinstance(row, ResponseHead):
+                    await _send(stream, tape, tape.head(replace(row, continued=continued)))
+                else:
+                    await _send(stream, tape, tape.chunk(row))
+        if not tape.ended:
             stream.reset()
     except StreamGone:
         return  # Whoever waits for the stream's end learns how.

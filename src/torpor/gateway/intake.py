@@ -22,6 +22,7 @@ from torpor.gateway.request import (
     read_body,
     read_line,
 )
+from torpor.gateway.reshape import Shape
 from torpor.gateway.upstream import Outgoing, without_credentials
 from torpor.sandbox.streams import Stream
 
@@ -33,6 +34,7 @@ class _Facts(msgspec.Struct):
     """What is shown of a request; everything else in it is skipped."""
 
     model: str | None = None
+    stream: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Intake:
     admitted: Admitted
     key: RequestKey
     model: str | None
+    wants_events: bool
 
     @property
     def head(self) -> RequestHead:
@@ -79,13 +82,20 @@ class Intake:
             is_llm=self.admitted.route.is_llm,
         )
 
-    def claim(self, call_id: CallId, stream: StreamId, incarnation: int) -> Claim:
+    def shape_for(self, key: RequestKey) -> Shape:
+        """How this request wants the answer of the call with this key, which matched it on some level."""
+        if self.key.canonical == key.canonical:
+            return Shape.AS_SENT
+        return Shape.EVENTS if self.wants_events else Shape.MESSAGE
+
+    def claim(self, call_id: CallId, stream: StreamId, incarnation: int, shape: Shape = Shape.AS_SENT) -> Claim:
         return Claim(
             call_id=call_id,
             stream=stream,
             incarnation=incarnation,
             request_bytes=self.request.length,
             continued=self.request.line.continued,
+            shape=shape,
         )
 
 
@@ -132,11 +142,12 @@ def _intake(request: Request, admitted: Admitted) -> Intake:
     key = request_key(
         dialect=admitted.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
     )
-    return Intake(request=request, admitted=admitted, key=key, model=_model_of(body))
+    facts = _facts_of(body)
+    return Intake(request=request, admitted=admitted, key=key, model=facts.model, wants_events=bool(facts.stream))
 
 
-def _model_of(body: bytes) -> str | None:
+def _facts_of(body: bytes) -> _Facts:
     try:
-        return msgspec.json.decode(body, type=_Facts).model
+        return msgspec.json.decode(body, type=_Facts)
     except (msgspec.DecodeError, RecursionError):
-        return None
+        return _Facts()

@@ -21,6 +21,7 @@ from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
 from torpor.gateway.delivery import Recording
 from torpor.gateway.request import expects_continue
+from torpor.gateway.reshape import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Claim:
     Attributes:
         request_bytes: length of the request on this stream.
         continued: this stream's client asked for `100 Continue`, and got it.
+        shape: how it gets the answer, when it is the same logical request in another shape.
     """
 
     call_id: CallId
@@ -37,6 +39,7 @@ class Claim:
     incarnation: int
     request_bytes: int
     continued: bool
+    shape: Shape = Shape.AS_SENT
 
 
 class Recorder:
@@ -218,6 +221,18 @@ class Recorder:
 
         return await self._database.read(work)
 
+    async def load_shape(self, call_id: CallId, stream: StreamId) -> Shape:
+        """How a stream that is inherited was to get its call's answer."""
+
+        def work(tx: Transaction) -> Shape:
+            shape = Shape.AS_SENT
+            for event in log.events(tx, self._session_id):
+                if event.call_id == call_id and event.kind in _CLAIMING and event.data["stream"] == stream:
+                    shape = Shape(event.data.get("shape", Shape.AS_SENT))
+            return shape
+
+        return await self._database.read(work)
+
     @property
     def _fence(self) -> Any:
         return {"session_id": self._session_id, "owner_token": self._owner_token}
@@ -237,6 +252,7 @@ def _attached(claim: Claim, attempt: int, *, inherited: bool) -> dict[str, Any]:
         "stream": claim.stream,
         "request_bytes": claim.request_bytes,
         "continued": claim.continued,
+        "shape": claim.shape.value,
         "attempt": attempt,
         "inherited": inherited,
     }
@@ -254,6 +270,7 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
         incarnation=event.incarnation,
         request_bytes=event.data["request_bytes"],
         continued=continued,
+        shape=Shape(event.data.get("shape", Shape.AS_SENT)),
     )
 
 

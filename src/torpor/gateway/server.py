@@ -22,7 +22,8 @@ from torpor.core.join import StreamEnd
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
-from torpor.gateway.delivery import Recording, closed, deliver, deliver_locally
+from torpor.gateway.delivery import Recording, closed, deliver, deliver_locally, rows_in_shape
+from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, from_log, take_in
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Claim, Recorder, needs_sending
@@ -46,7 +47,7 @@ class _Attachment:
     """A stream with the call that it receives. `pump` is there if it was started for this stream."""
 
     claim: Claim
-    is_llm: bool
+    call: Call
     recording: Recording
     pump: Pump | None = None
 
@@ -218,16 +219,16 @@ class Gateway:
         self._redo.attach(entry_of(call))
         pump = self._start(call, intake)
         claim = intake.claim(call_id, stream_id(stream), incarnation)
-        return _Attachment(claim=claim, is_llm=call.is_llm, recording=pump.recording, pump=pump)
+        return _Attachment(claim=claim, call=call, recording=pump.recording, pump=pump)
 
     async def _old_call(
         self, stream: Stream, intake: Intake, incarnation: int, call_id: CallId, kind: Kind
     ) -> _Attachment:
-        claim = intake.claim(call_id, stream_id(stream), incarnation)
         call, recording, pump = await self._revive(call_id)
+        claim = intake.claim(call_id, stream_id(stream), incarnation, intake.shape_for(call.key))
         self._tree.reach(call.intended_seq)
         await self._recorder.attach(kind, claim, cursor_seq=self._tree.cursor, attempt=recording.attempt)
-        return _Attachment(claim=claim, is_llm=call.is_llm, recording=recording, pump=pump)
+        return _Attachment(claim=claim, call=call, recording=recording, pump=pump)
 
     async def _reattach(
         self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int
@@ -242,8 +243,9 @@ class Gateway:
                 incarnation=incarnation,
                 request_bytes=open_stream.read,
                 continued=open_stream.untouched_bytes > 0,
+                shape=await self._recorder.load_shape(call_id, open_stream.stream),
             )
-            attachment = _Attachment(claim=claim, is_llm=call.is_llm, recording=recording)
+            attachment = _Attachment(claim=claim, call=call, recording=recording)
             await self._recorder.inherit(claim, attempt=recording.attempt)
             self._open[open_stream.stream] = attachment
             stream.acknowledge(stream.received)
@@ -276,10 +278,11 @@ class Gateway:
     async def _attend(self, stream: Stream, attachment: _Attachment) -> None:
         """Deliver to a stream until it ends, and record how."""
         claim = attachment.claim
-        if attachment.pump is not None and attachment.is_llm:
+        if attachment.pump is not None and attachment.call.is_llm:
             await attachment.pump.sent.wait()
             await self._on_call(claim.call_id)
-        end = await deliver(stream, attachment.recording, continued=claim.continued)
+        rows = rows_in_shape(attachment.recording, dialect_named(attachment.call.dialect), claim.shape)
+        end = await deliver(stream, rows, continued=claim.continued)
         if end is not None:
             await self._detach(stream, claim, end)
 

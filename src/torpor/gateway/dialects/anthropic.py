@@ -1,10 +1,11 @@
 """Anthropic Messages."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torpor.config import Family
+from torpor.gateway.dialects import anthropic_shapes
 from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping
 
 _MODEL = re.compile(r"/v1/models/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+")
@@ -72,6 +73,12 @@ class Anthropic:
             count(usage, name, parts, name)
         if "input_tokens" in parts:
             facts.usage["input_tokens"] = sum(parts.values())
+
+    def to_message(self, events: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, Any]]:
+        return anthropic_shapes.to_message(events)
+
+    def to_events(self, message: Mapping[str, Any]) -> bytes:
+        return anthropic_shapes.to_events(message)
 
     def error(self, *, status: int, code: str, message: str) -> dict[str, Any]:
         kind = _ERROR_KINDS.get(status, "api_error")

@@ -4,7 +4,7 @@ A dialect reads copies. A request or an answer that it does not understand is ca
 trusted with is only whether an answer is complete, and then the transport's word counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,6 +69,14 @@ class Dialect(Protocol):
 
     def read_message(self, message: Mapping[str, Any], facts: AnswerFacts) -> None:
         """Take in an answer that came in one piece."""
+        ...
+
+    def to_message(self, events: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, Any]]:
+        """A streamed answer in one piece: its status, and its JSON."""
+        ...
+
+    def to_events(self, message: Mapping[str, Any]) -> bytes:
+        """An answer that came in one piece as the events of a streamed one."""
         ...
 
     def error(self, *, status: int, code: str, message: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """OpenAI Chat Completions, as spoken by OpenAI and by most other servers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torpor.config import Family
+from torpor.gateway.dialects import openai_chat_shapes
 from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping
 
 _MODEL = re.compile(r"/v1/models/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+(/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+)?")
@@ -50,6 +51,12 @@ class OpenAIChat:
         )
         count(prompt, "cached_tokens", facts.usage, "cache_read_input_tokens")
         count(completion, "reasoning_tokens", facts.usage, "reasoning_output_tokens")
+
+    def to_message(self, events: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, Any]]:
+        return openai_chat_shapes.to_message(events)
+
+    def to_events(self, message: Mapping[str, Any]) -> bytes:
+        return openai_chat_shapes.to_events(message)
 
     def error(self, *, status: int, code: str, message: str) -> dict[str, Any]:
         kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "api_error"
