@@ -186,9 +186,10 @@ class Checkpointer:
         self._staging.begin(snapshot_id, previous.raw_bytes if previous else 0)
         status = await life.link.cut(CUT_DEADLINE_SECONDS)
         try:
-            seq, cursor_seq = await self._records.position()
-            streams = open_streams(status, self._gateway)
-            pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
+            async with self._gateway.quiet():
+                seq, cursor_seq = await self._records.position()
+                streams = open_streams(status, self._gateway)
+                pending, joinable = self._gateway.redo.pending, self._gateway.redo.joinable
             crash_point("checkpoint.cut")
             cut_wall_ns = self._clock.wall_ns()
             started = self._clock.monotonic()
