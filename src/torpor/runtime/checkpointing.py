@@ -37,7 +37,6 @@ from torpor.snapshots.tree import TreeIndex
 logger = logging.getLogger(__name__)
 
 CUT_DEADLINE_SECONDS = 20
-COMMITS_WAITING_MAX = 2
 STDOUT, STDERR = 1, 2
 
 
@@ -72,7 +71,7 @@ class Checkpointer:
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
         self._cuts_begun = 0
-        self._waiting: asyncio.Queue[Cut] = asyncio.Queue(COMMITS_WAITING_MAX)
+        self._waiting: asyncio.Queue[Cut] = asyncio.Queue()
         self._newest: Checkpoint | None = None
         self._committed: Checkpoint | None = None
         self._tree: TreeIndex | None = None
@@ -109,6 +108,9 @@ class Checkpointer:
             life = self._life
             if life is None or self._cuts_begun > asked_before:
                 return
+            # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
+            # turns that are quicker than a commit wait for it.
+            await self._waiting.join()
             self._cuts_begun += 1
             snapshot_id = new_snapshot_id(self._clock.wall_ns())
             self._staged.add(snapshot_id)
