@@ -49,7 +49,11 @@ class Secret(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
-    """Where a key is read when the node starts: at most one of the three. None of them = no key is sent."""
+    """A provider's key: itself, or the command that prints it. Nothing at all = no key is sent.
+
+    Attributes:
+        environment: the variable that `value` was read from; if it was not set, that is told when a call needs it.
+    """
 
     value: Secret | None = None
     environment: str | None = None
@@ -115,7 +119,7 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
         InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
     """
     named = _read_file(home / "config.toml")
-    upstreams = [_from_file(name, fields) for name, fields in named.items()]
+    upstreams = [_from_file(name, fields, environment) for name, fields in named.items()]
     families = [upstream.family for upstream in upstreams]
     for family in FAMILIES:
         if families.count(family) > 1:
@@ -142,7 +146,7 @@ def _read_file(path: Path) -> Mapping[str, _UpstreamFields]:
     return named
 
 
-def _from_file(name: str, fields: _UpstreamFields) -> Upstream:
+def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:
     family = fields.family or _family_named(name)
     if family is None:
         raise _invalid(f"upstream {name!r} says no family", hint='Add family = "openai" or family = "anthropic".')
@@ -153,7 +157,7 @@ def _from_file(name: str, fields: _UpstreamFields) -> Upstream:
         family=family,
         base_url=_checked_url(name, fields.base_url or DEFAULT_BASE_URLS[family]),
         key=KeySource(
-            value=Secret(fields.key) if fields.key else None,
+            value=_secret(fields.key or (environment.get(fields.key_env) if fields.key_env else None)),
             environment=fields.key_env,
             command=tuple(fields.key_command or ()),
         ),
@@ -181,10 +185,18 @@ def _from_environment(family: Family, environment: Mapping[str, str]) -> list[Up
             name=family,
             family=family,
             base_url=_checked_url(family, base_url or DEFAULT_BASE_URLS[family]),
-            key=KeySource(environment=key_names[0] if key_names else None),
+            key=_key_from_environment(key_names[0], environment) if key_names else KeySource(),
             bearer=family == "openai" or key_names == ["ANTHROPIC_AUTH_TOKEN"],
         )
     ]
+
+
+def _key_from_environment(name: str, environment: Mapping[str, str]) -> KeySource:
+    return KeySource(value=_secret(environment[name]), environment=name)
+
+
+def _secret(text: str | None) -> Secret | None:
+    return Secret(text.strip()) if text and text.strip() else None
 
 
 def _checked_url(name: str, text: str) -> str:

@@ -1,10 +1,11 @@
 """Reads the providers' keys on the host when they are first needed. They go upstream and nowhere else."""
 
 import asyncio
-from collections.abc import Mapping
 
 from torpor.config import Secret, Upstream
-from torpor.core.errors import UpstreamFailed
+from torpor.core.clock import Clock
+from torpor.core.errors import TorporError, UpstreamFailed
+from torpor.sandbox import process
 
 COMMAND_SECONDS = 30.0
 
@@ -12,8 +13,8 @@ COMMAND_SECONDS = 30.0
 class KeyRing:
     """The keys that were read so far, by upstream."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._known: dict[str, Secret | None] = {}
         self._reading = asyncio.Lock()
 
@@ -30,36 +31,21 @@ class KeyRing:
 
     async def _read(self, upstream: Upstream) -> Secret | None:
         source = upstream.key
-        if source.environment is not None:
-            value = self._environment.get(source.environment, "")
-            if not value:
-                raise _missing(upstream, f"the variable {source.environment} is not set")
-            return Secret(value)
         if source.command:
-            return Secret(await _output_of(upstream, source.command))
+            return await self._output_of(upstream, source.command)
+        if source.value is None and source.environment is not None:
+            raise _missing(upstream, f"the variable {source.environment} is not set")
         return source.value
 
-
-async def _output_of(upstream: Upstream, command: tuple[str, ...]) -> str:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-        )
-    except OSError as error:
-        raise _missing(upstream, f"its key_command did not start: {error.strerror}") from error
-    try:
-        async with asyncio.timeout(COMMAND_SECONDS):
-            output, _ = await process.communicate()
-    except BaseException as error:
-        process.kill()
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            raise _missing(upstream, f"its key_command did not end within {COMMAND_SECONDS:g} s") from error
-        raise
-    key = output.decode("utf-8", "replace").strip()
-    if process.returncode or not key:
-        raise _missing(upstream, f"its key_command ended with status {process.returncode} and {len(key)} characters")
-    return key
+    async def _output_of(self, upstream: Upstream, command: tuple[str, ...]) -> Secret:
+        try:
+            finished = await process.run(command, deadline_seconds=COMMAND_SECONDS, clock=self._clock, check=False)
+        except TorporError as error:
+            raise _missing(upstream, str(error)) from error
+        key = finished.stdout.decode("utf-8", "replace").strip()
+        if finished.exit_status or not key:
+            raise _missing(upstream, f"its key_command ended with status {finished.exit_status} and no key")
+        return Secret(key)
 
 
 def _missing(upstream: Upstream, reason: str) -> UpstreamFailed:

@@ -5,7 +5,7 @@ anything is delivered, which survives the death of every process; the next durab
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.clock import Clock
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
-from torpor.db import calls, log, requests, sessions
+from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
+from torpor.db import calls, log, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -122,22 +123,24 @@ class Recorder:
         return await self._database.write(work, durable=True)
 
     async def attach(self, kind: Kind, claim: Claim, *, cursor_seq: int, attempt: int) -> None:
-        """A stream receives a call that is in the log already (`kind`: repeated or joined); the cursor moves there."""
-        data = {
-            "stream": claim.stream,
-            "request_bytes": claim.request_bytes,
-            "continued": claim.continued,
-            "attempt": attempt,
-        }
+        """A stream receives a call that is in the log already (`kind`: repeated or joined); the cursor moves there.
+
+        Raises:
+            Conflict: `redo_refused`, a repeated call was not expected from this incarnation, or was repeated before.
+        """
 
         def work(tx: Transaction) -> None:
-            self._append(tx, kind, claim.incarnation, claim.call_id, data)
+            self._append(tx, kind, claim.incarnation, claim.call_id, _attached(claim, attempt, inherited=False))
             sessions.set_cursor(tx, **self._fence, cursor_seq=cursor_seq)
+            if kind is Kind.CALL_REPEATED:
+                redo.consume(tx, **self._fence, incarnation=claim.incarnation, call_id=claim.call_id)
 
         await self._database.write(work, durable=False)
 
-    async def move_cursor(self, seq: int) -> None:
-        await self._database.write(lambda tx: sessions.set_cursor(tx, **self._fence, cursor_seq=seq), durable=False)
+    async def inherit(self, claim: Claim, *, attempt: int) -> None:
+        """A stream of an earlier incarnation, or node, goes on with its call."""
+        data = _attached(claim, attempt, inherited=True)
+        await self.note(Kind.CALL_JOINED, claim.incarnation, claim.call_id, data)
 
     async def note(self, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]) -> None:
         """Append a bookkeeping event that nothing outside depends on."""
@@ -176,6 +179,29 @@ class Recorder:
 
         return await self._database.read(work)
 
+    async def store_redo(self, incarnation: int, began_with: RedoSet) -> None:
+        await self._database.write(
+            lambda tx: redo.store(tx, **self._fence, incarnation=incarnation, redo=began_with), durable=False
+        )
+
+    async def load_redo(self, incarnation: int) -> RedoSet:
+        """The redo set that an incarnation began with, brought up to now by its events."""
+
+        def work(tx: Transaction) -> RedoSet:
+            by_id = {call.call_id: call for call in calls.load_calls(tx, self._session_id)}
+            stored = redo.load(tx, self._session_id, incarnation)
+
+            def entries(ids: Iterable[CallId]) -> list[RedoEntry]:
+                return [entry_of(by_id[call_id]) for call_id in ids if call_id in by_id]
+
+            began_with = RedoSet(
+                entries(stored.pending), joinable=entries(stored.joinable), attached=entries(stored.attached)
+            )
+            events = [event for event in log.events(tx, self._session_id) if event.incarnation == incarnation]
+            return follow(began_with, events, by_id)
+
+        return await self._database.read(work)
+
     async def load_claims(self, incarnation: int) -> list[Claim]:
         """The streams of an incarnation that have a call and whose end is not logged, in the order of the log."""
 
@@ -204,6 +230,16 @@ class Recorder:
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})
+
+
+def _attached(claim: Claim, attempt: int, *, inherited: bool) -> dict[str, Any]:
+    return {
+        "stream": claim.stream,
+        "request_bytes": claim.request_bytes,
+        "continued": claim.continued,
+        "attempt": attempt,
+        "inherited": inherited,
+    }
 
 
 def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:

@@ -55,7 +55,6 @@ class Gateway:
     """One session's gateway on this node; `run` it in a TaskGroup.
 
     Args:
-        environment: where the keys of `upstreams` are looked up.
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
     """
@@ -68,11 +67,10 @@ class Gateway:
         owner_token: int,
         clock: Clock,
         upstreams: Sequence[Upstream],
-        environment: Mapping[str, str],
         on_call: OnCall,
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
-        self._upstreams = UpstreamClient(upstreams, environment)
+        self._upstreams = UpstreamClient(upstreams, clock)
         self._on_call = on_call
         self._turnstile = asyncio.Lock()
         self._running = asyncio.Event()
@@ -102,25 +100,34 @@ class Gateway:
         self._closing.set()
 
     async def recover(self) -> list[CallId]:
-        """Read where the session is, at the start of a node; gives the calls that are torn from now on."""
-        torn = await self._recorder.tear_open()
-        self._tree = await self._recorder.load_tree()
-        return torn
+        """At the start of a node: what the one before had sent and not answered is torn from now on."""
+        return await self._recorder.tear_open()
 
-    async def begin_incarnation(self, incarnation: int, redo: RedoSet, *, cursor_seq: int | None = None) -> None:
-        """Serve a new life of the sandbox; the streams of the one before are forgotten, its pumps live on.
+    async def begin_incarnation(self, incarnation: int, redo: RedoSet, *, adopted: bool) -> None:
+        """Serve a life of the sandbox, new or adopted; the streams of the one before are forgotten, its pumps live on.
 
         Args:
-            redo: what may answer its calls from the log.
-            cursor_seq: the restored checkpoint's cursor; None leaves it (a start, an adoption).
+            redo: what may answer its calls from the log; that of a new life is stored.
         """
         async with self._turnstile:
-            if cursor_seq is not None:
-                await self._recorder.move_cursor(cursor_seq)
-                self._tree.rewind(cursor_seq)
+            if not adopted:
+                await self._recorder.store_redo(incarnation, redo)
+            self._tree = await self._recorder.load_tree()
             self._incarnation = incarnation
             self._redo = redo
             self._open.clear()
+
+    async def load_incarnation(self, incarnation: int) -> tuple[RedoSet, Mapping[StreamId, OpenCall]]:
+        """What the log knows of a life of the sandbox: its redo set by now, and the calls of its streams.
+
+        A stream is there until its end was logged; whether the guest still has it, the guest knows.
+        """
+        redo = await self._recorder.load_redo(incarnation)
+        streams: dict[StreamId, OpenCall] = {}
+        for claim in await self._recorder.load_claims(incarnation):
+            call = await self._recorder.load(claim.call_id)
+            streams[claim.stream] = _open_call(claim, max(1, len(call.attempts)))
+        return redo, streams
 
     async def serve(self, stream: Stream, *, incarnation: int) -> None:
         """Take one connection of the agent through its whole life.
@@ -170,21 +177,16 @@ class Gateway:
             for stream, attachment in self._open.items()
         }
 
-    async def claimed_streams(self, incarnation: int) -> dict[StreamId, OpenCall]:
-        """`open_streams` of an incarnation by the log alone: what an adopting node knows of the guest's streams."""
-        streams: dict[StreamId, OpenCall] = {}
-        for claim in await self._recorder.load_claims(incarnation):
-            call = await self._recorder.load(claim.call_id)
-            streams[claim.stream] = _open_call(claim, max(1, len(call.attempts)))
-        return streams
-
     def pump_alive(self, call_id: CallId) -> bool:
         return call_id in self._pumps
 
-    @property
-    def redo(self) -> RedoSet:
-        """What may answer this incarnation's next calls: a checkpoint keeps its `pending` and `joinable`."""
-        return self._redo
+    def pending_redo(self) -> tuple[CallId, ...]:
+        """Calls that the agent is expected to make again: a checkpoint keeps them."""
+        return self._redo.pending
+
+    def joinable(self) -> tuple[CallId, ...]:
+        """Calls that an equal request would join: a checkpoint keeps them."""
+        return self._redo.joinable
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
@@ -242,6 +244,7 @@ class Gateway:
                 continued=open_stream.untouched_bytes > 0,
             )
             attachment = _Attachment(claim=claim, is_llm=call.is_llm, recording=recording)
+            await self._recorder.inherit(claim, attempt=recording.attempt)
             self._open[open_stream.stream] = attachment
             stream.acknowledge(stream.received)
             return attachment

@@ -5,7 +5,7 @@ that was never made is tried again, since no byte of the request was in it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Self
 import httpx
 
 from torpor.config import Secret, Upstream
+from torpor.core.clock import Clock
 from torpor.core.errors import UpstreamFailed
 from torpor.gateway.dialects.base import Dialect, Route
 from torpor.gateway.keys import KeyRing
@@ -86,9 +87,9 @@ class UpstreamAnswer:
 class UpstreamClient:
     """Connections to the configured providers; an asynchronous context manager."""
 
-    def __init__(self, upstreams: Sequence[Upstream], environment: Mapping[str, str]) -> None:
+    def __init__(self, upstreams: Sequence[Upstream], clock: Clock) -> None:
         self._upstreams = {upstream.family: upstream for upstream in upstreams}
-        self._keys = KeyRing(environment)
+        self._keys = KeyRing(clock)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
         self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600)
 
@@ -124,7 +125,7 @@ class UpstreamClient:
         try:
             yield UpstreamAnswer(
                 status=response.status_code,
-                reason=response.extensions.get("reason_phrase", b"").decode("latin-1"),
+                reason=_reason(response),
                 headers=_answer_headers(response, bodiless=outgoing.method == "HEAD"),
                 response=response,
             )
@@ -191,6 +192,12 @@ def _without(headers: Headers, dropped: frozenset[str]) -> Headers:
 def _answer_headers(response: httpx.Response, *, bodiless: bool) -> Headers:
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw)
     return _without(headers, _HOP_BY_HOP if bodiless else _HOP_BY_HOP | {"content-length"})
+
+
+def _reason(response: httpx.Response) -> str:
+    """The phrase as it came, or the usual one: there are clients that trip over a status line without any."""
+    said: bytes = response.extensions.get("reason_phrase", b"")
+    return said.decode("latin-1") or response.reason_phrase
 
 
 def _translated(error: httpx.HTTPError | httpx.InvalidURL) -> NoAnswer:

@@ -76,7 +76,7 @@ class Answering:
     async def _head(self, content_type: str, **headers: str) -> None:
         fields = [("content-type", content_type), ("request-id", f"req_{self.stamp.nonce}")]
         fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
-        await self.connection.send(h11.Response(status_code=200, headers=fields))
+        await self.connection.head(200, fields)
 
     async def _end_badly(self) -> None:
         if self.rule and self.rule.fault is Fault.CLOSE_MID:

@@ -5,6 +5,7 @@ import contextlib
 import socket
 import struct
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 import h11
 
@@ -76,9 +77,13 @@ class Connection:
     async def respond(self, status: int, body: bytes, **headers: str) -> None:
         fields = {"content-type": "application/json", "content-length": str(len(body))}
         fields |= {name.replace("_", "-"): value for name, value in headers.items()}
-        await self.send(h11.Response(status_code=status, headers=list(fields.items())))
+        await self.head(status, list(fields.items()))
         await self.send(h11.Data(data=body))
         await self.send(h11.EndOfMessage())
+
+    async def head(self, status: int, headers: list[tuple[str, str]]) -> None:
+        reason = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Overloaded"
+        await self.send(h11.Response(status_code=status, headers=headers, reason=reason.encode()))
 
     async def pause(self, seconds: float | None) -> None:
         """Wait, None = for ever, but no longer than the client stays."""

@@ -176,7 +176,7 @@ class ModelServer:
     async def _small_request(self, connection: Connection, request: Request) -> None:
         """What costs nothing: model lists, token counts, Claude Code's HEAD."""
         if request.method == "HEAD":
-            await connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
+            await connection.head(200, [("content-length", "0")])
             await connection.send(h11.EndOfMessage())
         elif request.path == "/v1/messages/count_tokens":
             await connection.respond(200, json.dumps({"input_tokens": max(1, len(request.body) // 4)}).encode())
