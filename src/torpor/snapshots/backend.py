@@ -77,13 +77,13 @@ class LocalDirectory:
         self._root = root
         self._partial = root / "partial"
         with storage_errors(f"open store {root}"):
-            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(self._partial)
             self._sweep_partials()
 
     def put(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with storage_errors(f"write object {key}"):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(path.parent)
             with self._open_partial() as (descriptor, partial):
                 _write_all(descriptor, data)
                 crash_point("backend.partial_written")
@@ -114,15 +114,8 @@ class LocalDirectory:
 
     def list(self, prefix: str) -> list[str]:
         kind, slash, _ = prefix.partition("/")
-        kinds = (
-            [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
-        )
-        keys = [
-            f"{kind}/{path.name}"
-            for kind in kinds
-            if kind != "partial"
-            for path in self._root.glob(f"{kind}/*/*")
-        ]
+        kinds = [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
+        keys = [f"{kind}/{path.name}" for kind in kinds if kind != "partial" for path in self._root.glob(f"{kind}/*/*")]
         return sorted(key for key in keys if key.startswith(prefix))
 
     def _path(self, key: str) -> Path:
@@ -170,6 +163,13 @@ class LocalDirectory:
                     partial.unlink()
                 finally:
                     os.close(descriptor)
+
+
+def _make_private(directory: Path) -> None:
+    """Also the directories above that do not exist yet, which `mkdir(parents=True)` would open to all."""
+    if not directory.is_dir():
+        _make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _link_if_absent(partial: Path, path: Path) -> bool:

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,14 @@ def capture(
     previous: TreeIndex | None = None,
     *,
     always_reread: AbstractSet[bytes] = frozenset(),
+    leave_out: Callable[[bytes], bool] | None = None,
     clock: Clock | None = None,
 ) -> TreeCapture:
     """Phase 1. Nothing else may write to the workspace meanwhile. `staging` must exist and be empty.
 
     Args:
         always_reread: paths relative to the workspace, as bytes.
+        leave_out: says of such a path that it, and what is below it, is not to be captured.
 
     Raises:
         MachineUnfit: no_space, storage_failed.
@@ -101,7 +103,7 @@ def capture(
         open_root(workspace) as root,
         open_root(staging) as aside,
     ):
-        scan = _Scan(root, aside, staging, previous, _inodes(root, always_reread))
+        scan = _Scan(root, aside, staging, previous, _inodes(root, always_reread), leave_out)
         tree = scan.directory(root, previous and previous.root, b"", Meta(0o700, 0, 0, 0), 0)
     return TreeCapture(
         root=tree,
@@ -122,6 +124,7 @@ class _Scan:
         staging: Path,
         previous: TreeIndex | None,
         always_reread: AbstractSet[int],
+        leave_out: Callable[[bytes], bool] | None,
     ) -> None:
         owner = os.fstat(root)
         self._uid, self._gid = owner.st_uid, owner.st_gid
@@ -129,6 +132,7 @@ class _Scan:
         self._staging = staging
         self._settled_before_ns = previous.cut_wall_ns - FRESH_NS if previous else 0
         self._always_reread = always_reread
+        self._leave_out = leave_out
         self._linked: dict[int, Node | StagedFile] = {}
         self._entries = 0
         self._files_aside = 0
@@ -153,11 +157,11 @@ class _Scan:
         self._count(len(entries))
         for entry in entries:
             name = os.fsencode(entry.name)
+            if self._leave_out and self._leave_out(path + name):
+                continue
             try:
                 node = self._node(descriptor, entry, name, before.get(name), path, depth)
-            except (
-                FileNotFoundError
-            ):  # Only a directory that is in use outside of a sandbox changes under a scan.
+            except FileNotFoundError:  # Only a directory that is in use outside of a sandbox changes under a scan.
                 continue
             if node is None:
                 self.skipped.append(path + name)

@@ -98,9 +98,7 @@ def _against(digest: bytes | None, descriptor: int, objects: Objects, path: byte
             yield Change(path + name, "changed")
         if stat.S_ISDIR(status.st_mode):
             with open_directory(name, descriptor, mode=stat.S_IMODE(status.st_mode)) as below:
-                yield from _against(
-                    entry.digest if entry and matches else None, below, objects, path + name + b"/"
-                )
+                yield from _against(entry.digest if entry and matches else None, below, objects, path + name + b"/")
 
 
 _KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: LINK}

@@ -57,9 +57,7 @@ def materialize(
     """
     with storage_errors(f"materialize workspace {destination}"), open_root(destination) as descriptor:
         if any(destination.iterdir()):
-            raise InvalidInput(
-                "directory_not_empty", f"cannot materialize workspace {destination}: it is not empty"
-            )
+            raise InvalidInput("directory_not_empty", f"cannot materialize workspace {destination}: it is not empty")
         node = _Filling(descriptor, objects).directory(descriptor, root, Meta(0o700, 0, 0, 0), b"")
     return TreeIndex(root=node, cut_wall_ns=clock.wall_ns(), snapshot_id=snapshot_id)
 

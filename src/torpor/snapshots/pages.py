@@ -75,9 +75,7 @@ class PagePlan:
 def hash_pages(image: memoryview) -> list[bytes]:
     """The first 16 bytes of each page's SHA-256; the last page is padded with zeros."""
     whole = len(image) - len(image) % PAGE_BYTES
-    digests = [
-        sha256(image[at : at + PAGE_BYTES]).digest()[:PAGE_DIGEST_BYTES] for at in range(0, whole, PAGE_BYTES)
-    ]
+    digests = [sha256(image[at : at + PAGE_BYTES]).digest()[:PAGE_DIGEST_BYTES] for at in range(0, whole, PAGE_BYTES)]
     if whole < len(image):
         last = bytes(image[whole:]).ljust(PAGE_BYTES, b"\0")
         digests.append(sha256(last).digest()[:PAGE_DIGEST_BYTES])

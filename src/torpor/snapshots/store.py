@@ -170,9 +170,7 @@ class SnapshotStore:
         with storage_errors(f"restore image to {destination}"):
             destination.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(destination.iterdir()):
-                raise InvalidInput(
-                    "directory_not_empty", f"cannot restore image to {destination}: it is not empty"
-                )
+                raise InvalidInput("directory_not_empty", f"cannot restore image to {destination}: it is not empty")
         packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
         objects = self._objects(manifest)
         for file in manifest.files:
@@ -181,9 +179,7 @@ class SnapshotStore:
             else:
                 restore_whole(file, objects, destination)
 
-    def restore_workspace(
-        self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path
-    ) -> TreeIndex:
+    def restore_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> TreeIndex:
         """Write the workspace into `destination`, an empty directory; the result spares the next capture from
         reading it.
 
@@ -192,13 +188,9 @@ class SnapshotStore:
         """
         manifest = self.read_manifest(snapshot_id, manifest_digest)
         objects = self._objects(manifest)
-        return materialize(
-            manifest.tree_root, destination, objects, snapshot_id=snapshot_id, clock=self._clock
-        )
+        return materialize(manifest.tree_root, destination, objects, snapshot_id=snapshot_id, clock=self._clock)
 
-    def export_workspace(
-        self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path
-    ) -> ExportReport:
+    def export_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
         manifest = self.read_manifest(snapshot_id, manifest_digest)
         return export(manifest.tree_root, destination, self._objects(manifest))
@@ -254,9 +246,7 @@ class SnapshotStore:
         return data
 
     def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(
-            self._backend, [read_pack_index(self._backend, ref) for ref in manifest.object_packs]
-        )
+        return ObjectReader(self._backend, [read_pack_index(self._backend, ref) for ref in manifest.object_packs])
 
     def _recall(self, snapshot_id: SnapshotId) -> _Indexes | None:
         with self._lock:
@@ -266,10 +256,7 @@ class SnapshotStore:
         """Keep the newest indexes, up to a total number of items (24 bytes a page, about 40 an object)."""
         with self._lock:
             self._cache[snapshot_id] = indexes
-            while (
-                len(self._cache) > 1
-                and sum(known.items for known in self._cache.values()) > _CACHED_ITEMS_MAX
-            ):
+            while len(self._cache) > 1 and sum(known.items for known in self._cache.values()) > _CACHED_ITEMS_MAX:
                 self._cache.popitem(last=False)
 
     def _forget(self, snapshot_id: SnapshotId) -> None:

@@ -120,9 +120,7 @@ def encode_directory(children: Mapping[bytes, Node]) -> bytes:
         else:
             kind, rest = LINK, _TARGET.pack(len(node.target)) + node.target
         meta = node.meta
-        pieces.append(
-            _ENTRY.pack(kind, meta.mode, meta.uid, meta.gid, meta.mtime_ns, len(name)) + name + rest
-        )
+        pieces.append(_ENTRY.pack(kind, meta.mode, meta.uid, meta.gid, meta.mtime_ns, len(name)) + name + rest)
     return b"".join(pieces)
 
 
