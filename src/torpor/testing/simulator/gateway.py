@@ -92,15 +92,18 @@ class Gateway:
         stream = self.streams.pop(sid, None)
         if stream is not None and stream.end is None:
             stream.end = self.node.world.rules.stream_end(end)
-            if stream.call_id is not None:
-                self._ended(stream.call_id, stream.end)
+            if stream.bound:
+                self._ended(stream)
         self.node.send("RESET", sid)
 
-    def _ended(self, call_id: CallId, end: StreamEnd) -> None:
+    def _ended(self, stream: HostStream) -> None:
+        """Once for each stream, and after the row that bound it: an adopting node reads them in that order."""
         node = self.node
-        node.append((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, end))
-        node.redo.ended(call_id, end)
-        node.wake(call_id)
+        assert stream.call_id is not None
+        assert stream.end is not None
+        node.append((Kind.CALL_DELIVERED.value, node.incarnation, stream.call_id, None, stream.end))
+        node.redo.ended(stream.call_id, stream.end)
+        node.wake(stream.call_id)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -124,13 +127,14 @@ class Gateway:
             node.world.count("repeated")
         else:
             self._intend(stream, newly_diverged=node.redo.diverged and not diverged)
+        stream.bound = True
+        if stream.end is not None:
+            self._ended(stream)
+            return
         yield
         node.send("ACK", stream.sid, stream.ask.length)
-        assert stream.call_id is not None
-        if stream.end is not None:
-            self._ended(stream.call_id, stream.end)
-            return
-        self.bind(stream)
+        if stream.end is None:
+            self.bind(stream)
 
     def _intend(self, stream: HostStream, *, newly_diverged: bool) -> None:
         node = self.node
@@ -293,7 +297,7 @@ class Gateway:
         if node.db.calls[stream.call_id].state is CallState.FAILED:
             node.redo.failed(stream.call_id)
         else:
-            self._ended(stream.call_id, StreamEnd.RESET)
+            self._ended(stream)
         node.send("RESET", stream.sid)
 
 

@@ -307,7 +307,8 @@ class Node:
             and self.db.calls[stream.call_id].state is CallState.INTENDED
             for stream in cut.open_streams
         )
-        return waiting and guest.agent.blocked(guest.streams) and self.db.free_message() is None
+        blocked = bool(cut.open_streams) and guest.agent.blocked(guest.streams)
+        return waiting and blocked and self.db.free_message() is None
 
     def wake_up(self) -> None:
         """A message came for a session that sleeps."""

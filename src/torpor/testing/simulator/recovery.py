@@ -251,6 +251,7 @@ class Recovery:
             row = db.calls[stream.call_id]
             host.call_id, host.ask, host.spelling = stream.call_id, row.ask, row.spelling
             host.received = row.ask.length
+            host.bound = True
             if fate is StreamFate.RESET:
                 world.count("streams reset")
                 node.gateway.reset(host)

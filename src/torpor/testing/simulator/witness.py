@@ -47,7 +47,7 @@ class Violation(Exception):
 class Witness:
     """What one schedule looked like from outside."""
 
-    __slots__ = ("_asked", "_deaths", "_final", "_paid", "_sends", "_told", "_told_exit", "checked", "world")
+    __slots__ = ("_asked", "_deaths", "_final", "_paid", "_sends", "_told_exit", "checked", "confirmed", "world")
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -56,7 +56,7 @@ class Witness:
         self._deaths: Counter[CallId] = Counter()
         self._paid: Counter[int] = Counter()
         self._asked: list[dict[int, int]] = [{}]
-        self._told: list[int] = []
+        self.confirmed: list[int] = []
         self._told_exit: int | None = None
         self._final: frozenset[CallId] = frozenset()
 
@@ -212,7 +212,7 @@ class Witness:
     def told_message(self, message: int, transaction: int) -> None:
         """A person is told that the message was accepted."""
         self.check(3, self.world.db.synced >= transaction, f"message {message} is confirmed before it is durable")
-        self._told.append(message)
+        self.confirmed.append(message)
 
     def told_exit(self, code: int, transaction: int) -> None:
         """A person is told how the session ended."""
@@ -240,7 +240,7 @@ class Witness:
         self.check(9, agent.counter == final.workspace, "memory and workspace ended apart")
         self.check(8, db.output == agent.printed, f"output shows {db.output!r}, the agent wrote {agent.printed!r}")
         consumed = Counter(self.world.upstream.answers[serial].message for serial, _ in agent.answers)
-        for message in self._told:
+        for message in self.confirmed:
             self.check(8, message in db.messages, f"message {message} was confirmed and is lost")
             holder = next((r.call_id for r in db.calls.values() if r.message == message and self._holds(r)), None)
             seen = consumed[message]

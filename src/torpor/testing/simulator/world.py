@@ -181,10 +181,13 @@ class World:
         for other in self.silent:
             self.destroy(other.sandbox)
         self.silent.clear()
-        self.people.clear()
         kept = self.db.synced + int(self.random() * (len(self.db.transactions) - self.db.synced + 1))
         self.db.lose(kept)
         self.store.lose_unsynced()
+        self.people.clear()
+        for message in range(1, self.sent_messages + 1):
+            if message not in self.witness.confirmed:
+                self.people.add(self._say(message))
         self.boot_id = f"boot-{self.steps}"
         return True
 
@@ -212,6 +215,10 @@ class World:
         """A person's message, or a resolved waitpoint: written with its wake request in one transaction."""
         rules = self.rules
         yield
+        if message in self.db.messages:
+            # A power cut lost the confirmation, not the message; saying it again is the same message.
+            self.witness.told_message(message, self.db.synced)
+            return
         rows = [(MESSAGE_ACCEPTED, 0, None, None, message)]
         if self.db.status is SessionStatus.ASLEEP and rules.wake_with_the_message:
             rows.append((Kind.SESSION_STATUS.value, 0, None, None, SessionStatus.WAKING))  # pyright: ignore[reportArgumentType]
