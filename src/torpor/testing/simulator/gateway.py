@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torpor.core.call import CallState
 from torpor.core.delivery import Tape
 from torpor.core.events import Kind
-from torpor.core.ids import CallId
 from torpor.core.join import StreamEnd
 from torpor.core.output import OutputTrack
 from torpor.core.session import SessionStatus
-from torpor.testing.simulator.store import CHUNK, HEAD, OUTPUT, CallRow
+from torpor.testing.simulator.store import CHUNK, HEAD, OUTPUT, CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
 from torpor.testing.simulator.tasks import Task
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 ON_RESOLVED = "resolved"
 ON_COMMIT = "committed"
+ON_LOGGED = "logged"
 ON_STATUS_CHANGE = "status"
 
 
@@ -81,7 +81,7 @@ class Gateway:
             taken = OutputTrack(offset).take(piece)
             node.append((OUTPUT, node.incarnation, None, None, (len(node.db.output), taken.fresh)))
         elif taken.fresh:
-            rows = [(OUTPUT, node.incarnation, None, None, (taken.offset, taken.fresh))]
+            rows: list[Row] = [(OUTPUT, node.incarnation, None, None, (taken.offset, taken.fresh))]
             if taken.differs_at is not None:
                 rows.append((Kind.OUTPUT_DIFFERED.value, node.incarnation, None, None, taken.differs_at))
             node.append(*rows)
@@ -92,23 +92,28 @@ class Gateway:
         stream = self.streams.pop(sid, None)
         if stream is not None and stream.end is None:
             stream.end = self.node.world.rules.stream_end(end)
-            if stream.bound:
+            if stream.call_id is not None:
                 self._ended(stream)
-        self.node.send("RESET", sid)
+        self.node.log_later(lambda: self.node.send("RESET", sid))
 
     def _ended(self, stream: HostStream) -> None:
-        """Once for each stream, and after the row that bound it: an adopting node reads them in that order."""
+        """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
         node = self.node
-        assert stream.call_id is not None
-        assert stream.end is not None
-        node.append((Kind.CALL_DELIVERED.value, node.incarnation, stream.call_id, None, stream.end))
-        node.redo.ended(stream.call_id, stream.end)
-        node.wake(stream.call_id)
+        call_id, end = stream.call_id, stream.end
+        assert call_id is not None
+        assert end is not None
+        node.redo.ended(call_id, end)
+        node.log_later(lambda: node.write((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, end)))
+        node.wake(call_id)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
     def serve(self, stream: HostStream) -> Task:
-        """A whole request is here. RECOVERY: match, then intended, then acknowledgement, then upstream."""
+        """A whole request is here. RECOVERY: match, then intended, then acknowledgement, then upstream.
+
+        The match, the binding of the stream and the place in the redo set are one step in memory; their row follows in
+        the order of the decisions. A cut or a retry that comes before the row finds things as they are.
+        """
         node = self.node
         assert stream.ask is not None
         yield
@@ -116,42 +121,45 @@ class Gateway:
             return
         diverged = node.redo.diverged
         found = node.redo.match(stream.ask.keys[stream.spelling])
-        if found is not None:
-            # In one step with the match: a cut in between would find the call neither pending nor open.
-            if node.world.rules.match_binds_at_once:
-                stream.call_id = found
+        if not node.world.rules.match_binds_at_once:
             yield
-            stream.call_id = found
-            node.append((Kind.CALL_REPEATED.value, node.incarnation, found, None, stream.sid))
-            node.tree.reach(node.db.calls[found].intended_seq)
-            node.world.count("repeated")
+        if found is None:
+            stream.call_id = node.db.next_call_id()
+            entry = new_entry(stream.call_id, stream.ask, stream.spelling, node.db.head + len(node.queue))
+            if node.world.rules.one_stream_per_call:
+                node.redo.attach(entry)
+            newly_diverged = node.redo.diverged and not diverged
+            node.log_later(lambda: self._write_intended(stream, newly_diverged=newly_diverged))
         else:
-            self._intend(stream, newly_diverged=node.redo.diverged and not diverged)
-        stream.bound = True
-        if stream.end is not None:
-            self._ended(stream)
-            return
-        yield
+            stream.call_id = found
+            node.log_later(lambda: self._write_repeated(stream))
+        while not stream.logged:
+            yield ON_LOGGED
         node.send("ACK", stream.sid, stream.ask.length)
         if stream.end is None:
             self.bind(stream)
 
-    def _intend(self, stream: HostStream, *, newly_diverged: bool) -> None:
+    def _write_repeated(self, stream: HostStream) -> None:
         node = self.node
-        call_id = node.db.next_call_id()
-        rows: list[Any] = []
+        assert stream.call_id is not None
+        stream.logged = True
+        node.write((Kind.CALL_REPEATED.value, node.incarnation, stream.call_id, None, stream.sid))
+        node.tree.reach(node.db.calls[stream.call_id].intended_seq)
+        node.world.count("repeated")
+
+    def _write_intended(self, stream: HostStream, *, newly_diverged: bool) -> None:
+        node = self.node
+        rows: list[Row] = []
         if newly_diverged:
             rows.append((Kind.CALL_DIVERGED.value, node.incarnation, None, None, None))
             node.world.count("diverged")
+        stream.logged = True
         parent = node.tree.hang(node.db.head + len(rows) + 1)
         data = (stream.ask, stream.spelling, stream.sid, None)
-        rows.append((Kind.CALL_INTENDED.value, node.incarnation, call_id, parent, data))
-        node.append(*rows)
+        rows.append((Kind.CALL_INTENDED.value, node.incarnation, stream.call_id, parent, data))
+        node.write(*rows)
         node.db.fsync()
-        node.world.witness.intended(node, call_id)
-        stream.call_id = call_id
-        if node.world.rules.one_stream_per_call:
-            node.redo.attach(node.db.calls[call_id].entry())
+        node.world.witness.intended(node, node.db.calls[rows[-1][2]])  # pyright: ignore[reportArgumentType]
 
     def bind(self, stream: HostStream) -> None:
         """The stream has its call: see that the call has a pump if it needs one, and deliver from the log."""

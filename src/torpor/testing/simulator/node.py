@@ -5,7 +5,7 @@ It cuts, commits, puts to sleep and ends a session; `recovery` is how it gets on
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
 from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator.asks import Ask
-from torpor.testing.simulator.gateway import ON_COMMIT, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
+from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
 from torpor.testing.simulator.store import OUTPUT, ROOT_SEQ, SESSION, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
@@ -51,6 +51,7 @@ class Node:
         "name",
         "nonce",
         "pumps",
+        "queue",
         "redo",
         "restored_from",
         "sandbox",
@@ -69,6 +70,7 @@ class Node:
         self.incarnation = 0
         self.sandbox: Sandbox | None = None
         self.pumps: dict[CallId, int] = {}
+        self.queue: list[Callable[[], None]] = []
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
@@ -86,6 +88,7 @@ class Node:
         self.holding = False
         self.held: list[tuple[str, int, int, object]] = []
         self.cutting = 0
+        self.queue.clear()
         if not self.world.rules.pump_outlives_sandbox:
             self.lasting.clear()
             self.pumps.clear()
@@ -134,11 +137,39 @@ class Node:
                 self.gateway.receive(frame)
 
     def append(self, *rows: Row) -> int:
+        """One transaction, after everything that was decided before it."""
+        if self.queue:
+            self.flush()
+        return self.write(*rows)
+
+    def write(self, *rows: Row) -> int:
+        """One transaction; for `append` and for what `log_later` queued.
+
+        Raises:
+            Superseded: another node acquired the session.
+        """
         if self.world.trace is not None:
             self.world.note(f"node {self.name} writes " + "; ".join(f"{r[0]} {r[2] or ''} {show(r[4])}" for r in rows))
         number = self.db.append(self.token, *rows)
         self.world.witness.wrote(self)
         return number
+
+    def log_later(self, write: Callable[[], None]) -> None:
+        """Queue what was just decided in memory: rows are written in the order of the decisions, some time later."""
+        if not self.queue:
+            self.lasting.add(self._write_queue())
+        self.queue.append(write)
+
+    def _write_queue(self) -> Task:
+        yield
+        self.flush()
+
+    def flush(self) -> None:
+        """Write every queued decision."""
+        queue, self.queue = self.queue, []
+        for write in queue:
+            write()
+        self.wake(ON_LOGGED)
 
     def set_status(self, status: SessionStatus) -> None:
         self.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, status))

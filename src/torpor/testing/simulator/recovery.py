@@ -118,7 +118,7 @@ class Recovery:
             if status.end is not None:
                 self._note_closed(node, sandbox, status, call_id)
                 continue
-            attempts = len(db.calls[call_id].attempts) if call_id is not None else 0
+            attempts = len(db.calls[call_id].attempts) if call_id is not None and call_id in db.calls else 0
             streams.append(_open_stream(status, call_id, max(1, attempts)))
         if not self.world.rules.every_stream_goes_on(streams, db.all_calls(), node.pump_alive):
             return False
@@ -194,7 +194,7 @@ class Recovery:
         yield
         snapshot = world.store.snapshots[point.snapshot_id]
         guest = snapshot.guest.copy() if snapshot.guest is not None else world.fresh_guest()
-        sandbox = world.spawn(Sandbox(world, guest, snapshot.workspace, incarnation))
+        sandbox = world.spawn(node, Sandbox(world, guest, snapshot.workspace, incarnation))
         world.witness.restored(node, sandbox, snapshot)
         yield
         self._open(node, sandbox)
@@ -237,7 +237,7 @@ class Recovery:
         for stream in streams:
             if not world.rules.resume_restored_streams:
                 continue
-            call = db.call(stream.call_id) if stream.call_id is not None else None
+            call = db.call(stream.call_id) if stream.call_id in db.calls else None
             alive = stream.call_id is not None and node.pump_alive(stream.call_id)
             fate = world.rules.stream_fate(stream, call, pump_alive=alive)
             host = node.gateway.streams[stream.stream] = HostStream(stream.stream)
@@ -251,7 +251,7 @@ class Recovery:
             row = db.calls[stream.call_id]
             host.call_id, host.ask, host.spelling = stream.call_id, row.ask, row.spelling
             host.received = row.ask.length
-            host.bound = True
+            host.logged = True
             if fate is StreamFate.RESET:
                 world.count("streams reset")
                 node.gateway.reset(host)
@@ -286,7 +286,7 @@ class Recovery:
         output = point.stdout_bytes
         rows: list[Row] = [(Kind.SESSION_REWOUND.value, 0, None, None, (point.seq, output))]
         for stream in point.open_streams:
-            if stream.call_id is None:
+            if stream.call_id not in db.calls:
                 continue
             alive = node.pump_alive(stream.call_id)
             fate = stream_fate_after_rewind(stream, db.call(stream.call_id), pump_alive=alive)

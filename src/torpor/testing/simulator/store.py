@@ -43,6 +43,12 @@ class AttemptRow:
         self.finished = False
 
 
+def new_entry(call_id: CallId, ask: Ask, spelling: int, seq: int) -> RedoEntry:
+    return RedoEntry(
+        call_id=call_id, key=ask.keys[spelling], intended_seq=seq, is_llm=ask.is_llm, method=ask.method
+    )
+
+
 class CallRow:
     """The present state of a call; `as_call` is the value that the rules judge."""
 
@@ -62,14 +68,7 @@ class CallRow:
         """The message that answered it, for a call that receives one."""
 
     def entry(self) -> RedoEntry:
-        ask = self.ask
-        return RedoEntry(
-            call_id=self.call_id,
-            key=ask.keys[self.spelling],
-            intended_seq=self.intended_seq,
-            is_llm=ask.is_llm,
-            method=ask.method,
-        )
+        return new_entry(self.call_id, self.ask, self.spelling, self.intended_seq)
 
     def as_call(self) -> Call:
         ask = self.ask

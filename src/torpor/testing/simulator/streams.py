@@ -83,10 +83,10 @@ class HostStream:
         taken: response bytes that the guest had when this node came to know the stream.
         attempt: the attempt of the call that is delivered here.
         end: how it ended, as CLOSED said.
-        bound: that this stream has `call_id` is in the log.
+        logged: that this stream has `call_id` is in the log.
     """
 
-    __slots__ = ("ask", "attempt", "bound", "call_id", "end", "received", "serving", "sid", "spelling", "taken")
+    __slots__ = ("ask", "attempt", "call_id", "end", "logged", "received", "serving", "sid", "spelling", "taken")
 
     def __init__(self, sid: int) -> None:
         self.sid = sid
@@ -98,4 +98,4 @@ class HostStream:
         self.call_id: CallId | None = None
         self.end: StreamEnd | None = None
         self.serving = False
-        self.bound = False
+        self.logged = False

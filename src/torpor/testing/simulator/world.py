@@ -309,9 +309,13 @@ class World:
     def fresh_guest(self) -> Guest:
         return Guest(self.plan.agent())
 
-    def spawn(self, sandbox: Sandbox) -> Sandbox:
+    def spawn(self, node: Node, sandbox: Sandbox) -> Sandbox:
         self.sandboxes.append(sandbox)
-        self.sandbox = sandbox
+        if node is self.node:
+            self.sandbox = sandbox
+        else:
+            # Its node has been silent and starts it late: the watchdog stops that as well.
+            sandbox.paused = self.rules.watchdog_pauses
         self.witness.spawned(sandbox)
         return sandbox
 
