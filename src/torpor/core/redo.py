@@ -151,13 +151,15 @@ def redo_set_after_recovery(calls: Iterable[Call], checkpoint: Checkpoint, timel
     """The redo set of the incarnation that restores `checkpoint` after a crash (RECOVERY 5.1).
 
     It holds what the timeline did after the cut, what was still pending or joinable at the cut, and, attached to the
-    streams that the image holds, what was open at the cut. Failed calls answer nothing.
+    streams that the image holds, what was open at the cut. Failed calls answer nothing. Across a rewind a model is asked
+    anew, so of what was pending or joinable at the cut only the rest stays.
     """
     by_id = {call.call_id: call for call in calls if call.state is not CallState.FAILED}
     attached = _open_at_cut(by_id, checkpoint)
+    kept = by_id if timeline.begun_by(checkpoint.seq) else {i: call for i, call in by_id.items() if not call.is_llm}
     pending = {call.call_id for call in by_id.values() if timeline.after(checkpoint.seq, call.intended_seq)}
-    pending |= set(checkpoint.pending_redo)
-    joinable = set(checkpoint.joinable) - pending
+    pending |= kept.keys() & set(checkpoint.pending_redo)
+    joinable = kept.keys() & set(checkpoint.joinable) - pending
     return RedoSet(
         _entries(by_id, pending - attached.keys()),
         joinable=_entries(by_id, joinable - attached.keys()),
