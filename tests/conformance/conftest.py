@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-
 from tests.unit.db.scene import Scene, new_scene
+
 from torpor.db.database import Database, open_database
 from torpor.testing.clock import FakeClock
 

@@ -6,8 +6,8 @@ import threading
 from types import ModuleType
 
 import pytest
-
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind

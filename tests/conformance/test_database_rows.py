@@ -1,8 +1,8 @@
 """What the rows of a session promise, on every database: status, lease, checkpoints, redo sets and output."""
 
 import pytest
-
 from tests.unit.db.scene import NOW, Scene, acquire, new_scene
+
 from torpor.core.errors import Conflict, InvalidInput, NotFound
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import NodeId, new_session_id
@@ -157,7 +157,7 @@ async def test_damaged_checkpoint_is_no_longer_offered(scene: Scene) -> None:
             checkpoints.commit(tx, **scene.owner, checkpoint=scene.checkpoint(number, 2), wall_ns=NOW)
             for number in range(3)
         ]
-        first, second, third = (point.checkpoint_id for point in points)
+        first, second, _ = (point.checkpoint_id for point in points)
         checkpoints.mark_damaged(tx, **scene.owner, checkpoint_id=second, damage="a pack is gone")
         checkpoints.forget(tx, **scene.owner, checkpoint_id=first)
         assert checkpoints.list_intact(tx, scene.session_id) == [points[2]]
