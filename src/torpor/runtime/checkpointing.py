@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
-from torpor.core.errors import Superseded, TorporError
+from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
 from torpor.gateway.server import Gateway
 from torpor.runtime.incarnation import Incarnation
@@ -242,8 +242,8 @@ class Checkpointer:
             crash_point("checkpoint.imaged")
             return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
         finally:
-            await asyncio.shield(life.sandbox.resume())
-            life.paused_mark.unlink()
+            thaw = asyncio.ensure_future(_thaw(life))
+            await asyncio.shield(thaw)
 
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()
@@ -272,6 +272,15 @@ class Checkpointer:
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
         self._first_commit.set()
+
+
+async def _thaw(life: Incarnation) -> None:
+    """Let the agent run on. A sandbox that can't is destroyed: then its session recovers instead of hanging."""
+    try:
+        await life.sandbox.resume()
+    except SandboxFailed:
+        await life.sandbox.kill()
+    life.paused_mark.unlink(missing_ok=True)
 
 
 def files_checkpoint(
