@@ -35,13 +35,18 @@ TOOLS = [
 ]
 
 
+def read(path: str, otherwise: str) -> str:
+    """The content of a file of the workspace, if it is there."""
+    return open(path).read().strip() if os.path.exists(path) else otherwise
+
+
 class Agent:
     """The conversation, the tools, and the state that must survive."""
 
     def __init__(self) -> None:
         self.client = OpenAI()
-        self.model = os.environ.get("AGENT_MODEL", "scripted-large")
-        self.messages: list[dict] = [{"role": "user", "content": os.environ.get("AGENT_TASK", TASK)}]
+        self.model = read("model.txt", "scripted-large")
+        self.messages: list[dict] = [{"role": "user", "content": read("task.txt", TASK)}]
         self.done: list[str] = []
         self.background: dict[str, subprocess.Popen] = {}
         self.journal = sqlite3.connect("journal.db", isolation_level=None)

@@ -191,7 +191,7 @@ class Checkpointer:
             async with self._gateway.quiet():
                 seq, cursor_seq = await self._records.position()
                 streams = open_streams(status, self._gateway)
-                pending, joinable = self._gateway.redo.pending, self._gateway.redo.joinable
+                pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
             crash_point("checkpoint.cut")
             cut_wall_ns = self._clock.wall_ns()
             started = self._clock.monotonic()

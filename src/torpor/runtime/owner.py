@@ -221,8 +221,7 @@ class Owner:
     async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start or wake the agent and give every open stream what it gets; nothing is delivered before ALIVE."""
         life, checkpoint = rung.life, rung.checkpoint
-        cursor_seq = None if rung.mode == "adopt" else checkpoint.cursor_seq
-        await self._gateway.begin_incarnation(life.number, rung.redo, cursor_seq=cursor_seq)
+        await self._gateway.begin_incarnation(life.number, rung.redo, adopted=rung.mode == "adopt")
         wall_ns = self._clock.wall_ns()
         if rung.mode == "boot":
             arguments = AgentSpec(arguments=self._spec.argv, environment=self._spec.environment, cwd=self._spec.cwd)

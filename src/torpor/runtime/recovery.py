@@ -17,7 +17,7 @@ from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, StreamId
-from torpor.core.redo import RedoSet, follow, redo_set_after_recovery
+from torpor.core.redo import RedoSet, redo_set_after_recovery
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
@@ -72,43 +72,15 @@ class Ladder:
         status = life.link.status
         if status.incarnation != life.number or status.phase not in (Phase.RUNNING, Phase.EXITED):
             return f"its sandbox never came to life as incarnation {life.number}", None
-        past = await self._past_of(life.number, checkpoints, calls)
-        if past is None:
-            return f"the checkpoint that incarnation {life.number} came from is gone", None
-        redo, known = past
+        redo, known = await self._gateway.load_incarnation(life.number)
         streams = _open_now(status, known)
+        if any(stream.call_id is None and stream.acknowledged for stream in streams):
+            return "the last node died before it had taken over its streams", None
         if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
             return "its agent holds part of an answer that was torn", None
         newest = max(checkpoints, key=lambda point: point.seq)
         rung = Rung(life=life, mode="adopt", checkpoint=newest, redo=redo, streams=streams, requested_at=started_at)
         return "", rung
-
-    async def _past_of(
-        self, number: int, checkpoints: list[Checkpoint], calls: Mapping[CallId, Call]
-    ) -> tuple[RedoSet, dict[StreamId, OpenCall]] | None:
-        """What answers an incarnation's calls by now, and which calls its streams have: all of it from the log.
-
-        An incarnation began with what was open at its checkpoint's cut; its own events tell the rest.
-        """
-        events = [event for event in await self._records.events() if event.incarnation == number]
-        began = next(event for event in events if event.kind is Kind.INCARNATION_STARTED)
-        origin = next((point for point in checkpoints if point.number == began.data["checkpoint"]), None)
-        if origin is None:
-            return None
-        before = [call for call in calls.values() if call.intended_seq < began.seq]
-        redo = follow(redo_set_after_recovery(before, origin, Timeline()), events, calls)
-        inherited = {
-            stream.stream: OpenCall(
-                call_id=stream.call_id,
-                attempt=max(1, len(calls[stream.call_id].attempts)),
-                untouched_bytes=stream.untouched_bytes,
-            )
-            for stream in origin.open_streams
-            if stream.call_id is not None and stream.call_id in calls
-        }
-        ended = {event.data["stream"] for event in events if event.kind in (Kind.CALL_DELIVERED, Kind.STREAM_RESET)}
-        streams = inherited | await self._gateway.claimed_streams(number)
-        return redo, {stream: call for stream, call in streams.items() if stream not in ended}
 
     async def restore(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         """The newest checkpoint that restores.

@@ -216,7 +216,6 @@ class Runtime:
             owner_token=records.owner_token,
             clock=self.clock,
             upstreams=self.upstreams,
-            environment=os.environ,
             on_call=lambda _call_id: checkpointer.take("call"),
         )
         checkpointer = Checkpointer(
