@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torpor.config import FAKE_KEY, GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
+from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
@@ -25,9 +25,9 @@ from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, open_database
-from torpor.gateway.server import Gateway
-from torpor.sandbox.fifos import Pulse, open_guest_ends
-from torpor.sandbox.frames import AgentSpec
+from torpor.gateway.server import Gateway, OpenCall
+from torpor.sandbox.fifos import open_guest_ends
+from torpor.sandbox.frames import StreamStatus
 from torpor.sandbox.link import Link
 from torpor.testing.model_scripts import Script, plain
 from torpor.testing.model_server import ModelServer, serve_model
@@ -52,15 +52,94 @@ def free_address() -> str:
 
 
 @dataclass(slots=True)
+class Life:
+    """One life of the sandbox under a node: its link, and the tasks that serve its streams."""
+
+    link: Link
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def end(self) -> None:
+        """As the runtime does when the sandbox is gone."""
+        self.link.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+
+
+@dataclass(slots=True)
 class Node:
     """One node that drives the stage's session."""
 
     gateway: Gateway
-    link: Link
     database: Database
     session_id: SessionId
     owner_token: int
+    directory: Path
+    group: asyncio.TaskGroup
     fates: dict[int, StreamFate] = field(default_factory=dict)
+    lives: list[Life] = field(default_factory=list)
+
+    @property
+    def link(self) -> Link:
+        return self.lives[-1].link
+
+    async def live(self, incarnation: int, redo: RedoSet | None = None) -> Life:
+        """Adopt the sandbox if this incarnation is known, else begin it; then serve every new stream."""
+        adopted = any(event.incarnation == incarnation for event in await self.events())
+        if not adopted:
+            await self._begin(incarnation)
+        known_redo, claimed = await self.gateway.load_incarnation(incarnation)
+        fifos = {"to_guest": self.directory / "to_guest", "from_guest": self.directory / "from_guest"}
+        life = Life(await Link.open(**fifos, clock=CLOCK))
+        self.lives.append(life)
+        life.tasks.append(self.group.create_task(life.link.run()))
+        await self.gateway.begin_incarnation(incarnation, redo or known_redo, adopted=adopted)
+        by_id = {call.call_id: call for call in await self.calls()}
+        for status in life.link.status.streams:
+            if status.kind == "call":
+                self._inherit(life, status, claimed.get(StreamId(status.stream)), by_id, incarnation)
+        life.tasks.append(self.group.create_task(self._accept(life, incarnation)))
+        return life
+
+    async def _begin(self, incarnation: int) -> None:
+        await self.database.write(
+            lambda tx: sessions.set_incarnation(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                incarnation=incarnation,
+                wall_ns=CLOCK.wall_ns(),
+            ),
+            durable=True,
+        )
+
+    def _inherit(
+        self, life: Life, status: StreamStatus, held: OpenCall | None, by_id: Mapping[CallId, Call], incarnation: int
+    ) -> None:
+        open_stream = OpenStream(
+            stream=StreamId(status.stream),
+            port=status.port,
+            call_id=held.call_id if held else None,
+            read=status.read,
+            acknowledged=status.acknowledged,
+            taken=status.taken,
+            untouched_bytes=held.untouched_bytes if held else 0,
+            attempt=held.attempt if held else 1,
+        )
+        alive = held is not None and self.gateway.pump_alive(held.call_id)
+        fate = stream_fate(open_stream, by_id[held.call_id] if held else None, pump_alive=alive)
+        self.fates[status.stream] = fate
+        position = status.read if held else status.acknowledged
+        stream = life.link.inherit(status.stream, position=position, acknowledged=status.acknowledged)
+        serving = self.gateway.inherit(stream, open_stream, fate, incarnation=incarnation)
+        life.tasks.append(self.group.create_task(serving))
+
+    async def _accept(self, life: Life, incarnation: int) -> None:
+        with suppress(SandboxFailed):
+            while True:
+                stream = await life.link.accept()
+                serving = self.gateway.serve(stream, incarnation=incarnation)
+                life.tasks.append(self.group.create_task(serving))
 
     async def events(self, *kinds: Kind) -> list[Event]:
         events = await self.database.read(lambda tx: log.events(tx, self.session_id))
@@ -90,11 +169,9 @@ class OnCall:
         self.calls: list[CallId] = []
         self.gate = asyncio.Event()
         self.gate.set()
-        self.changed = Pulse()
 
     async def __call__(self, call_id: CallId) -> None:
         self.calls.append(call_id)
-        self.changed.fire()
         await self.gate.wait()
 
 
@@ -109,10 +186,6 @@ class Stage:
     on_call: OnCall = field(default_factory=OnCall)
 
     @property
-    def database_path(self) -> Path:
-        return self.directory / "torpor.db"
-
-    @property
     def url(self) -> str:
         return f"http://{self.address}:{GATEWAY_PORT}"
 
@@ -120,20 +193,19 @@ class Stage:
     def environment(self) -> dict[str, str]:
         """A client's environment inside the sandbox."""
         inside = {name: value.replace("127.0.0.1", self.address) for name, value in guest_environment().items()}
-        inside = {name: value for name, value in inside.items() if "proxy" not in name.lower()}
         return {"PATH": os.environ["PATH"], "HOME": str(self.directory), **inside}
 
-    async def spawn(self, program: str, **environment: str) -> asyncio.subprocess.Process:
+    async def spawn(self, program: str) -> asyncio.subprocess.Process:
         """A Python client as a process of its own."""
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", program),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**self.environment, **environment},
+            env=self.environment,
         )
 
-    async def output(self, program: str, **environment: str) -> str:
-        process = await self.spawn(program, **environment)
+    async def output(self, program: str) -> str:
+        process = await self.spawn(program)
         out, err = await process.communicate()
         assert process.returncode == 0, err.decode()
         return out.decode()
@@ -150,9 +222,9 @@ class Stage:
     @asynccontextmanager
     async def node(self, *, incarnation: int = 1, redo: RedoSet | None = None) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
-        database = await open_database(f"sqlite://{self.database_path}", clock=CLOCK)
+        database = await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK)
         try:
-            token = await self._acquire(database)
+            token = await self.acquire(database)
             gateway = Gateway(
                 database=database,
                 session_id=self.session_id,
@@ -161,36 +233,21 @@ class Stage:
                 upstreams=self.upstreams,
                 on_call=self.on_call,
             )
-            link = await Link.open(
-                to_guest=self.directory / "to_guest", from_guest=self.directory / "from_guest", clock=CLOCK
-            )
-            node = Node(gateway, link, database, self.session_id, token)
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run())
-                group.create_task(link.run())
-                driving = group.create_task(self._drive(group, node, incarnation, redo))
+                await gateway.recover()
+                node = Node(gateway, database, self.session_id, token, self.directory, group)
                 try:
+                    await node.live(incarnation, redo)
                     yield node
                 finally:
                     gateway.close()
-                    link.close()
-                    driving.cancel()
+                    for life in node.lives:
+                        await life.end()
         finally:
             await database.close()
 
-    async def _begin(self, node: Node, incarnation: int) -> None:
-        await node.database.write(
-            lambda tx: sessions.set_incarnation(
-                tx,
-                session_id=self.session_id,
-                owner_token=node.owner_token,
-                incarnation=incarnation,
-                wall_ns=CLOCK.wall_ns(),
-            ),
-            durable=True,
-        )
-
-    async def _acquire(self, database: Database) -> int:
+    async def acquire(self, database: Database) -> int:
         session = await database.read(lambda tx: sessions.get(tx, self.session_id))
         return await database.write(
             lambda tx: sessions.acquire(
@@ -205,54 +262,19 @@ class Stage:
             durable=True,
         )
 
-    async def _drive(self, group: asyncio.TaskGroup, node: Node, incarnation: int, redo: RedoSet | None) -> None:
-        """What the runtime does: begin or adopt, then serve every new stream."""
-        gateway, link = node.gateway, node.link
-        await gateway.recover()
-        adopted = any(event.incarnation == incarnation for event in await node.events())
-        if not adopted:
-            await self._begin(node, incarnation)
-        known_redo, claimed = await gateway.load_incarnation(incarnation)
-        by_id = {call.call_id: call for call in await node.calls()}
-        await gateway.begin_incarnation(incarnation, redo or known_redo, adopted=adopted)
-        for status in link.status.streams:
-            if status.kind != "call":
-                continue
-            held = claimed.get(StreamId(status.stream))
-            open_stream = OpenStream(
-                stream=StreamId(status.stream),
-                port=status.port,
-                call_id=held.call_id if held else None,
-                read=status.read,
-                acknowledged=status.acknowledged,
-                taken=status.taken,
-                untouched_bytes=held.untouched_bytes if held else 0,
-                attempt=held.attempt if held else 1,
-            )
-            fate = stream_fate(open_stream, by_id[held.call_id] if held else None, pump_alive=False)
-            node.fates[status.stream] = fate
-            position = status.read if held else status.acknowledged
-            stream = link.inherit(status.stream, position=position, acknowledged=position)
-            group.create_task(gateway.inherit(stream, open_stream, fate, incarnation=incarnation))
-        try:
-            while True:
-                stream = await link.accept()
-                group.create_task(gateway.serve(stream, incarnation=incarnation))
-        except SandboxFailed:
-            return
+    def reboot(self) -> None:
+        """Another sandbox in place of the one that dies now."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process = start_init(self.directory, self.address)
 
 
 @asynccontextmanager
 async def gateway_stage(
-    directory: Path,
-    *,
-    script: Script = plain,
-    key: str = REAL_KEY,
-    read_seconds: float = 20.0,
-    witness_path: Path | None = None,
+    directory: Path, *, script: Script = plain, key: str = REAL_KEY, read_seconds: float = 60.0
 ) -> AsyncGenerator[Stage]:
     subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
-    async with serve_model(script=script, key=key, witness_path=witness_path) as model:
+    async with serve_model(script=script, key=key) as model:
         upstreams = tuple(
             Upstream(
                 name=family,
@@ -272,19 +294,19 @@ async def gateway_stage(
         )
         await database.close()
         address = free_address()
-        process = start_init(directory, address)
+        stage = Stage(
+            model=model,
+            directory=directory,
+            address=address,
+            session_id=session_id,
+            upstreams=upstreams,
+            process=start_init(directory, address),
+        )
         try:
-            yield Stage(
-                model=model,
-                directory=directory,
-                address=address,
-                session_id=session_id,
-                upstreams=upstreams,
-                process=process,
-            )
+            yield stage
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            stage.process.send_signal(signal.SIGKILL)
+            stage.process.wait()
 
 
 def start_init(directory: Path, address: str) -> subprocess.Popen[bytes]:
@@ -292,13 +314,12 @@ def start_init(directory: Path, address: str) -> subprocess.Popen[bytes]:
     for path in fifos.values():
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
-    listen = [f"--listen={address}:{GATEWAY_PORT}", f"--listen={address}:{PROXY_PORT}"]
-    arguments = [str(INIT_SOURCE / "build" / "torpor-init")]
-    for one in listen:
-        arguments += one.split("=")
+    arguments = [str(INIT_SOURCE / "build" / "torpor-init"), "--run-dir", str(directory / "run")]
+    for port in (GATEWAY_PORT, PROXY_PORT):
+        arguments += ["--listen", f"{address}:{port}"]
     stdin, stdout = open_guest_ends(**fifos)
     try:
-        return subprocess.Popen([*arguments, "--run-dir", str(directory / "run")], stdin=stdin, stdout=stdout)
+        return subprocess.Popen(arguments, stdin=stdin, stdout=stdout)
     finally:
         os.close(stdin)
         os.close(stdout)
@@ -306,12 +327,6 @@ def start_init(directory: Path, address: str) -> subprocess.Popen[bytes]:
 
 def http_request(path: str, body: bytes, headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
     fields = {"host": "gateway", "content-type": "application/json", "content-length": str(len(body))}
-    lines = [
-        f"{method} {path} HTTP/1.1",
-        *(f"{name}: {value}" for name, value in (fields | dict(headers or {})).items()),
-    ]
+    fields |= headers or {}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-AGENT = AgentSpec(arguments=("sleep", "1000"), cwd="/", environment={})
-CREDENTIAL = {"authorization": f"Bearer {FAKE_KEY}"}

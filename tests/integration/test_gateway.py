@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from tests.integration.gateway_stage import REAL_KEY, Node, Stage, gateway_stage, http_request
 
+from torpor.config import GATEWAY_PORT
 from torpor.core.call import CallState
 from torpor.core.events import Kind
-from torpor.sandbox.fifos import Pulse
 from torpor.testing.model_faults import Fault, FaultRule
 from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long
 
@@ -29,28 +31,15 @@ def slow(_conversation: Conversation, this: Try) -> Answer:
     )
 
 
-class Gate:
-    """A script that answers when it is told to."""
-
-    def __init__(self, text: str = "attempt {attempt} {nonce}") -> None:
-        self.text = text
-        self.asked = 0
-        self.changed = Pulse()
-
-    def __call__(self, _conversation: Conversation, this: Try) -> Answer:
-        self.asked += 1
-        self.changed.fire()
-        return Answer(parts=(Say(text=self.text.format(attempt=this.attempt, nonce=this.nonce)),))
-
-    async def wait(self, count: int) -> None:
-        while self.asked < count:
-            await self.changed.wait()
-
-
-async def open_client(stage: Stage, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection(stage.address, 4100)
-    writer.write(request)
-    return reader, writer
+@asynccontextmanager
+async def client(stage: Stage, request: bytes) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client that has sent a request; leaves with RST at the end, if it did not before."""
+    reader, writer = await asyncio.open_connection(stage.address, GATEWAY_PORT)
+    try:
+        writer.write(request)
+        yield reader, writer
+    finally:
+        writer.transport.abort()
 
 
 async def answered(node: Node, count: int = 1) -> None:
@@ -107,22 +96,22 @@ async def test_an_http_1_0_client_gets_a_body_without_chunks(tmp_path: Path) -> 
 async def test_nothing_is_delivered_before_the_checkpoint_hook_returns(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         stage.on_call.gate.clear()
-        reader, writer = await open_client(stage, http_request(CHAT, question()))
-        await answered(node)
-        assert stage.on_call.calls == [(await node.calls())[0].call_id]
-        # The whole answer is in the log, and a stream of the link would have had all the time to take it.
-        held = node.gateway.open_streams()
-        assert len(held) == 1
-        stage.on_call.gate.set()
-        assert await reader.read(-1) == await node.logged_response((await node.calls())[0])
-        writer.close()
+        async with client(stage, http_request(CHAT, question())) as (reader, _):
+            await answered(node)
+            [call] = await node.calls()
+            assert stage.on_call.calls == [call.call_id]
+            status = await node.link.cut(10)
+            node.link.release()
+            assert [stream.taken for stream in status.streams if stream.kind == "call"] == [0]
+            assert [held.call_id for held in node.gateway.open_streams().values()] == [call.call_id]
+            stage.on_call.gate.set()
+            assert await reader.read(-1) == await node.logged_response(call)
 
 
 async def test_a_killed_client_does_not_stop_its_answer(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path, script=slow) as stage, stage.node() as node:
-        reader, writer = await open_client(stage, http_request(MESSAGES, question()))
-        await reader.readuntil(b"message_start")
-        writer.transport.abort()
+        async with client(stage, http_request(MESSAGES, question())) as (reader, _):
+            await reader.readuntil(b"message_start")
         [end] = await node.logged(Kind.CALL_DELIVERED)
         assert end.data["end"] == "gone"
         assert node.gateway.pump_alive(end.call_id)
@@ -134,9 +123,8 @@ async def test_a_killed_client_does_not_stop_its_answer(tmp_path: Path) -> None:
 
 async def test_a_clients_retry_joins_the_call_and_is_not_sent_again(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path, script=slow) as stage, stage.node() as node:
-        reader, writer = await open_client(stage, http_request(CHAT, question()))
-        await reader.readuntil(b"attempt 1")
-        writer.transport.abort()
+        async with client(stage, http_request(CHAT, question())) as (reader, _):
+            await reader.readuntil(b'"content":"x')
         await node.logged(Kind.CALL_DELIVERED)
         body = b'{"stream": true, "max_tokens": 9, "messages":[{"content":"go on","role":"user"}], "model":"m"}'
         received = await stage.raw(http_request(CHAT, body))
@@ -150,9 +138,8 @@ async def test_a_clients_retry_joins_the_call_and_is_not_sent_again(tmp_path: Pa
 async def test_a_retry_after_the_answer_was_complete_joins_as_well(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         stage.on_call.gate.clear()
-        _, writer = await open_client(stage, http_request(CHAT, question()))
-        await answered(node)
-        writer.transport.abort()
+        async with client(stage, http_request(CHAT, question())):
+            await answered(node)
         stage.on_call.gate.set()
         await node.logged(Kind.CALL_DELIVERED)
         received = await stage.raw(http_request(CHAT, question()))
@@ -187,12 +174,11 @@ STATUSES = {Fault.STATUS_500: 500, Fault.STATUS_429: 429, Fault.STATUS_529: 529,
 @pytest.mark.parametrize("fault", sorted(BROKEN_OFF))
 async def test_a_truncated_answer_breaks_the_connection_off(tmp_path: Path, path: str, fault: Fault) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
-        reader, writer = await open_client(stage, http_request(path, question(), {"x-torpor-fault": fault.value}))
         received = b""
-        with pytest.raises(ConnectionResetError):
-            while data := await reader.read(65536):
-                received += data
-        writer.close()
+        async with client(stage, http_request(path, question(), {"x-torpor-fault": fault.value})) as (reader, _):
+            with pytest.raises(ConnectionResetError):
+                while data := await reader.read(65536):
+                    received += data
         [call] = await node.calls()
         assert call.state is CallState.FAILED
         assert not call.attempts[-1].finished

@@ -79,8 +79,8 @@ def leaky(conversation: Conversation, this: Try) -> Answer:
 
 
 def long(_conversation: Conversation, this: Try) -> Answer:
-    """Some 200 KB of numbered words: more than any window on the way."""
-    words = " ".join(f"word{number}" for number in range(22_000))
+    """Some 600 KB of numbered words: more than any window on the way."""
+    words = " ".join(f"word{number}" for number in range(60_000))
     return Answer(parts=(Say(text=f"attempt {this.attempt} ({this.nonce}) {words}"),), pace=Pace(chunk_characters=997))
 
 
