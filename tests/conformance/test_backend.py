@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.unit.snapshots.making import tiny_disk_at
 
 from torpor.core.errors import MachineUnfit, NotFound
 from torpor.snapshots.backend import Backend, LocalDirectory
@@ -189,11 +190,5 @@ except MachineUnfit as error:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to mount a small file system")
-    disk = tmp_path / "tiny"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with tiny_disk_at(tmp_path / "tiny") as disk:
+        yield disk

@@ -1,12 +1,16 @@
 """Small worlds for the store's tests: images of numbered pages, workspaces, a store in a temporary directory."""
 
+import contextlib
 import itertools
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
@@ -41,13 +45,14 @@ def pages(numbers: Iterable[int]) -> bytes:
 class World:
     """A store, an image directory and a workspace below one directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, store: Path | None = None) -> None:
         self.root = root
+        self.store_directory = store or root / "store"
         self.image = root / "image"
         self.workspace = root / "workspace"
         self.image.mkdir()
         self.workspace.mkdir()
-        self.backend = LocalDirectory(root / "store")
+        self.backend = LocalDirectory(self.store_directory)
         self.store = SnapshotStore(self.backend)
         self._numbers = itertools.count()
 
@@ -93,7 +98,20 @@ class World:
         return target
 
     def object_paths(self) -> list[Path]:
-        return [path for path in (self.root / "store").rglob("*") if path.is_file()]
+        return [path for path in self.store_directory.rglob("*") if path.is_file()]
+
+
+@contextlib.contextmanager
+def tiny_disk_at(path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -240,7 +240,7 @@ class TestDamage:
     def test_wrong_parent_manifest_can_lose_sharing_but_never_reaches_a_child(
         self, world: World, saved: SavedSnapshot
     ) -> None:
-        """`save` does not know the parent's digest: a manifest that decodes but lies about its extents must be harmless."""
+        """`save` does not know the parent's digest: a manifest that decodes but lies must be harmless."""
         manifest = world.store.read_manifest(saved.id, saved.manifest_digest)
         (file,) = (file for file in manifest.files if isinstance(file, PagedFile))
         lies = [Extent(extent.count, extent.pack, 0) for extent in decode_extents(file.extents)]
