@@ -230,7 +230,8 @@ class Witness:
 
     def _finish_people(self) -> None:
         db = self.world.db
-        final = self.world.sandboxes[-1]
+        final = self.world.sandbox
+        assert final is not None
         agent = final.guest.agent
         self.check(8, db.acknowledged_exit == self._told_exit, "the exit that was told is not the one recorded")
         self.check(8, agent.counter == self._told_exit, f"told exit {self._told_exit}, the agent has {agent.counter}")
