@@ -53,7 +53,7 @@ class Recovery:
         world.witness.acquired(node)
         yield
         if db.status in ENDED or db.status is SessionStatus.ASLEEP:
-            world.destroy(world.sandbox)
+            world.destroy(world.sandbox_near(node))
             return
         yield from self.recover(node)
 
@@ -67,7 +67,7 @@ class Recovery:
             node.append(*rows)
             db.fsync()
             yield
-        found = self.world.sandbox
+        found = self.world.sandbox_near(node)
         if found is not None and found.alive and node.sandbox is None and db.status is not SessionStatus.WAKING:
             adopted = yield from self._adopt(node, found)
             if adopted:
@@ -76,7 +76,7 @@ class Recovery:
             node.sandbox = None
             node.forget_incarnation()
         if self.world.rules.destroy_before_restore:
-            self.world.destroy(self.world.sandbox)
+            self.world.destroy(self.world.sandbox_near(node))
         yield
         if not db.checkpoints:
             yield from self._make_checkpoint_zero(node)
@@ -277,9 +277,9 @@ class Recovery:
     def rewind(self, node: Node, point: Checkpoint) -> Task:
         """Back to a checkpoint on a person's word. The sandbox goes first, so that nothing it does falls behind the row."""
         db = node.db
+        self.world.destroy(self.world.sandbox_near(node))
         node.sandbox = None
         node.forget_incarnation()
-        self.world.destroy(self.world.sandbox)
         node.set_status(SessionStatus.RECOVERING)
         yield
         point = db.streams_at(point)

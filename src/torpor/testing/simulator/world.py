@@ -180,6 +180,7 @@ class World:
         self._kill_both()
         for other in self.silent:
             self.destroy(other.sandbox)
+            self.witness.node_stopped()
         self.silent.clear()
         kept = self.db.synced + int(self.random() * (len(self.db.transactions) - self.db.synced + 1))
         self.db.lose(kept)
@@ -305,6 +306,10 @@ class World:
     def got_flock(self, node: Node) -> bool:
         """Whether the lock is to be had; in a cluster: whether the lease ran out."""
         return self.plan.cluster or all(other is node for other in self.live_nodes())
+
+    def sandbox_near(self, node: Node) -> Sandbox | None:
+        """The session's sandbox on this node's machine. A silent owner of a cluster is on another one."""
+        return self.sandbox if node is self.node else node.sandbox
 
     def fresh_guest(self) -> Guest:
         return Guest(self.plan.agent())
