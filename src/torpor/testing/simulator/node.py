@@ -27,6 +27,7 @@ from torpor.testing.simulator.tasks import Task, TaskSet
 if TYPE_CHECKING:
     from torpor.testing.simulator.world import World
 
+
 class Node:
     """One node process that drives the session.
 
@@ -367,7 +368,7 @@ class Node:
         ended = self.append(*rows)
         if rules.fsync_before_telling:
             self.db.fsync()
-        self.world.witness.told_exit(code, ended)
+        self.world.witness.told_exit(self, code, ended)
         yield
         self.send("EXIT_ACK")
         yield

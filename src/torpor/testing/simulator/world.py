@@ -201,7 +201,7 @@ class World:
         self.silent.append(node)
         if self.plan.cluster:
             if self.sandbox is not None and self.rules.watchdog_pauses:
-                self.sandbox.paused = True
+                self.sandbox.stopped = True
             self.sandbox = None
         return True
 
@@ -320,7 +320,7 @@ class World:
             self.sandbox = sandbox
         else:
             # Its node has been silent and starts it late: the watchdog stops that as well.
-            sandbox.paused = self.rules.watchdog_pauses
+            sandbox.stopped = self.rules.watchdog_pauses
         self.witness.spawned(sandbox)
         return sandbox
 
