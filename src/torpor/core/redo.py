@@ -174,16 +174,23 @@ def redo_set_at_cut(calls: Iterable[Call], checkpoint: Checkpoint) -> RedoSet:
 
 
 def follow(redo: RedoSet, events: Iterable[Event], calls: Mapping[CallId, Call]) -> RedoSet:
-    """Bring an incarnation's first redo set up to now by that incarnation's events: what an adopting node does."""
+    """Bring an incarnation's first redo set up to now by that incarnation's events: what an adopting node does.
+
+    An end counts only for the stream that had the call last: the end of an earlier one may have been logged after a
+    retry had taken the call over.
+    """
+    holders: dict[CallId, object] = {}
     for event in events:
         call = calls.get(event.call_id) if event.call_id else None
         if event.kind is Kind.CALL_DIVERGED:
             redo.diverge()
         if call is None:
             continue
+        stream = event.data.get("stream")
         if event.kind in _ATTACHING:
             redo.attach(entry_of(call))
-        elif event.kind is Kind.CALL_DELIVERED:
+            holders[call.call_id] = call.stream if event.kind is Kind.CALL_INTENDED else stream
+        elif event.kind is Kind.CALL_DELIVERED and holders.get(call.call_id) in {None, stream}:
             redo.ended(call.call_id, StreamEnd(event.data["end"]))
         elif event.kind is Kind.CALL_FAILED:
             redo.failed(call.call_id)

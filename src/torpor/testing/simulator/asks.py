@@ -39,7 +39,11 @@ def _spellings(kind: str, number: int) -> tuple[str, tuple[RequestKey, ...]]:
         keys = tuple(_key("openai_chat", "POST", "/v1/chat/completions", body) for body in (first, other, plain))
         return "POST", keys
     method = "GET" if kind == "read" else "POST"
-    bodies = [b""] * 3 if kind == "read" else [json.dumps(dict(sorted(fields.items(), reverse=r))).encode() for r in (0, 1, 0)]
+    bodies = (
+        [b""] * 3
+        if kind == "read"
+        else [json.dumps(dict(sorted(fields.items(), reverse=r))).encode() for r in (0, 1, 0)]
+    )
     return method, tuple(_key("raw", method, f"/{kind}/{number}", body) for body in bodies)
 
 

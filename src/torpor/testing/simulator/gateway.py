@@ -99,11 +99,11 @@ class Gateway:
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
         node = self.node
-        call_id, end = stream.call_id, stream.end
+        call_id, end, sid = stream.call_id, stream.end, stream.sid
         assert call_id is not None
         assert end is not None
         node.redo.ended(call_id, end)
-        node.log_later(lambda: node.write((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, end)))
+        node.log_later(lambda: node.write((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, (end, sid))))
         node.wake(call_id)
 
     # --- requests ------------------------------------------------------------------------------------------------

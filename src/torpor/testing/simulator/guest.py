@@ -83,7 +83,18 @@ class Guest:
 class Sandbox:
     """A running sandbox: a guest, its FIFO pair and its workspace."""
 
-    __slots__ = ("alive", "guest", "holders", "incarnation", "paused", "to_guest", "to_host", "workspace", "world")
+    __slots__ = (
+        "alive",
+        "guest",
+        "holders",
+        "incarnation",
+        "paused",
+        "stopped",
+        "to_guest",
+        "to_host",
+        "workspace",
+        "world",
+    )
 
     def __init__(self, world: World, guest: Guest, workspace: int, incarnation: int) -> None:
         self.world = world
@@ -92,16 +103,22 @@ class Sandbox:
         self.incarnation = incarnation
         self.alive = True
         self.paused = False
+        self.stopped = False
+        """By the watchdog, for good: its node's own resume does not undo it."""
         self.to_guest: deque[Frame] = deque()
         self.to_host: deque[Frame] = deque()
         self.holders: set[int] = set()
+
+    @property
+    def runs(self) -> bool:
+        return self.alive and not self.paused and not self.stopped
 
     def send(self, kind: str, sid: int = 0, arg: int = 0, payload: object = None) -> None:
         self.to_host.append((self.guest.nonce, kind, sid, arg, payload))
 
     def step(self) -> bool:
         """One step of the agent or of init."""
-        if not self.alive or self.paused:
+        if not self.runs:
             return False
         if self.world.random() < 0.4:
             return self._agent_step() or self._init_step()

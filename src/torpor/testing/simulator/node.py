@@ -27,6 +27,7 @@ from torpor.testing.simulator.tasks import Task, TaskSet
 if TYPE_CHECKING:
     from torpor.testing.simulator.world import World
 
+
 class Node:
     """One node process that drives the session.
 
@@ -247,7 +248,10 @@ class Node:
             self.send(*frame)
 
     def _note_cut(self, statuses: list[StreamStatus]) -> Checkpoint:
-        """The cut as a row, all of one instant: log head, open streams, redo set, cursor, output."""
+        """The cut as a row, all of one instant: log head, open streams, redo set, cursor, output.
+
+        It names a call only if the log has it by then: one that is still to be written comes after the cut.
+        """
         streams: list[OpenStream] = []
         for status in statuses:
             if status.end is not None:
@@ -257,7 +261,7 @@ class Node:
                 OpenStream(
                     stream=StreamId(status.sid),
                     port=4100,
-                    call_id=known.call_id if known is not None else None,
+                    call_id=known.call_id if known is not None and known.call_id in self.db.calls else None,
                     read=status.read,
                     acknowledged=status.acknowledged,
                     taken=status.taken,
@@ -271,7 +275,8 @@ class Node:
             incarnation=self.incarnation,
             streams=tuple(streams),
             output=self.gateway.output.position,
-            redo=self.redo,
+            pending=self.redo.pending,
+            joinable=tuple(call_id for call_id in self.redo.joinable if call_id in self.db.calls),
         )
 
     def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
@@ -363,7 +368,7 @@ class Node:
         ended = self.append(*rows)
         if rules.fsync_before_telling:
             self.db.fsync()
-        self.world.witness.told_exit(code, ended)
+        self.world.witness.told_exit(self, code, ended)
         yield
         self.send("EXIT_ACK")
         yield
@@ -400,7 +405,8 @@ def make_checkpoint(
     incarnation: int = 0,
     streams: tuple[OpenStream, ...] = (),
     output: int = 0,
-    redo: RedoSet | None = None,
+    pending: tuple[CallId, ...] = (),
+    joinable: tuple[CallId, ...] = (),
     snapshot: str = "",
     has_memory: bool = True,
 ) -> Checkpoint:
@@ -426,8 +432,8 @@ def make_checkpoint(
         commit_ns=0,
         raw_bytes=0,
         stored_bytes=0,
-        pending_redo=redo.pending if redo is not None else (),
-        joinable=redo.joinable if redo is not None else (),
+        pending_redo=pending,
+        joinable=joinable,
     )
 
 

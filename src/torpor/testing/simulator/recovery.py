@@ -53,7 +53,7 @@ class Recovery:
         world.witness.acquired(node)
         yield
         if db.status in ENDED or db.status is SessionStatus.ASLEEP:
-            world.destroy(world.sandbox)
+            world.destroy(world.sandbox_near(node))
             return
         yield from self.recover(node)
 
@@ -67,7 +67,7 @@ class Recovery:
             node.append(*rows)
             db.fsync()
             yield
-        found = self.world.sandbox
+        found = self.world.sandbox_near(node)
         if found is not None and found.alive and node.sandbox is None and db.status is not SessionStatus.WAKING:
             adopted = yield from self._adopt(node, found)
             if adopted:
@@ -76,7 +76,7 @@ class Recovery:
             node.sandbox = None
             node.forget_incarnation()
         if self.world.rules.destroy_before_restore:
-            self.world.destroy(self.world.sandbox)
+            self.world.destroy(self.world.sandbox_near(node))
         yield
         if not db.checkpoints:
             yield from self._make_checkpoint_zero(node)
@@ -133,7 +133,7 @@ class Recovery:
         if call_id is not None and self.world.rules.status_tells_how_closed:
             assert status.end is not None
             end = self.world.rules.stream_end(status.end)
-            node.append((Kind.CALL_DELIVERED.value, sandbox.incarnation, call_id, None, end))
+            node.append((Kind.CALL_DELIVERED.value, sandbox.incarnation, call_id, None, (end, status.sid)))
         node.send("RESET", status.sid)
 
     def _rebuild(self, node: Node) -> tuple[RedoSet, ContextTree]:
@@ -150,7 +150,7 @@ class Recovery:
         for seq, (kind, incarnation, call_id, _, data) in enumerate(db.events, start=1):
             if incarnation != node.incarnation or kind not in _OF_A_CALL:
                 continue
-            events.append(_event(seq, kind, call_id, {"end": data}))
+            events.append(_event(seq, kind, call_id, data))
             if kind == Kind.CALL_INTENDED.value:
                 tree.rewind(seq)
             elif kind == Kind.CALL_REPEATED.value and call_id is not None:
@@ -167,18 +167,23 @@ class Recovery:
             floor = 0 if world.below_floor_allowed else world.rules.recovery_floor(calls.values(), db.timeline)
             points = [db.streams_at(p) for p in db.checkpoints if db.timeline.holds(p.seq) and p.seq >= floor]
             for point in world.rules.restore_order(points, calls, node.pump_alive):
-                snapshot = world.store.snapshots[point.snapshot_id]
-                if not (snapshot.damaged and world.rules.verify_snapshots):
-                    world.count("restored: newest" if point.number == len(db.checkpoints) - 1 else "restored: older")
-                    yield from self._start_from(node, point)
+                started = yield from self._start_from(node, point)
+                if started:
                     return
                 node.append((Kind.RECOVERY_REJECTED.value, 0, None, None, point.number))
                 yield
             world.needs_person = True
             yield "person"
 
-    def _start_from(self, node: Node, point: Checkpoint) -> Task:
+    def _start_from(self, node: Node, point: Checkpoint) -> Steps:
+        """Load and verify, then let a new incarnation live; False when the snapshot is damaged."""
         world, db = self.world, node.db
+        snapshot = world.store.snapshots[point.snapshot_id]
+        if snapshot.damaged and world.rules.verify_snapshots:
+            return False
+        guest = snapshot.guest.copy() if snapshot.guest is not None else world.fresh_guest()
+        world.witness.loaded(snapshot, guest)
+        world.count("restored: newest" if point.number == len(db.checkpoints) - 1 else "restored: older")
         redo = world.rules.redo_set(db.all_calls().values(), point, db.timeline)
         incarnation = db.incarnation + 1
         first = Incarnation(
@@ -192,10 +197,8 @@ class Recovery:
         node.append((Kind.INCARNATION_STARTED.value, incarnation, None, None, first))
         db.fsync()
         yield
-        snapshot = world.store.snapshots[point.snapshot_id]
-        guest = snapshot.guest.copy() if snapshot.guest is not None else world.fresh_guest()
         sandbox = world.spawn(node, Sandbox(world, guest, snapshot.workspace, incarnation))
-        world.witness.restored(node, sandbox, snapshot)
+        world.witness.restored(node, sandbox)
         yield
         self._open(node, sandbox)
         node.restored_from = point.number
@@ -210,6 +213,7 @@ class Recovery:
                 node.send("RESET", status.sid)
         streams = self._connect(node, list(point.open_streams))
         yield from self._go_live(node, streams, point.stdout_bytes)
+        return True
 
     def _open(self, node: Node, sandbox: Sandbox) -> None:
         """Open the FIFO pair with a new link nonce."""
@@ -277,9 +281,9 @@ class Recovery:
     def rewind(self, node: Node, point: Checkpoint) -> Task:
         """Back to a checkpoint on a person's word. The sandbox goes first, so that nothing it does falls behind the row."""
         db = node.db
+        self.world.destroy(self.world.sandbox_near(node))
         node.sandbox = None
         node.forget_incarnation()
-        self.world.destroy(self.world.sandbox)
         node.set_status(SessionStatus.RECOVERING)
         yield
         point = db.streams_at(point)
@@ -317,7 +321,15 @@ def _entries(node: Node, ids: Any) -> list[RedoEntry]:
     return [node.db.calls[call_id].entry() for call_id in ids]
 
 
-def _event(seq: int, kind: str, call_id: CallId | None, data: dict[str, Any]) -> Event:
+def _event(seq: int, kind: str, call_id: CallId | None, row_data: Any) -> Event:
+    """A row as the event that `follow` reads."""
+    data: dict[str, Any] = {}
+    if kind == Kind.CALL_INTENDED.value:
+        data["stream"] = row_data[2]
+    elif kind == Kind.CALL_REPEATED.value:
+        data["stream"] = row_data
+    elif kind == Kind.CALL_DELIVERED.value:
+        data["end"], data["stream"] = row_data
     return Event(
         session_id=SESSION,
         seq=seq,

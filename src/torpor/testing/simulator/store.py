@@ -44,15 +44,24 @@ class AttemptRow:
 
 
 def new_entry(call_id: CallId, ask: Ask, spelling: int, seq: int) -> RedoEntry:
-    return RedoEntry(
-        call_id=call_id, key=ask.keys[spelling], intended_seq=seq, is_llm=ask.is_llm, method=ask.method
-    )
+    return RedoEntry(call_id=call_id, key=ask.keys[spelling], intended_seq=seq, is_llm=ask.is_llm, method=ask.method)
 
 
 class CallRow:
     """The present state of a call; `as_call` is the value that the rules judge."""
 
-    __slots__ = ("ask", "attempts", "call_id", "ended_seq", "incarnation", "intended_seq", "message", "spelling", "state", "stream")
+    __slots__ = (
+        "ask",
+        "attempts",
+        "call_id",
+        "ended_seq",
+        "incarnation",
+        "intended_seq",
+        "message",
+        "spelling",
+        "state",
+        "stream",
+    )
 
     def __init__(self, call_id: CallId, ask: Ask, spelling: int, incarnation: int, stream: int, seq: int) -> None:
         self.call_id = call_id

@@ -29,7 +29,20 @@ class GuestStream:
         quiet: after HELLO, until the host resumes it.
     """
 
-    __slots__ = ("acknowledged", "ask", "end", "fin", "quiet", "read", "reset", "sid", "spelling", "taken", "told", "written")
+    __slots__ = (
+        "acknowledged",
+        "ask",
+        "end",
+        "fin",
+        "quiet",
+        "read",
+        "reset",
+        "sid",
+        "spelling",
+        "taken",
+        "told",
+        "written",
+    )
 
     def __init__(self, sid: int, ask: Ask, spelling: int) -> None:
         self.sid = sid

@@ -16,7 +16,7 @@ from torpor.core.ids import CallId
 
 if TYPE_CHECKING:
     from torpor.testing.simulator.asks import Ask
-    from torpor.testing.simulator.guest import Sandbox
+    from torpor.testing.simulator.guest import Guest, Sandbox
     from torpor.testing.simulator.node import Node
     from torpor.testing.simulator.store import CallRow, Snapshot
     from torpor.testing.simulator.streams import GuestStream, StreamStatus
@@ -47,7 +47,18 @@ class Violation(Exception):
 class Witness:
     """What one schedule looked like from outside."""
 
-    __slots__ = ("_asked", "_deaths", "_final", "_paid", "_sends", "_told_exit", "checked", "confirmed", "world")
+    __slots__ = (
+        "_asked",
+        "_deaths",
+        "_final",
+        "_last",
+        "_paid",
+        "_sends",
+        "_told_exit",
+        "checked",
+        "confirmed",
+        "world",
+    )
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -59,6 +70,7 @@ class Witness:
         self.confirmed: list[int] = []
         self._told_exit: int | None = None
         self._final: frozenset[CallId] = frozenset()
+        self._last: Sandbox | None = None
 
     def check(self, invariant: int, holds: bool, text: str) -> None:
         self.checked[invariant] += 1
@@ -108,7 +120,7 @@ class Witness:
         asked = self._asked[-1]
         if asked.get(ask.index, 0) < times:
             asked[ask.index] = times
-        self.check(4, sandbox.alive and not sandbox.paused, "an agent runs in a sandbox that does not")
+        self.check(4, sandbox.runs, "an agent runs in a sandbox that does not")
 
     def consumes(self, sandbox: Sandbox, stream: GuestStream) -> int:
         """An agent read a whole answer with a clean end; returns its serial."""
@@ -167,8 +179,10 @@ class Witness:
         self.check(4, len(holders) == 1, f"nodes {sorted(holders)} hold one FIFO pair")
 
     def spawned(self, sandbox: Sandbox) -> None:
-        others = [] if sandbox.paused else [s for s in self.world.sandboxes if s.alive and not s.paused and s is not sandbox]
-        self.check(4, not others, f"incarnation {sandbox.incarnation} starts beside a running sandbox")
+        others = [other for other in self.world.sandboxes if other.runs and other is not sandbox]
+        self.check(
+            4, not others or not sandbox.runs, f"incarnation {sandbox.incarnation} starts beside a running sandbox"
+        )
 
     def intended(self, node: Node, row: CallRow) -> None:
         """A call begins."""
@@ -177,11 +191,15 @@ class Witness:
         newer = sandbox is not None and sandbox.incarnation > row.incarnation and node is self.world.node
         self.check(4, not newer, f"{call_id} is of a dead incarnation")
 
-    def restored(self, node: Node, sandbox: Sandbox, snapshot: Snapshot) -> None:
-        """A sandbox was made from a snapshot."""
+    def loaded(self, snapshot: Snapshot, guest: Guest) -> None:
+        """A snapshot was read for a restore."""
         self.check(10, not snapshot.damaged, f"{snapshot.name} is damaged, and was restored")
+        counter = guest.agent.counter
+        self.check(9, counter == snapshot.workspace, f"memory {counter}, workspace {snapshot.workspace}")
+
+    def restored(self, node: Node, sandbox: Sandbox) -> None:
+        """A sandbox was made from a snapshot."""
         agent = sandbox.guest.agent
-        self.check(9, agent.counter == sandbox.workspace, f"memory {agent.counter}, workspace {sandbox.workspace}")
         self.check(4, node.incarnation <= sandbox.incarnation, "an incarnation number fell")
         asked = self._asked[-1]
         for index, times in agent.asked.items():
@@ -211,14 +229,13 @@ class Witness:
         self.check(3, self.world.db.synced >= transaction, f"message {message} is confirmed before it is durable")
         self.confirmed.append(message)
 
-    def told_exit(self, code: int, transaction: int) -> None:
+    def told_exit(self, node: Node, code: int, transaction: int) -> None:
         """A person is told how the session ended."""
         self.check(3, self.world.db.synced >= transaction, "an exit is reported before it is durable")
         self.check(8, self._told_exit is None, "an exit is reported twice")
         self._told_exit = code
-        node = self.world.node
-        if node is not None:
-            self._final = frozenset({*node.redo.pending, *node.redo.joinable, *node.redo.attached})
+        self._last = node.sandbox
+        self._final = frozenset({*node.redo.pending, *node.redo.joinable, *node.redo.attached})
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +247,9 @@ class Witness:
 
     def _finish_people(self) -> None:
         db = self.world.db
-        final = self.world.sandboxes[-1]
+        final = self._last
+        if final is None:
+            raise Violation(8, "the session ended, and nobody was told")
         agent = final.guest.agent
         self.check(8, db.acknowledged_exit == self._told_exit, "the exit that was told is not the one recorded")
         self.check(8, agent.counter == self._told_exit, f"told exit {self._told_exit}, the agent has {agent.counter}")

@@ -180,6 +180,7 @@ class World:
         self._kill_both()
         for other in self.silent:
             self.destroy(other.sandbox)
+            self.witness.node_stopped()
         self.silent.clear()
         kept = self.db.synced + int(self.random() * (len(self.db.transactions) - self.db.synced + 1))
         self.db.lose(kept)
@@ -200,7 +201,7 @@ class World:
         self.silent.append(node)
         if self.plan.cluster:
             if self.sandbox is not None and self.rules.watchdog_pauses:
-                self.sandbox.paused = True
+                self.sandbox.stopped = True
             self.sandbox = None
         return True
 
@@ -306,6 +307,10 @@ class World:
         """Whether the lock is to be had; in a cluster: whether the lease ran out."""
         return self.plan.cluster or all(other is node for other in self.live_nodes())
 
+    def sandbox_near(self, node: Node) -> Sandbox | None:
+        """The session's sandbox on this node's machine. A silent owner of a cluster is on another one."""
+        return self.sandbox if node is self.node else node.sandbox
+
     def fresh_guest(self) -> Guest:
         return Guest(self.plan.agent())
 
@@ -315,7 +320,7 @@ class World:
             self.sandbox = sandbox
         else:
             # Its node has been silent and starts it late: the watchdog stops that as well.
-            sandbox.paused = self.rules.watchdog_pauses
+            sandbox.stopped = self.rules.watchdog_pauses
         self.witness.spawned(sandbox)
         return sandbox
 
