@@ -143,9 +143,17 @@ def test_end_of_a_request_is_told_again_after_resume(pair: Pair) -> None:
             assert host.hello().streams[16].flags == HALF_CLOSED
             host.streams[16].data += b"request"[:position]
             host.send(RESUME, 16, position)
+            host.ping()
+            assert len(host.streams[16].data) == position, "data without credit"
             host.send(CREDIT, 16, WINDOW)
             assert host.expect(G_FIN).arg == 7
             assert bytes(host.streams[16].data) == b"request"
+        host.send(ACK, 16, 7)
+        host.hello()
+        host.ping()
+        assert host.find(G_FIN) is None, "spoke of the stream before it was resumed"
+        host.send(CREDIT, 16, WINDOW)
+        assert host.expect(G_FIN).arg == 7
 
 
 def test_client_that_left_while_the_host_was_away_is_told(pair: Pair) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.integration.init_client import (
     ALIVE,
+    CREDIT,
     EXIT,
     EXIT_ACK,
     FIN,
@@ -205,7 +206,11 @@ def test_unacknowledged_output_blocks_the_agent_at_one_mebibyte(pair: Pair) -> N
     _, host = pair
     shell(host, "head -c 3000000 /dev/zero; echo end >&2")
     host.wait(lambda: len(host.streams[1].data) == 262144, "the credit's worth")
-    host.send(0x09, 1, 10_000_000)
+    host.send(CREDIT, 1, 262144 + 1001)
+    host.wait(lambda: len(host.streams[1].data) >= 262144 + 1001, "a little more")
+    host.ping()
+    assert len(host.streams[1].data) == 262144 + 1001
+    host.send(CREDIT, 1, 10_000_000)
     assert host.request(1, 1 << 20) == bytes(1 << 20)
     host.ping()
     assert (len(host.streams[1].data), len(host.streams[2].data)) == (1 << 20, 0)
