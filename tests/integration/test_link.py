@@ -1,4 +1,4 @@
-"""Claims of torpor.sandbox.link against the real torpor-init, run natively on two FIFOs; the test is the agent."""
+"""Claims of torpor.sandbox.link against the real torpor-init, run natively; the test is the agent."""
 
 import asyncio
 import fcntl
