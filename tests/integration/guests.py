@@ -1,4 +1,4 @@
-"""Guest ends for tests of the link, over real FIFOs: the real init, run natively, and one that says anything."""
+"""Guest ends for tests of the link, over real FIFOs: the real init, run natively, and one that lies."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Claims of torpor.sandbox.link against the real torpor-init, run natively on two FIFOs; the test is the agent."""
+"""Claims of torpor.sandbox.link against the real torpor-init, run natively; the test is the agent."""
 
 import asyncio
 import fcntl
@@ -164,6 +164,34 @@ async def test_two_hundred_clients_at_once_are_served_in_order(init: NativeInit)
             for stream in streams:
                 group.create_task(serve(stream))
             await asyncio.gather(*clients)
+
+
+async def test_connections_that_come_all_at_once_open_in_order(init: NativeInit) -> None:
+    clients: list[socket.socket] = []
+    async with running(await open_link(init)) as link:
+        for _ in range(4):
+            os.kill(init.process.pid, signal.SIGSTOP)
+            clients += [socket.create_connection(("127.0.0.1", init.port)) for _ in range(60)]
+            os.kill(init.process.pid, signal.SIGCONT)
+            for _ in range(60):
+                await link.accept()
+    for client in clients:
+        client.close()
+
+
+async def test_more_connections_than_streams_wait_for_their_turn(init: NativeInit) -> None:
+    async with running(await open_link(init)) as link, asyncio.TaskGroup() as group:
+        clients = [group.create_task(request(init, b"please")) for _ in range(300)]
+        streams = [await link.accept() for _ in range(256)]
+        assert len((await link.cut(10)).streams) == 256
+        link.release()
+        for _ in range(300):
+            stream = streams.pop(0)
+            await stream.finish(0)
+            await stream.wait_closed()
+            if len(streams) + stream.id - 15 < 300:
+                streams.append(await link.accept())
+        assert [await client for client in clients] == [b""] * 300
 
 
 async def gone(using: Awaitable[object]) -> None:

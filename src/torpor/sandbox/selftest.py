@@ -28,7 +28,7 @@ SHELL = (
 """The agent of the test: one request, sent before the checkpoint and answered after the restore."""
 
 REMEDIES = {
-    "command_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
+    "program_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
     "command_failed": "If it speaks of namespaces: allow unprivileged user namespaces "
     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0), or run as root.",
     "sandbox_refused": "This runsc and this kernel don't get along: set TORPOR_RUNSC to another release.",
