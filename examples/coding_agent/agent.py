@@ -75,9 +75,7 @@ class Agent:
 
     def ask(self) -> tuple[str, list[dict]]:
         """One streamed answer of the model."""
-        stream = self.client.chat.completions.create(
-            model=self.model, messages=self.messages, tools=TOOLS, stream=True
-        )
+        stream = self.client.chat.completions.create(model=self.model, messages=self.messages, tools=TOOLS, stream=True)
         text, calls = "", []
         for chunk in stream:
             for choice in chunk.choices:

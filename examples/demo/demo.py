@@ -151,8 +151,14 @@ def report(environment: dict[str, str], witness: Path | None) -> bool:
     if witness:
         lines = [json.loads(line) for line in witness.read_text().splitlines()]
         table.add_row("requests that the model server counted", str(sum(line["event"] == "start" for line in lines)))
-    table.add_row("agent's memory, SQLite rows, subprocess counter", f"{last.get('memory')}, {last.get('sqlite')}, {last.get('subprocess')} of {tools} tool calls")
-    table.add_row("background process", "still running at the end" if last.get("background") and None in last["background"].values() else "LOST")
+    table.add_row(
+        "agent's memory, SQLite rows, subprocess counter",
+        f"{last.get('memory')}, {last.get('sqlite')}, {last.get('subprocess')} of {tools} tool calls",
+    )
+    table.add_row(
+        "background process",
+        "still running at the end" if last.get("background") and None in last["background"].values() else "LOST",
+    )
     table.add_row("log", "verified" if verified else "DAMAGED")
     table.add_row("lost", "nothing" if kept and verified else "SOMETHING")
     table.add_row("freeze per checkpoint", f"median {freezes[len(freezes) // 2] / 1e6:.0f} ms of {len(freezes)}")
@@ -171,7 +177,16 @@ def scripted_model(scratch: Path) -> tuple[subprocess.Popen, str, Path]:
     witness = scratch / "witness.jsonl"
     server = subprocess.Popen(
         [PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--turns", str(TURNS), "--witness", witness]
-        + ["--slow-step", str(SLOW_STEP), "--slow-seconds", "8", "--first-byte-seconds", "0.3", "--chunk-seconds", "0.1"],
+        + [
+            "--slow-step",
+            str(SLOW_STEP),
+            "--slow-seconds",
+            "8",
+            "--first-byte-seconds",
+            "0.3",
+            "--chunk-seconds",
+            "0.1",
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -203,7 +218,11 @@ def main() -> int:
         say(f"a coding agent starts under `torpor run` (home {home})")
         session, status = perform(environment, home, workspace)
         good = report(environment, witness) and status == 0
-        say("nothing was lost." if good else f"[red]something went wrong[/red]; look at TORPOR_HOME={home}, session {session}")
+        say(
+            "nothing was lost."
+            if good
+            else f"[red]something went wrong[/red]; look at TORPOR_HOME={home}, session {session}"
+        )
     finally:
         if server:
             server.terminate()
