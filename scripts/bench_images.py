@@ -49,9 +49,7 @@ def _config(heap_mb: int, workspace: Path) -> dict[str, object]:
         {"destination": path, "type": "bind", "source": str(Path(path).resolve()), "options": ["rbind", "ro"]}
         for path in BINDS
     ]
-    mounts.append(
-        {"destination": "/workspace", "type": "bind", "source": str(workspace), "options": ["rbind", "rw"]}
-    )
+    mounts.append({"destination": "/workspace", "type": "bind", "source": str(workspace), "options": ["rbind", "rw"]})
     mounts += [
         {"destination": "/proc", "type": "proc", "source": "proc"},
         {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
@@ -73,9 +71,7 @@ def _config(heap_mb: int, workspace: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def agent_images(
-    runsc: Path, scratch: Path, heap_mb: int, steps: int
-) -> Iterator[Iterator[tuple[Path, Path]]]:
+def agent_images(runsc: Path, scratch: Path, heap_mb: int, steps: int) -> Iterator[Iterator[tuple[Path, Path]]]:
     """Yield an iterator of (image directory, workspace) after each step; the caller may delete the image."""
     bundle, workspace, state = scratch / "bundle", scratch / "workspace", scratch / "state"
     for path in (bundle / "rootfs", workspace, state):

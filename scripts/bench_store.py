@@ -20,15 +20,11 @@ from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
-HEADER = (
-    "step  image MB  new pages  new MB  stored KB  manifest KB  packs  capture ms  save ms  index ms  restore"
-)
+HEADER = "step  image MB  new pages  new MB  stored KB  manifest KB  packs  capture ms  save ms  index ms  restore"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runsc", type=Path, required=True)
     parser.add_argument("--heap-mb", type=int, default=118, help="118 gives images of 78 MB, 400 of 250 MB")
     parser.add_argument("--steps", type=int, default=10)

@@ -34,7 +34,9 @@ def c_functions(path: Path) -> list[tuple[str, int]]:
 
 
 def main() -> int:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+    )
     problems: list[str] = []
     for name in listed.stdout.splitlines():
         path = Path(name)

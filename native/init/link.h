@@ -9,10 +9,10 @@
 #include "frame.h"
 
 enum {
-    LINK_QUEUE_BYTES = 524288,
+    LINK_QUEUE_BYTES = 262144,
     /* Request bytes are queued below this mark only: what they leave free is for control frames, and a short queue
      * makes a short barrier. */
-    LINK_DATA_MARK_BYTES = 262144,
+    LINK_DATA_MARK_BYTES = 131072,
     LINK_AWAY_RETRY_MS = 50,
 };
 

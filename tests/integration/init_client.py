@@ -1,10 +1,11 @@
 """A small, synchronous host end of the init protocol, and torpor-init as an ordinary process under it.
 
-Written from docs/init-protocol.md alone, so that it checks `native/init` and shares nothing with `torpor.sandbox.link`.
+Written from docs/init-protocol.md alone: it checks native/init and shares nothing with `torpor.sandbox`.
 Everything waits on frames, sockets or the process; nothing sleeps.
 """
 
 import os
+import random
 import re
 import select
 import socket
@@ -24,6 +25,7 @@ from cobs import cobs
 NATIVE = Path(__file__).resolve().parents[2] / "native" / "init"
 PROGRAMS = {"plain": ("all", "torpor-init"), "sanitized": ("sanitize", "torpor-init-asan")}
 WAIT_SECONDS = 15.0
+WINDOW = 262_144
 PAYLOAD_BYTES_MAX = 32768
 
 HELLO, SPEC, START, RESTORED, DATA, FIN, RESET, ACK, CREDIT, RESUME = range(0x01, 0x0B)
@@ -40,7 +42,7 @@ class Frame:
     type: int
     stream: int
     arg: int
-    payload: bytes
+    payload: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,13 @@ def parse_status(record: bytes) -> Status:
 
 def spec(args: list[str], *, cwd: str = "/", env: dict[str, str] | None = None) -> bytes:
     environment = {"PATH": os.environ["PATH"]} if env is None else env
-    strings = [cwd, str(len(args)), *args, str(len(environment)), *(f"{k}={v}" for k, v in environment.items())]
+    strings = [
+        cwd,
+        str(len(args)),
+        *args,
+        str(len(environment)),
+        *(f"{k}={v}" for k, v in environment.items()),
+    ]
     return b"".join(s.encode() + b"\0" for s in strings)
 
 
@@ -132,6 +140,8 @@ class Host:
     foreign: int = 0
     streams: defaultdict[int, Received] = field(default_factory=lambda: defaultdict(Received))
     auto_ack: bool = False
+    careless: bool = False
+    """Reads nothing while it writes, and looks at no request bytes."""
 
     @classmethod
     def open(cls, to_guest: Path, from_guest: Path, nonce: int) -> Self:
@@ -155,8 +165,8 @@ class Host:
             try:
                 data = data[os.write(self.write_fd, data) :]
             except BlockingIOError:
-                readable, _, _ = select.select([self.read_fd], [self.write_fd], [], 1)
-                if readable:
+                reads = [] if self.careless else [self.read_fd]
+                if select.select(reads, [self.write_fd], [], 1)[0]:
                     self.read()
 
     def wire(self, kind: int, stream: int = 0, arg: int = 0, payload: bytes = b"") -> bytes:
@@ -182,7 +192,7 @@ class Host:
 
     def note(self, frame: Frame) -> None:
         self.frames.append(frame)
-        if not frame.stream:
+        if not frame.stream or self.careless:
             return
         received = self.streams[frame.stream]
         if frame.type == G_DATA:
@@ -198,7 +208,7 @@ class Host:
 
     def ack(self, stream: int, position: int) -> None:
         self.send(ACK, stream, position)
-        self.send(CREDIT, stream, position + 262144)
+        self.send(CREDIT, stream, position + WINDOW)
 
     def wait(self, ready: Callable[[], bool], what: str, *, seconds: float = WAIT_SECONDS) -> None:
         deadline = time.monotonic() + seconds
@@ -208,6 +218,27 @@ class Host:
             if select.select([self.read_fd], [], [], left)[0] and not self.read():
                 msg = f"init left before {what}"
                 raise EOFError(msg)
+
+    def wait_any(self) -> None:
+        """Takes in what comes, for a moment at most: the caller looks for itself what has changed."""
+        if select.select([self.read_fd], [], [], 0.01)[0]:
+            self.read()
+
+    def wait_status(self, good: Callable[[Status], bool]) -> Status:
+        """HELLO until the status is so."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not good(status := self.hello()):
+            assert time.monotonic() < deadline, status
+        return status
+
+    def expect_silence(self, seconds: float) -> None:
+        assert not select.select([self.read_fd], [], [], seconds)[0], "init said something"
+
+    def drop_frames(self) -> None:
+        """Reads without looking."""
+        with suppress(BlockingIOError):
+            while os.read(self.read_fd, 65536):
+                pass
 
     def find(self, kind: int, stream: int | None = None) -> Frame | None:
         """The first frame of that kind, which is then taken out."""
@@ -269,7 +300,7 @@ class Host:
             self.streams[number] = Received(data=bytearray(before.data), fin=before.fin)
             self.send(ACK, number, stream.acked)
             self.send(RESUME, number, position)
-            self.send(CREDIT, number, position + 262144)
+            self.send(CREDIT, number, position + WINDOW)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -301,6 +332,9 @@ class Guest:
         return int(fields[11]) + int(fields[12])
 
 
+Pair = tuple[Guest, Host]
+
+
 def launch(binary: Path, directory: Path, *options: str, listen: int = 1) -> Guest:
     """Starts init on a FIFO pair whose host ends are open just long enough."""
     fifos = [directory / "to-guest", directory / "from-guest"]
@@ -308,7 +342,13 @@ def launch(binary: Path, directory: Path, *options: str, listen: int = 1) -> Gue
         os.mkfifo(fifo)
     holders = [os.open(fifo, os.O_RDWR) for fifo in fifos]
     ends = [os.open(fifos[0], os.O_RDONLY), os.open(fifos[1], os.O_WRONLY)]
-    command = [str(binary), "--run-dir", str(directory / "run"), *["--listen", "127.0.0.1:0"] * listen, *options]
+    command = [
+        str(binary),
+        "--run-dir",
+        str(directory / "run"),
+        *["--listen", "127.0.0.1:0"] * listen,
+        *options,
+    ]
     with (directory / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, stdin=ends[0], stdout=ends[1], stderr=stderr)
     guest = Guest(process=process, directory=directory)
@@ -319,7 +359,7 @@ def launch(binary: Path, directory: Path, *options: str, listen: int = 1) -> Gue
 
 
 @contextmanager
-def running(binary: Path, directory: Path, *options: str, listen: int = 1) -> Iterator[tuple[Guest, Host]]:
+def running(binary: Path, directory: Path, *options: str, listen: int = 1) -> Iterator[Pair]:
     """A guest that has said HELLO and its ports. At the end it must have written nothing to stderr."""
     guest = launch(binary, directory, *options, listen=listen)
     host = guest.hosts[0]
@@ -359,3 +399,40 @@ def wait_until_gone(pid: int) -> None:
             assert select.select([fd], [], [], WAIT_SECONDS)[0], f"process {pid} lives on"
         finally:
             os.close(fd)
+
+
+def bytes_of(length: int) -> bytes:
+    return random.Random(length).randbytes(length)
+
+
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def send_in_background(client: socket.socket, data: bytes, host: Host) -> None:
+    """Sends while the host reads: the client blocks whenever init does not take more."""
+    client.setblocking(False)
+    while data:
+        try:
+            data = data[client.send(data) :]
+        except BlockingIOError:
+            host.wait_any()
+    client.setblocking(True)
+
+
+def closing(host: Host, stream: int) -> tuple[int, int]:
+    """How the stream closed, and W; afterwards both ends forget it."""
+    frame = host.expect(CLOSED, stream)
+    host.send(RESET, stream)
+    return frame.payload[0], frame.arg
+
+
+def fill(host: Host, stream: int) -> int:
+    """Sends zeros as the windows allow until the client's socket takes no more; returns V."""
+    taken = accepted = 0
+    while taken < accepted + WINDOW:
+        host.data(stream, taken, bytes(accepted + WINDOW - taken))
+        taken = accepted + WINDOW
+        host.ping()
+        accepted = max(f.arg for f in host.frames if f.type == TAKEN and f.stream == stream)
+    return taken

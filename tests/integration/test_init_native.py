@@ -1,4 +1,4 @@
-"""torpor-init keeps docs/init-protocol.md, as an ordinary process on two FIFOs: the agent's life, signals, restores."""
+"""torpor-init keeps docs/init-protocol.md: the agent's life, signals, restores, the command line."""
 
 import os
 import shlex
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.integration.init_client import (
     ALIVE,
+    CREDIT,
     EXIT,
     EXIT_ACK,
     FIN,
@@ -25,6 +25,7 @@ from tests.integration.init_client import (
     STATUS,
     Guest,
     Host,
+    Pair,
     build,
     connect,
     launch,
@@ -43,7 +44,7 @@ def binary(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def pair(binary: Path, tmp_path: Path) -> Iterator[tuple[Guest, Host]]:
+def pair(binary: Path, tmp_path: Path) -> Iterator[Pair]:
     with running(binary, tmp_path) as started:
         yield started
 
@@ -67,7 +68,7 @@ def wait_for_output(host: Host, text: bytes) -> None:
     host.wait(lambda: text in host.streams[1].data, repr(text))
 
 
-def test_exit_is_told_after_each_hello_until_acknowledged(pair: tuple[Guest, Host]) -> None:
+def test_exit_is_told_after_each_hello_until_acknowledged(pair: Pair) -> None:
     guest, host = pair
     shell(host, "echo out; echo err >&2; exit 7")
     assert exit_status(host) == 7 << 8
@@ -81,13 +82,13 @@ def test_exit_is_told_after_each_hello_until_acknowledged(pair: tuple[Guest, Hos
     assert guest.process.wait(10) == 0
 
 
-def test_death_by_signal_is_in_the_raw_wait_status(pair: tuple[Guest, Host]) -> None:
+def test_death_by_signal_is_in_the_raw_wait_status(pair: Pair) -> None:
     _, host = pair
     shell(host, "kill -9 $$")
     assert exit_status(host) == signal.SIGKILL
 
 
-def test_init_stays_while_the_agent_runs(pair: tuple[Guest, Host]) -> None:
+def test_init_stays_while_the_agent_runs(pair: Pair) -> None:
     guest, host = pair
     host.send(EXIT_ACK)
     shell(host, "exec sleep 1000")
@@ -103,7 +104,7 @@ def test_init_stays_while_the_agent_runs(pair: tuple[Guest, Host]) -> None:
     ("args", "cwd", "text"),
     [(["/no/such"], "/", b"cannot run /no/such"), (["true"], "/no/where", b"working directory /no/where")],
 )
-def test_agent_that_cannot_start_says_why(pair: tuple[Guest, Host], args: list[str], cwd: str, text: bytes) -> None:
+def test_agent_that_cannot_start_says_why(pair: Pair, args: list[str], cwd: str, text: bytes) -> None:
     guest, host = pair
     started = host.start(args, cwd=cwd)
     assert (started.arg, text in started.payload) == (2, True), started
@@ -115,7 +116,7 @@ def test_agent_that_cannot_start_says_why(pair: tuple[Guest, Host], args: list[s
     assert guest.process.wait(10) == 0
 
 
-def test_command_is_searched_in_the_path_of_the_spec(pair: tuple[Guest, Host], tmp_path: Path) -> None:
+def test_command_is_searched_in_the_path_of_the_spec(pair: Pair, tmp_path: Path) -> None:
     _, host = pair
     tool = tmp_path / "only-here"
     tool.write_text("#!/bin/sh\necho found $NAME\n")
@@ -124,7 +125,7 @@ def test_command_is_searched_in_the_path_of_the_spec(pair: tuple[Guest, Host], t
     assert output(host) == b"found it\n"
 
 
-def test_a_failed_start_can_be_tried_again(pair: tuple[Guest, Host]) -> None:
+def test_a_failed_start_can_be_tried_again(pair: Pair) -> None:
     _, host = pair
     assert host.start(["/no/such"]).arg == 2
     shell(host, "echo yes")
@@ -146,7 +147,7 @@ def damaged_specs() -> list[bytes]:
 
 
 @pytest.mark.parametrize("data", damaged_specs())
-def test_damaged_spec_is_refused(pair: tuple[Guest, Host], data: bytes) -> None:
+def test_damaged_spec_is_refused(pair: Pair, data: bytes) -> None:
     _, host = pair
     host.send_spec(data)
     host.send(START, 0, len(data), LIFE)
@@ -155,7 +156,7 @@ def test_damaged_spec_is_refused(pair: tuple[Guest, Host], data: bytes) -> None:
     assert exit_status(host) == 0
 
 
-def test_spec_of_the_wrong_length_or_over_its_bound_is_refused(pair: tuple[Guest, Host]) -> None:
+def test_spec_of_the_wrong_length_or_over_its_bound_is_refused(pair: Pair) -> None:
     _, host = pair
     data = spec(["true"])
     host.send_spec(data)
@@ -173,22 +174,24 @@ def test_spec_of_the_wrong_length_or_over_its_bound_is_refused(pair: tuple[Guest
     assert output(host) == b"100000\n"
 
 
-def test_agent_starts_as_a_program_expects(pair: tuple[Guest, Host], tmp_path: Path) -> None:
+def test_agent_starts_as_a_program_expects(pair: Pair, tmp_path: Path) -> None:
     _, host = pair
     script = """if True:
         import os, signal, sys
         print(os.getsid(0) == os.getpgrp() == os.getpid(), os.getcwd(), sorted(os.environ))
-        print([s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN and s != signal.SIGXFSZ])
-        print(signal.pthread_sigmask(signal.SIG_BLOCK, []), sys.stdin.read() == "", sorted(os.listdir("/proc/self/fd")))
+        print([s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN])
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, []), sys.stdin.read() == "")
+        print(os.listdir("/proc/self/fd"))
     """
     env = {"PATH": "/usr/bin:/bin", "ONLY": "this", "LC_ALL": "C.UTF-8"}
-    # Python itself ignores SIGPIPE; nothing else may be ignored. Descriptor 3 is the listing's own.
+    # Python itself ignores the two; nothing else may be ignored. Descriptor 3 is the listing's own.
     assert host.start([sys.executable, "-S", "-E", "-c", script], cwd=str(tmp_path), env=env).arg == 0
-    expected = f"True {tmp_path} ['LC_ALL', 'ONLY', 'PATH']\n['SIGPIPE']\nset() True ['0', '1', '2', '3']\n"
+    expected = f"True {tmp_path} ['LC_ALL', 'ONLY', 'PATH']\n['SIGPIPE', 'SIGXFSZ']\n"
+    expected += "set() True\n['0', '1', '2', '3']\n"
     assert (output(host), output(host, 2)) == (expected.encode(), b"")
 
 
-def test_second_start_is_ignored(pair: tuple[Guest, Host]) -> None:
+def test_second_start_is_ignored(pair: Pair) -> None:
     _, host = pair
     shell(host, "echo once; read x; echo done")
     data = spec(["echo", "twice"])
@@ -199,11 +202,15 @@ def test_second_start_is_ignored(pair: tuple[Guest, Host]) -> None:
     assert host.find(STARTED) is None
 
 
-def test_unacknowledged_output_blocks_the_agent_at_one_mebibyte(pair: tuple[Guest, Host]) -> None:
+def test_unacknowledged_output_blocks_the_agent_at_one_mebibyte(pair: Pair) -> None:
     _, host = pair
     shell(host, "head -c 3000000 /dev/zero; echo end >&2")
     host.wait(lambda: len(host.streams[1].data) == 262144, "the credit's worth")
-    host.send(0x09, 1, 10_000_000)
+    host.send(CREDIT, 1, 262144 + 1001)
+    host.wait(lambda: len(host.streams[1].data) >= 262144 + 1001, "a little more")
+    host.ping()
+    assert len(host.streams[1].data) == 262144 + 1001
+    host.send(CREDIT, 1, 10_000_000)
     assert host.request(1, 1 << 20) == bytes(1 << 20)
     host.ping()
     assert (len(host.streams[1].data), len(host.streams[2].data)) == (1 << 20, 0)
@@ -213,7 +220,7 @@ def test_unacknowledged_output_blocks_the_agent_at_one_mebibyte(pair: tuple[Gues
     assert output(host, 2) == b"end\n"
 
 
-def test_what_the_agent_leaves_behind_is_read_and_killed(pair: tuple[Guest, Host]) -> None:
+def test_what_the_agent_leaves_behind_is_read_and_killed(pair: Pair) -> None:
     _, host = pair
     shell(host, "sleep 1000 & echo $!; head -c 60000 /dev/zero; exit 3")
     host.auto_ack = True
@@ -223,7 +230,7 @@ def test_what_the_agent_leaves_behind_is_read_and_killed(pair: tuple[Guest, Host
     wait_until_gone(int(pid))
 
 
-def test_exit_waits_for_output_that_the_host_does_not_take(pair: tuple[Guest, Host]) -> None:
+def test_exit_waits_for_output_that_the_host_does_not_take(pair: Pair) -> None:
     _, host = pair
     shell(host, "head -c 1100000 /dev/zero")
     host.request(1, 262144)
@@ -235,7 +242,7 @@ def test_exit_waits_for_output_that_the_host_does_not_take(pair: tuple[Guest, Ho
     assert output(host) == bytes(1_100_000)
 
 
-def test_sigterm_to_init_is_forwarded_to_the_group(pair: tuple[Guest, Host]) -> None:
+def test_sigterm_to_init_is_forwarded_to_the_group(pair: Pair) -> None:
     guest, host = pair
     shell(host, "trap 'echo got it; exit 4' TERM; echo ready; sleep 1000 & wait")
     wait_for_output(host, b"ready\n")
@@ -245,7 +252,7 @@ def test_sigterm_to_init_is_forwarded_to_the_group(pair: tuple[Guest, Host]) -> 
     assert guest.process.poll() is None
 
 
-def test_signal_is_sent_once_for_each_request_id(pair: tuple[Guest, Host]) -> None:
+def test_signal_is_sent_once_for_each_request_id(pair: Pair) -> None:
     _, host = pair
     counting = """if True:
         import os, signal
@@ -274,7 +281,7 @@ def write_hook(guest: Guest, name: str, body: str, mode: int = 0o755) -> None:
     (hooks / name).chmod(mode)
 
 
-def test_restored_writes_its_files_and_runs_the_hooks_once(pair: tuple[Guest, Host]) -> None:
+def test_restored_writes_its_files_and_runs_the_hooks_once(pair: Pair) -> None:
     guest, host = pair
     shell(host, "read x < /dev/zero")
     assert (guest.run_dir / "incarnation").read_text() == "1\n"
@@ -297,7 +304,7 @@ def test_restored_writes_its_files_and_runs_the_hooks_once(pair: tuple[Guest, Ho
     assert host.hello().incarnation == 6
 
 
-def test_link_lives_while_a_hook_runs_and_alive_waits_for_it(pair: tuple[Guest, Host], tmp_path: Path) -> None:
+def test_link_lives_while_a_hook_runs_and_alive_waits_for_it(pair: Pair, tmp_path: Path) -> None:
     guest, host = pair
     gate = tmp_path / "gate"
     os.mkfifo(gate)
@@ -313,7 +320,7 @@ def test_link_lives_while_a_hook_runs_and_alive_waits_for_it(pair: tuple[Guest, 
     assert host.find(ALIVE) is None
 
 
-def test_hook_that_hangs_is_killed(pair: tuple[Guest, Host]) -> None:
+def test_hook_that_hangs_is_killed(pair: Pair) -> None:
     guest, host = pair
     write_hook(guest, "10-hangs", "sleep 1000 & wait")
     write_hook(guest, "20-good", f"touch {shlex.quote(str(guest.directory / 'ran'))}")
@@ -322,7 +329,7 @@ def test_hook_that_hangs_is_killed(pair: tuple[Guest, Host]) -> None:
     assert (guest.directory / "ran").exists()
 
 
-def test_next_incarnation_ends_the_hooks_of_the_last(pair: tuple[Guest, Host], tmp_path: Path) -> None:
+def test_next_incarnation_ends_the_hooks_of_the_last(pair: Pair, tmp_path: Path) -> None:
     """The image may have been saved while hooks ran."""
     guest, host = pair
     gate = tmp_path / "gate"
@@ -334,7 +341,7 @@ def test_next_incarnation_ends_the_hooks_of_the_last(pair: tuple[Guest, Host], t
     assert host.expect(ALIVE).arg == 3
 
 
-def test_run_directory_full_of_traps_stops_nothing(pair: tuple[Guest, Host]) -> None:
+def test_run_directory_full_of_traps_stops_nothing(pair: Pair) -> None:
     guest, host = pair
     (guest.run_dir / "after-restore.d").mkdir(parents=True)
     (guest.run_dir / "incarnation").mkdir()
@@ -348,7 +355,7 @@ def test_run_directory_full_of_traps_stops_nothing(pair: tuple[Guest, Host]) -> 
     assert (guest.run_dir / "entropy").read_bytes() == bytes(64)
 
 
-def test_answers_come_by_event_and_not_by_the_clock(pair: tuple[Guest, Host]) -> None:
+def test_answers_come_by_event_and_not_by_the_clock(pair: Pair) -> None:
     """Two hundred rounds take a second; with a 50 ms timer they would take ten."""
     guest, host = pair
     for number in range(200):
@@ -361,7 +368,7 @@ def test_answers_come_by_event_and_not_by_the_clock(pair: tuple[Guest, Host]) ->
     assert [frame.type for frame in host.frames if frame.type in (PONG, STATUS)] == []
 
 
-def test_init_neither_ends_nor_spins_while_the_host_is_away(pair: tuple[Guest, Host]) -> None:
+def test_init_neither_ends_nor_spins_while_the_host_is_away(pair: Pair) -> None:
     guest, host = pair
     shell(host, "while :; do echo x; sleep 0.001; done")
     host.close()
@@ -376,7 +383,9 @@ def test_init_neither_ends_nor_spins_while_the_host_is_away(pair: tuple[Guest, H
 def test_unusable_command_line_is_refused(binary: Path) -> None:
     for options in (["--nonsense", "1"], ["--listen"], ["--listen", "x:1"], ["--listen", "127.0.0.1:65536"],
                     ["--total-bytes-max", "-1"], ["--request-bytes-max", "1k"]):  # fmt: skip
-        ended = subprocess.run([str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        ended = subprocess.run(
+            [str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
         assert (ended.returncode, ended.stdout, b"usage" in ended.stderr) == (2, b"", True), options
 
 
@@ -390,7 +399,7 @@ def test_port_that_is_taken_ends_init_at_once(binary: Path, tmp_path: Path) -> N
         assert "cannot listen" in (second / "stderr").read_text()
 
 
-def test_frames_of_another_link_and_damaged_ones_are_dropped(pair: tuple[Guest, Host]) -> None:
+def test_frames_of_another_link_and_damaged_ones_are_dropped(pair: Pair) -> None:
     guest, host = pair
     shell(host, "while :; do sleep 1; done")
     before = host.hello().dropped_frames
@@ -411,7 +420,7 @@ def test_frames_of_another_link_and_damaged_ones_are_dropped(pair: tuple[Guest, 
     assert exit_status(host) == signal.SIGKILL
 
 
-def test_frame_that_arrives_byte_by_byte_is_taken(pair: tuple[Guest, Host]) -> None:
+def test_frame_that_arrives_byte_by_byte_is_taken(pair: Pair) -> None:
     _, host = pair
     for byte in host.wire(0x0D, 0, 5):
         host.write(bytes([byte]))

@@ -3,11 +3,10 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.integration.hostile_guest import FifoPair, HostileGuest, make_fifos, status_record
+from tests.integration.guests import FifoPair, HostileGuest, make_fifos, running, status_record
 
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
@@ -72,17 +71,6 @@ async def open_link(
         )
         await guest.greet(status)
     return opening.result()
-
-
-@asynccontextmanager
-async def running(link: Link) -> AsyncIterator[Link]:
-    """The link with its `run`; closes it at the end."""
-    async with asyncio.TaskGroup() as group:
-        group.create_task(link.run())
-        try:
-            yield link
-        finally:
-            link.close()
 
 
 async def failure(link: Link) -> SandboxFailed:

@@ -10,7 +10,7 @@ import typer
 from torpor import __version__
 from torpor.cli import lifecycle, machine, reading, running
 from torpor.cli.printer import err, print_error
-from torpor.core.errors import TorporError
+from torpor.core.errors import TorporError, innermost
 
 EXIT_STATUSES = """
 Exit statuses: `run` and `resume` exit with the agent's own status.
@@ -54,9 +54,7 @@ def main() -> None:
     try:
         app()
     except* TorporError as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
+        first = innermost(errors)
         assert isinstance(first, TorporError)
         print_error(first, as_json="--json" in sys.argv)
         sys.exit(first.exit_status)

@@ -105,7 +105,7 @@ def _call(data: Any) -> str:
 
 
 def _completed(data: Any) -> str:
-    usage = data.get("usage") or {}
+    usage: dict[str, Any] = data.get("usage") or {}
     tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
     size = human_bytes(int(data.get("bytes", 0)))
     return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}"

@@ -95,6 +95,10 @@ class Timeline:
         """Whether this timeline did `seq` after the cut at `cut_seq`."""
         return seq > cut_seq and self.holds(seq)
 
+    def begun_by(self, cut_seq: int) -> bool:
+        """Whether the present stretch had begun at that cut: no rewind lies between the cut and now."""
+        return self.stretches[-1].first <= cut_seq
+
     @classmethod
     def of_rewinds(cls, rewinds: Iterable[tuple[int, int]]) -> "Timeline":
         """The timeline after rewinds, each (to_seq, at_seq), in the order of the log."""

@@ -9,6 +9,13 @@ import signal
 from collections import Counter
 
 CRASH_POINTS: dict[str, str] = {
+    "checkpoint.cut": "a sandbox that waits at the barrier; the next HELLO ends it",
+    "checkpoint.paused": "a paused sandbox with its mark; the next node resumes it",
+    "checkpoint.imaged": "a paused sandbox with its mark, and an image in memory that nobody names",
+    "checkpoint.resumed": "an image in memory that nobody names",
+    "checkpoint.stored": "a whole snapshot that no checkpoint names",
+    "checkpoint.committed": "a checkpoint; its image is still staged in memory",
+    "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",
     "backend.partial_written": "a partial file with bytes, invisible, removed when the store is opened again",
     "backend.linked": "a whole object that nobody was told of, and its partial name",

@@ -4,6 +4,8 @@ A sentence reads "cannot VERB NOUN ID: REASON". Foreign errors (sqlite3, OSError
 one seam where they arise, and are kept as the cause.
 """
 
+from typing import cast
+
 
 class TorporError(Exception):
     """Base of every error that Torpor raises on purpose.
@@ -65,3 +67,11 @@ class UpstreamFailed(TorporError):
     """A model provider or another server beyond the gateway did not answer properly."""
 
     exit_status = 76
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first single error of a group (a TaskGroup wraps what fails in it), or the error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        first: BaseException = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
+        error = first
+    return error

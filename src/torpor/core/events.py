@@ -47,6 +47,7 @@ class Kind(StrEnum):
     RECOVERY_CHOSEN = "recovery.chosen"
     RECOVERY_REJECTED = "recovery.rejected"
     OUTPUT_DIFFERED = "output.differed"
+    WAITPOINT_RESOLVED = "waitpoint.resolved"
     AGENT_EXITED = "agent.exited"
 
 

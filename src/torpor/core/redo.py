@@ -151,13 +151,15 @@ def redo_set_after_recovery(calls: Iterable[Call], checkpoint: Checkpoint, timel
     """The redo set of the incarnation that restores `checkpoint` after a crash (RECOVERY 5.1).
 
     It holds what the timeline did after the cut, what was still pending or joinable at the cut, and, attached to the
-    streams that the image holds, what was open at the cut. Failed calls answer nothing.
+    streams that the image holds, what was open at the cut. Failed calls answer nothing. Across a rewind a model is asked
+    anew, so of what was pending or joinable at the cut only the rest stays.
     """
     by_id = {call.call_id: call for call in calls if call.state is not CallState.FAILED}
     attached = _open_at_cut(by_id, checkpoint)
+    kept = by_id if timeline.begun_by(checkpoint.seq) else {i: call for i, call in by_id.items() if not call.is_llm}
     pending = {call.call_id for call in by_id.values() if timeline.after(checkpoint.seq, call.intended_seq)}
-    pending |= set(checkpoint.pending_redo)
-    joinable = set(checkpoint.joinable) - pending
+    pending |= kept.keys() & set(checkpoint.pending_redo)
+    joinable = kept.keys() & set(checkpoint.joinable) - pending
     return RedoSet(
         _entries(by_id, pending - attached.keys()),
         joinable=_entries(by_id, joinable - attached.keys()),
@@ -172,16 +174,23 @@ def redo_set_at_cut(calls: Iterable[Call], checkpoint: Checkpoint) -> RedoSet:
 
 
 def follow(redo: RedoSet, events: Iterable[Event], calls: Mapping[CallId, Call]) -> RedoSet:
-    """Bring an incarnation's first redo set up to now by that incarnation's events: what an adopting node does."""
+    """Bring an incarnation's first redo set up to now by that incarnation's events: what an adopting node does.
+
+    An end counts only for the stream that had the call last: the end of an earlier one may have been logged after a
+    retry had taken the call over.
+    """
+    holders: dict[CallId, object] = {}
     for event in events:
         call = calls.get(event.call_id) if event.call_id else None
         if event.kind is Kind.CALL_DIVERGED:
             redo.diverge()
         if call is None:
             continue
+        stream = event.data.get("stream")
         if event.kind in _ATTACHING:
             redo.attach(entry_of(call))
-        elif event.kind is Kind.CALL_DELIVERED:
+            holders[call.call_id] = call.stream if event.kind is Kind.CALL_INTENDED else stream
+        elif event.kind is Kind.CALL_DELIVERED and holders.get(call.call_id) in {None, stream}:
             redo.ended(call.call_id, StreamEnd(event.data["end"]))
         elif event.kind is Kind.CALL_FAILED:
             redo.failed(call.call_id)

@@ -43,12 +43,22 @@ def head_digest(head: ResponseHead) -> str:
     return hashlib.sha256(head_text(head).encode()).hexdigest()
 
 
-def body_facts(chunks: Sequence[bytes]) -> dict[str, Any]:
-    """What the log says of a response body: bytes, chunks, and the SHA-256 (hex) over all of them."""
+def body_facts(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What the log says of a response body.
+
+    `digest` is the SHA-256 (hex) of the body; `layout` is that of where its chunks end and when they came, since the
+    bytes on the agent's socket go by the chunks.
+    """
     digest = hashlib.sha256()
     for chunk in chunks:
-        digest.update(chunk)
-    return {"bytes": sum(map(len, chunks)), "chunks": len(chunks), "digest": digest.hexdigest()}
+        digest.update(chunk.data)
+    layout = encode_json([[chunk.number, chunk.offset_ns, len(chunk.data)] for chunk in chunks])
+    return {
+        "bytes": sum(len(chunk.data) for chunk in chunks),
+        "chunks": len(chunks),
+        "digest": digest.hexdigest(),
+        "layout": hashlib.sha256(layout.encode()).hexdigest(),
+    }
 
 
 def intent_data(call: NewCall | Call) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _call_to_move(tx: Transaction, session_id: SessionId, owner_token: int, call
 def _close_newest(tx: Transaction, call: Call, owner_token: int, *, finished: bool) -> dict[str, Any]:
     """Let no more chunks into the attempt that is arriving, and say what came of it."""
     number = call.attempts[-1].number
-    body = body_facts([chunk.data for chunk in load_chunks(tx, call.call_id, number)])
+    body = body_facts(load_chunks(tx, call.call_id, number))
     close_attempt(tx, call, owner_token, number=number, body=body, finished=finished)
     return {"attempt": number, **body}
 
@@ -245,10 +245,10 @@ def _record_response(
     number = len(call.attempts) + 1
     open_attempt(tx, call, owner_token, number, wall_ns)
     set_head(tx, call, owner_token, number, head)
-    if body:
-        chunk = Chunk(number=0, offset_ns=0, data=body)
+    chunks = [Chunk(number=0, offset_ns=0, data=body)] if body else []
+    for chunk in chunks:
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
-    facts = body_facts([body] if body else [])
+    facts = body_facts(chunks)
     close_attempt(tx, call, owner_token, number=number, body=facts, finished=True)
     return {"attempt": number, **facts, "head_digest": head_digest(head)}
 

@@ -87,8 +87,8 @@ def pieces(
 
 def _surviving(tx: Transaction, session_id: SessionId, channel: int, from_position: int) -> Iterator[OutputPiece]:
     starts = tx.all("output/list_starts", session_id=session_id, channel=channel)
-    ends = [min(later["first_position"] for later in starts[index:]) for index in range(1, len(starts))]
-    for start, end in zip(starts, [*ends, _END], strict=True):
+    for index, start in enumerate(starts, 1):
+        end = min((later["first_position"] for later in starts[index:]), default=_END)
         yield from _of_incarnation(tx, session_id, channel, start["incarnation"], from_position, end)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
-from torpor.core.errors import Superseded, TorporError
+from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
 from torpor.gateway.server import Gateway
 from torpor.runtime.incarnation import Incarnation
@@ -37,7 +37,6 @@ from torpor.snapshots.tree import TreeIndex
 logger = logging.getLogger(__name__)
 
 CUT_DEADLINE_SECONDS = 20
-COMMITS_WAITING_MAX = 2
 STDOUT, STDERR = 1, 2
 
 
@@ -72,7 +71,7 @@ class Checkpointer:
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
         self._cuts_begun = 0
-        self._waiting: asyncio.Queue[Cut] = asyncio.Queue(COMMITS_WAITING_MAX)
+        self._waiting: asyncio.Queue[Cut] = asyncio.Queue()
         self._newest: Checkpoint | None = None
         self._committed: Checkpoint | None = None
         self._tree: TreeIndex | None = None
@@ -109,6 +108,9 @@ class Checkpointer:
             life = self._life
             if life is None or self._cuts_begun > asked_before:
                 return
+            # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
+            # turns that are quicker than a commit wait for it.
+            await self._waiting.join()
             self._cuts_begun += 1
             snapshot_id = new_snapshot_id(self._clock.wall_ns())
             self._staged.add(snapshot_id)
@@ -186,9 +188,10 @@ class Checkpointer:
         self._staging.begin(snapshot_id, previous.raw_bytes if previous else 0)
         status = await life.link.cut(CUT_DEADLINE_SECONDS)
         try:
-            seq, cursor_seq = await self._records.position()
-            streams = open_streams(status, self._gateway)
-            pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
+            async with self._gateway.quiet():
+                seq, cursor_seq = await self._records.position()
+                streams = open_streams(status, self._gateway)
+                pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
             crash_point("checkpoint.cut")
             cut_wall_ns = self._clock.wall_ns()
             started = self._clock.monotonic()
@@ -239,8 +242,8 @@ class Checkpointer:
             crash_point("checkpoint.imaged")
             return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
         finally:
-            await asyncio.shield(life.sandbox.resume())
-            life.paused_mark.unlink()
+            thaw = asyncio.ensure_future(_thaw(life))
+            await asyncio.shield(thaw)
 
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()
@@ -269,6 +272,15 @@ class Checkpointer:
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
         self._first_commit.set()
+
+
+async def _thaw(life: Incarnation) -> None:
+    """Let the agent run on. A sandbox that can't is destroyed: then its session recovers instead of hanging."""
+    try:
+        await life.sandbox.resume()
+    except SandboxFailed:
+        await life.sandbox.kill()
+    life.paused_mark.unlink(missing_ok=True)
 
 
 def files_checkpoint(

@@ -1,7 +1,7 @@
 """Carries the agent's stdout and stderr into the log and to whoever watches, each byte once.
 
-After a restore the agent writes again what it wrote since the cut: the equal part is suppressed, the first difference is
-an event, and from there on the new output is the output (RECOVERY section 5.5).
+After a restore the agent writes again what it wrote since the cut: the equal part is suppressed, the first difference
+is an event, and from there on the new output is the output (RECOVERY section 5.5).
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from enum import Enum
 from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
-from torpor.core.errors import InvalidInput, SandboxFailed, TorporError
+from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.session import ENDED, SessionStatus
 from torpor.gateway.server import Gateway
@@ -110,7 +110,7 @@ class Owner:
                 await gateway
         except* TorporError as failures:
             # One fault may fail several tasks; people and exit codes want the one that came first.
-            raise _first(failures) from failures
+            raise innermost(failures) from failures
         return outcome
 
     def ask_to_stop(self) -> None:
@@ -190,7 +190,7 @@ class Owner:
             pass
         except* SandboxFailed as failures:
             ending = Ending.LOST
-            reason = _reason(failures)
+            reason = str(innermost(failures))
             await self._note_end(life.number, reason)
             self._watcher.notice(f"the sandbox died: {reason}")
         finally:
@@ -361,21 +361,6 @@ async def _as(ending: Ending, waited: Awaitable[object]) -> Ending:
 def _end_tasks() -> None:
     """End the surrounding TaskGroup with everything in it."""
     raise _LifeOver
-
-
-def _first(group: BaseExceptionGroup[TorporError]) -> TorporError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, TorporError)
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """The first failure of a group, in its own words."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error)
 
 
 def _tell(rung: Rung, took_ns: int) -> str:

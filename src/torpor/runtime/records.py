@@ -3,7 +3,7 @@
 Every method is one transaction. Superseded from any of them means: stop at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ class Records:
     async def output_after(self, channel: int, position: int) -> bytes:
         return await self.database.read(lambda tx: outputs.read(tx, self.session_id, channel, position))
 
-    async def end(self, status: SessionStatus, exit_status: int, final: Checkpoint, data: dict[str, object]) -> None:
+    async def end(self, status: SessionStatus, exit_status: int, final: Checkpoint, data: Mapping[str, object]) -> None:
         """The agent's exit, the session's last status and its final workspace, together."""
 
         def work(tx: Transaction) -> None:

@@ -14,11 +14,11 @@ from torpor.core.branch import Timeline
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, every_stream_goes_on, restore_order
 from torpor.core.clock import Clock
-from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, TorporError
+from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, StreamId
 from torpor.core.redo import RedoSet, redo_set_after_recovery
-from torpor.gateway.server import Gateway
+from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
 from torpor.sandbox.frames import GuestStatus, Phase
@@ -72,15 +72,14 @@ class Ladder:
         status = life.link.status
         if status.incarnation != life.number or status.phase not in (Phase.RUNNING, Phase.EXITED):
             return f"its sandbox never came to life as incarnation {life.number}", None
-        try:
-            redo, known = await self._gateway.load_incarnation(life.number)
-        except TorporError as error:
-            return str(error), None
+        redo, known = await self._gateway.load_incarnation(life.number)
         streams = _open_now(status, known)
+        if any(stream.call_id is None and stream.acknowledged for stream in streams):
+            return "the last node died before it had taken over its streams", None
         if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
             return "its agent holds part of an answer that was torn", None
-        origin = max(checkpoints, key=lambda point: point.seq)
-        rung = Rung(life=life, mode="adopt", checkpoint=origin, redo=redo, streams=streams, requested_at=started_at)
+        newest = max(checkpoints, key=lambda point: point.seq)
+        rung = Rung(life=life, mode="adopt", checkpoint=newest, redo=redo, streams=streams, requested_at=started_at)
         return "", rung
 
     async def restore(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
@@ -102,7 +101,7 @@ class Ladder:
             except Superseded:
                 raise
             except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
-                await self._rejected(mode, checkpoint, number, _words(error))
+                await self._rejected(mode, checkpoint, number, str(innermost(error)))
                 continue
             redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
             return Rung(
@@ -125,7 +124,7 @@ class Ladder:
         await self._records.append(draft)
 
 
-def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenStream]) -> tuple[OpenStream, ...]:
+def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tuple[OpenStream, ...]:
     """The streams of a living sandbox: positions from the guest, who has the last word, calls from the log."""
     found: list[OpenStream] = []
     for stream in status.streams:
@@ -145,9 +144,3 @@ def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenStream]) -> tupl
             )
         )
     return tuple(found)
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_words(inner) for inner in error.exceptions)
-    return str(error)

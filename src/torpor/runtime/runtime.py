@@ -15,7 +15,7 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
-from torpor.core.session import ENDED
+from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.server import Gateway
@@ -171,6 +171,24 @@ class Runtime:
             )
             staging.clear()
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
+        finally:
+            lock.release()
+
+    async def cancel(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
+        """End a session that no node runs; its sandbox, if one is left, is destroyed."""
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            if session.status in ENDED:
+                return
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+            runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+            staging = Staging(self.home.root, session_id)
+            await self._incarnations(session, runsc, staging).sweep(keep=None)
+            records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
+            await records.set_status(SessionStatus.CANCELLED, "killed by a person")
+            await records.release()
+            staging.clear()
         finally:
             lock.release()
 

@@ -1,37 +1,46 @@
-"""The only place that starts a subprocess: logged argv, bounded time, explicit environment, explained exit.
+"""The only place that starts a subprocess: logged argv, explicit environment, bounded time, explained exit.
 
-Output goes to files, never to pipes: `runsc create --detach` leaves a grandchild that keeps its stdio open for ever.
+Output goes to files in memory, never to pipes: a sandbox that `runsc` leaves behind keeps its output open for
+hours, and whoever waits for a pipe's end waits with it. Every process gets a session of its own, so Ctrl-C does
+not reach it and its whole group can be killed; a sandbox that left the group is the caller's to delete.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import resource
 import shlex
 import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from torpor.core.clock import Clock
-from torpor.core.errors import MachineUnfit, SandboxFailed
+from torpor.core.errors import MachineUnfit, SandboxFailed, TorporError
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT_KEPT = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR")
-"""Nothing else of this process's environment reaches a child: it may hold keys."""
+BASE_ENVIRONMENT: Mapping[str, str] = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/nonexistent",
+    "LANG": "C.UTF-8",
+}
+"""All that a process gets unless its caller says more: this node's own environment holds keys."""
+
+OUTPUT_BYTES_MAX = 16 * 1024 * 1024
+"""More output than this is not read back."""
+_TAIL_LINES = 5
+_TAIL_CHARACTERS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A command that ended.
+    """A process that ended.
 
     Attributes:
-        exit_status: as a shell gives it, 128 + n for signal n.
+        exit_status: negative for the signal that killed it.
     """
 
     argv: tuple[str, ...]
@@ -40,125 +49,89 @@ class Finished:
     stderr: bytes
     seconds: float
 
+    def explain(self) -> str:
+        """How it ended, in words, with the last lines of its stderr."""
+        if self.exit_status >= 0:
+            ending = f"exit status {self.exit_status}"
+        else:
+            ending = f"killed by {_signal_name(-self.exit_status)}"
+        return f"{ending}{_tail(self.stderr)}"
+
 
 async def run(
     argv: Sequence[str],
     *,
-    deadline_seconds: float,
     clock: Clock,
-    check: bool = True,
+    deadline_seconds: float,
+    env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: int | None = None,
+    check: bool = True,
+    failure: type[TorporError] = SandboxFailed,
 ) -> Finished:
-    """Run a command to its end.
+    """Run a program to its end and keep its output.
+
+    Args:
+        env: added to BASE_ENVIRONMENT.
+        stdin: a descriptor; None is /dev/null.
+        failure: what to raise when the program is too slow, or when `check` is set and it fails.
 
     Raises:
-        SandboxFailed: `command_failed` (with `check`) or `command_timed_out`; its whole process group is dead then.
-        MachineUnfit: `command_missing`.
+        MachineUnfit: ("program_missing") it can't be executed.
+        TorporError: of class `failure`, "command_too_slow" (its group was killed) or "command_failed".
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        return await _run(argv, out, err, stdin, deadline_seconds=deadline_seconds, clock=clock, check=check, cwd=cwd)
+    with _memory_file() as stdout, _memory_file() as stderr:
+        begun = clock.monotonic()
+        process = _start(argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        in_time = await _wait(process, deadline_seconds)
+        finished = _finished(argv, process, begun, clock, _content(stdout), _content(stderr))
+    return _checked(finished, deadline_seconds, in_time=in_time, check=check, failure=failure)
 
 
 async def run_attached(
-    argv: Sequence[str], *, stdin_fd: int, stdout_fd: int, stderr_path: Path, deadline_seconds: float, clock: Clock
+    argv: Sequence[str],
+    *,
+    clock: Clock,
+    deadline_seconds: float,
+    stdin_fd: int,
+    stdout_fd: int,
+    stderr_path: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    check: bool = True,
+    failure: type[TorporError] = SandboxFailed,
 ) -> Finished:
-    """Run a command whose detached child keeps the given descriptors as its stdin and stdout."""
-    with os.fdopen(os.dup(stdout_fd), "wb") as out, stderr_path.open("a+b") as err:
-        return await _run(
-            argv, out, err, stdin_fd, deadline_seconds=deadline_seconds, clock=clock, check=True, cwd=None
-        )
+    """Like `run`, for a program that leaves a sandbox behind with its stdio: `runsc create`, `restore`.
+
+    Both descriptors stay the caller's to close. `stderr` of the result is what was appended to `stderr_path`.
+    """
+    with _appended(stderr_path) as stderr:
+        before = os.fstat(stderr).st_size
+        begun = clock.monotonic()
+        process = _start(argv, env=env, cwd=cwd, stdin=stdin_fd, stdout=stdout_fd, stderr=stderr)
+        in_time = await _wait(process, deadline_seconds)
+        finished = _finished(argv, process, begun, clock, b"", _content(stderr, before))
+    return _checked(finished, deadline_seconds, in_time=in_time, check=check, failure=failure)
 
 
 def run_blocking(
-    argv: Sequence[str], *, deadline_seconds: float, clock: Clock, check: bool = True, cwd: Path | None = None
-) -> Finished:
-    """`run` for set-up code that has no event loop."""
-    return asyncio.run(run(argv, deadline_seconds=deadline_seconds, clock=clock, check=check, cwd=cwd))
-
-
-async def _run(
     argv: Sequence[str],
-    out: IO[bytes],
-    err: IO[bytes],
-    stdin: int | None,
     *,
-    deadline_seconds: float,
     clock: Clock,
-    check: bool,
-    cwd: Path | None,
+    deadline_seconds: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int | None = None,
+    check: bool = True,
+    failure: type[TorporError] = MachineUnfit,
 ) -> Finished:
-    logger.debug("run: %s", shlex.join(argv))
-    started = clock.monotonic()
-    err_from = os.fstat(err.fileno()).st_size
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=out,
-            stderr=err,
-            cwd=cwd,
-            env=_environment(os.environ),
-            start_new_session=True,
-            preexec_fn=_no_core_dumps,
-        )
-    except (FileNotFoundError, PermissionError) as error:
-        raise MachineUnfit(
-            "command_missing", f"cannot run {argv[0]}: {error.strerror}", hint="Run `torpor doctor`."
-        ) from error
-    try:
-        async with asyncio.timeout(deadline_seconds):
-            code = await process.wait()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.shield(process.wait())
-        if isinstance(error, TimeoutError):
-            raise SandboxFailed(
-                "command_timed_out", f"cannot finish `{_short(argv)}`: it took more than {deadline_seconds:.0f} s"
-            ) from error
-        raise
-    finished = Finished(
-        argv=tuple(argv),
-        exit_status=code if code >= 0 else 128 - code,
-        stdout=_content(out, 0),
-        stderr=_content(err, err_from),
-        seconds=clock.monotonic() - started,
-    )
-    if check and code != 0:
-        raise SandboxFailed("command_failed", f"cannot finish `{_short(argv)}`: {explain(finished)}")
-    return finished
-
-
-def explain(finished: Finished) -> str:
-    """Why a command failed, in its own last words."""
-    words = finished.stderr.decode(errors="replace").strip().splitlines()
-    ended = f"exit status {finished.exit_status}"
-    if finished.exit_status > 128:
-        with contextlib.suppress(ValueError):
-            ended = f"killed by {signal.Signals(finished.exit_status - 128).name}"
-    return f"{ended}: {words[-1]}" if words else ended
-
-
-def _content(file: IO[bytes], start: int) -> bytes:
-    """What was written to a regular file; a FIFO or a terminal has nothing to read back."""
-    try:
-        return os.pread(file.fileno(), 1 << 24, start)
-    except OSError:
-        return b""
-
-
-def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: own[name] for name in ENVIRONMENT_KEPT if name in own}
-    return {"LANG": "C.UTF-8", **kept}
-
-
-def _no_core_dumps() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _short(argv: Sequence[str]) -> str:
-    return shlex.join([Path(argv[0]).name, *(word for word in argv[1:] if not word.startswith("-"))])
+    """`run` for code without an event loop: `torpor doctor` and set-up."""
+    with _memory_file() as stdout, _memory_file() as stderr:
+        begun = clock.monotonic()
+        process = _start(argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        in_time = _wait_blocking(process, deadline_seconds)
+        finished = _finished(argv, process, begun, clock, _content(stdout), _content(stderr))
+    return _checked(finished, deadline_seconds, in_time=in_time, check=check, failure=failure)
 
 
 def start_daemon(argv: Sequence[str], log: Path, is_ready: Callable[[], bool], *, deadline_seconds: float = 30) -> bool:
@@ -181,3 +154,147 @@ def start_daemon(argv: Sequence[str], log: Path, is_ready: Callable[[], bool], *
         return child.returncode == 0
     child.kill()
     return False
+
+
+def _start(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None,
+    cwd: Path | None,
+    stdin: int | None,
+    stdout: int,
+    stderr: int,
+) -> "subprocess.Popen[bytes]":
+    logger.debug("run: %s", shlex.join(argv))
+    # Inherited, not set between fork and exec, where our code could deadlock in a process with threads.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env={**BASE_ENVIRONMENT, **(env or {})},
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise MachineUnfit(
+            "program_missing",
+            f"cannot run {argv[0]}: {error.strerror or error} ({error.filename})",
+            hint="`torpor doctor` looks for everything that Torpor needs.",
+        ) from error
+
+
+async def _wait(process: "subprocess.Popen[bytes]", deadline_seconds: float) -> bool:
+    """Wait for the end; False when it had to be brought about. A cancelled caller leaves nothing behind."""
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            await _ended(process)
+    except BaseException as error:
+        _kill_group(process)
+        await _ended(process)
+        process.wait()
+        if not isinstance(error, TimeoutError):
+            raise
+        return False
+    process.wait()
+    return True
+
+
+def _wait_blocking(process: "subprocess.Popen[bytes]", deadline_seconds: float) -> bool:
+    try:
+        process.wait(deadline_seconds)
+    except BaseException as error:
+        _kill_group(process)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return False
+    return True
+
+
+async def _ended(process: "subprocess.Popen[bytes]") -> None:
+    """Wait without a thread, and without reaping: until then the process id can't be another's."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _finished(
+    argv: Sequence[str],
+    process: "subprocess.Popen[bytes]",
+    begun: float,
+    clock: Clock,
+    stdout: bytes,
+    stderr: bytes,
+) -> Finished:
+    finished = Finished(
+        argv=tuple(argv),
+        exit_status=process.returncode,
+        stdout=stdout,
+        stderr=stderr,
+        seconds=clock.monotonic() - begun,
+    )
+    logger.debug("ended: %s after %.3f s: %s", argv[0], finished.seconds, finished.explain())
+    return finished
+
+
+def _checked(
+    finished: Finished, deadline_seconds: float, *, in_time: bool, check: bool, failure: type[TorporError]
+) -> Finished:
+    name = Path(finished.argv[0]).name
+    hint = f"The command was: {shlex.join(finished.argv)}"
+    if not in_time:
+        reason = f"it did not end within {deadline_seconds:g} s{_tail(finished.stderr)}"
+        raise failure("command_too_slow", f"cannot run {name}: {reason}", hint=hint)
+    if check and finished.exit_status != 0:
+        raise failure("command_failed", f"cannot run {name}: {finished.explain()}", hint=hint)
+    return finished
+
+
+@contextmanager
+def _memory_file() -> Generator[int, None, None]:
+    descriptor = os.memfd_create("output", os.MFD_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _appended(path: Path) -> Generator[int, None, None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _content(descriptor: int, start: int = 0) -> bytes:
+    size = min(os.fstat(descriptor).st_size - start, OUTPUT_BYTES_MAX)
+    return os.pread(descriptor, max(size, 0), start)
+
+
+def _tail(stderr: bytes) -> str:
+    lines = [line.strip() for line in stderr[-4 * _TAIL_CHARACTERS :].decode("utf-8", "replace").splitlines()]
+    last = " | ".join([line for line in lines if line][-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
+    return f": {last}" if last else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torpor.core.clock import Clock
-from torpor.core.errors import TorporError
+from torpor.core.errors import TorporError, innermost
 from torpor.sandbox.driver import Sandbox, SandboxPlan
 from torpor.sandbox.frames import AgentSpec
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
@@ -28,7 +28,7 @@ SHELL = (
 """The agent of the test: one request, sent before the checkpoint and answered after the restore."""
 
 REMEDIES = {
-    "command_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
+    "program_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
     "command_failed": "If it speaks of namespaces: allow unprivileged user namespaces "
     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0), or run as root.",
     "sandbox_refused": "This runsc and this kernel don't get along: set TORPOR_RUNSC to another release.",
@@ -65,7 +65,7 @@ async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) 
         async for finding in _round_trip(driver, scratch, images, init_directory, clock):
             findings.append(finding)
     except (TorporError, OSError, ExceptionGroup) as error:
-        cause = _innermost(error)
+        cause = innermost(error)
         remedy = REMEDIES.get(getattr(cause, "code", ""), "Run it with --verbose and look at what runsc says.")
         findings.append(Finding(check="round trip", ok=False, detail=str(cause), remedy=remedy))
     finally:
@@ -184,9 +184,3 @@ def _leftover(driver: GvisorDriver, scratch: Path, init_directory: Path, sandbox
 
 def _took(clock: Clock, started: float) -> str:
     return f"{(clock.monotonic() - started) * 1000:.0f} ms"
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -77,13 +77,13 @@ class LocalDirectory:
         self._root = root
         self._partial = root / "partial"
         with storage_errors(f"open store {root}"):
-            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(self._partial)
             self._sweep_partials()
 
     def put(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with storage_errors(f"write object {key}"):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(path.parent)
             with self._open_partial() as (descriptor, partial):
                 _write_all(descriptor, data)
                 crash_point("backend.partial_written")
@@ -163,6 +163,13 @@ class LocalDirectory:
                     partial.unlink()
                 finally:
                     os.close(descriptor)
+
+
+def _make_private(directory: Path) -> None:
+    """Also the directories above that do not exist yet, which `mkdir(parents=True)` would open to all."""
+    if not directory.is_dir():
+        _make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _link_if_absent(partial: Path, path: Path) -> bool:

@@ -217,12 +217,12 @@ class _Scan:
         if known is not None:
             return known
         with open_file(name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-            status = os.fstat(descriptor)
+            opened = os.fstat(descriptor)
             node = StagedFile(
-                meta=self._meta(status),
-                stamp=Stamp.of(status),
-                link=status.st_ino if status.st_nlink > 1 else 0,
-                source=self._put_aside(descriptor, status.st_size),
+                meta=self._meta(status),  # Not of `opened`, which may have been lent a permission.
+                stamp=Stamp.of(opened),
+                link=opened.st_ino if opened.st_nlink > 1 else 0,
+                source=self._put_aside(descriptor, opened.st_size),
             )
         if node.link:
             self._linked[node.link] = node

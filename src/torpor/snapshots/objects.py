@@ -116,9 +116,7 @@ class ObjectReader:
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
-        raw = pack.open_frame(
-            frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes)
-        )
+        raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         ends = list(accumulate(pack.lengths_of(frame), initial=0))
         return {
             pack.digests_of(item, 1): raw[start:end]

@@ -21,6 +21,9 @@ PAGES_PER_PACK = 8192
 # sessions store.
 FRAMES_OVER_IDEAL_MAX = 2.0
 PAGES_MOVED_PER_SAVE_MAX = 512
+_FRAMES_SLACK = (
+    8  # Emptied beyond the limit: the pages moved make new frames, and the next save shall find enough room.
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ def _frames_to_empty(places: list[int | None]) -> set[int]:
     excess = len(use) - int(FRAMES_OVER_IDEAL_MAX * (len(kept) / PAGES_PER_FRAME + 1))
     emptied, budget = set[int](), PAGES_MOVED_PER_SAVE_MAX
     if excess > 0:
-        for pages, frame in sorted((pages, frame) for frame, pages in use.items())[:excess]:
+        sparsest = sorted((pages, frame) for frame, pages in use.items())
+        for pages, frame in sparsest[: excess + _FRAMES_SLACK]:
             budget -= pages
             if budget < 0:
                 break

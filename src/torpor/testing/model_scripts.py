@@ -93,8 +93,10 @@ class Step:
     arguments: Mapping[str, Any]
 
 
-def coding(turns: int = 20) -> Script:
+def coding(turns: int = 20, *, slow_step: int = -1, slow_seconds: float = 0) -> Script:
     """The coding task: `turns` tool calls that leave a trail in the workspace, then a closing sentence.
+
+    Step `slow_step` (counted from 0) is a shell command that takes `slow_seconds`.
 
     Each step appends its number to `trail.txt` once, so a step that ran twice, or never, shows there.
     """
@@ -105,6 +107,9 @@ def coding(turns: int = 20) -> Script:
         if done >= turns or not conversation.tools:
             return Answer(parts=(Say(text=f"The task is done after {done} steps {mark}."),))
         step = coding_step(done, mark)
+        if done == slow_step:
+            command = f"sleep {slow_seconds}; echo {done} >> trail.txt"
+            step = Step(say="I run something slow.", tool="run_shell", arguments={"command": command})
         tool = _offered(step, conversation.tools)
         return Answer(parts=(Say(text=f"Step {done + 1} of {turns} {mark}: {step.say}"), tool))
 
@@ -180,10 +185,10 @@ def paced(script: Script, pace: Pace) -> Script:
     return slower
 
 
-def script_named(name: str, *, turns: int) -> Script:
+def script_named(name: str, *, turns: int, slow_step: int = -1, slow_seconds: float = 0) -> Script:
     """A script by the name that the command line uses.
 
     Raises:
         KeyError: there is none.
     """
-    return {"plain": plain, "leaky": leaky, "long": long, "coding": coding(turns)}[name]
+    return {"plain": plain, "leaky": leaky, "long": long, "coding": coding(turns, slow_step=slow_step, slow_seconds=slow_seconds)}[name]

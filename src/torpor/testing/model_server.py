@@ -214,7 +214,10 @@ async def serve_model(
 
 async def _run(options: argparse.Namespace) -> None:
     pace = Pace(first_byte_seconds=options.first_byte_seconds, chunk_seconds=options.chunk_seconds)
-    script = paced(script_named(options.script, turns=options.turns), pace)
+    named = script_named(
+        options.script, turns=options.turns, slow_step=options.slow_step, slow_seconds=options.slow_seconds
+    )
+    script = paced(named, pace)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -238,6 +241,8 @@ def main() -> None:
     parser.add_argument("--control-port", type=int, default=0)
     parser.add_argument("--script", choices=("coding", "plain", "leaky", "long"), default="coding")
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--slow-step", type=int, default=-1, help="step whose tool takes --slow-seconds")
+    parser.add_argument("--slow-seconds", type=float, default=0.0)
     parser.add_argument("--first-byte-seconds", type=float, default=0.0)
     parser.add_argument("--chunk-seconds", type=float, default=0.0)
     parser.add_argument("--witness", type=Path, help="append-only file of every request")

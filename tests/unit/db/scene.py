@@ -173,4 +173,9 @@ def _words(seed: int, count: int) -> str:
     return " ".join(words)
 
 
-_VOCABULARY = [f"{a}{b}{c}" for a in ("re", "un", "con", "pre", "") for b in ("test", "file", "pass", "line", "fail", "def") for c in ("ing", "ed", "s", "_1", ".py", "\n", "():")]
+_VOCABULARY = [
+    f"{a}{b}{c}"
+    for a in ("re", "un", "con", "pre", "")
+    for b in ("test", "file", "pass", "line", "fail", "def")
+    for c in ("ing", "ed", "s", "_1", ".py", "\n", "():")
+]

@@ -1,14 +1,21 @@
-"""A guest end that says whatever a test wants, over real FIFOs: the real init can't be made to lie."""
+"""Guest ends for tests of the link, over real FIFOs: the real init, run natively, and one that lies."""
 
 import asyncio
 import os
+import signal
+import socket
 import struct
-from contextlib import suppress
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torpor.sandbox.fifos import open_guest_ends
 from torpor.sandbox.frames import Frame, FrameReader, FromGuest, ToGuest, encode
+from torpor.sandbox.link import Link
+
+INIT_SOURCE = Path(__file__).parents[2] / "native" / "init"
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,56 @@ def make_fifos(directory: Path) -> FifoPair:
     os.mkfifo(pair.to_guest, 0o600)
     os.mkfifo(pair.from_guest, 0o600)
     return pair
+
+
+@asynccontextmanager
+async def running(link: Link) -> AsyncIterator[Link]:
+    """The link with its `run`; closes it at the end."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(link.run())
+        try:
+            yield link
+        finally:
+            link.close()
+
+
+@dataclass(frozen=True)
+class NativeInit:
+    """torpor-init as an ordinary process; `port` is its relay's, on this machine's loopback."""
+
+    fifos: FifoPair
+    port: int
+    run_dir: Path
+    process: subprocess.Popen[bytes]
+
+
+def build_init() -> Path:
+    subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
+    return INIT_SOURCE / "build" / "torpor-init"
+
+
+@contextmanager
+def native_init(program: Path, directory: Path, *options: str) -> Iterator[NativeInit]:
+    fifos = make_fifos(directory)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [str(program), "--listen", f"127.0.0.1:{port}", "--run-dir", str(directory / "run"), *options]
+    stdin, stdout = open_guest_ends(to_guest=fifos.to_guest, from_guest=fifos.from_guest)
+    try:
+        process = subprocess.Popen(arguments, stdin=stdin, stdout=stdout)
+    finally:
+        os.close(stdin)
+        os.close(stdout)
+    try:
+        yield NativeInit(fifos=fifos, port=port, run_dir=directory / "run", process=process)
+    finally:
+        with suppress(FileNotFoundError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+        process.kill()
+        process.wait()
 
 
 def status_record(

@@ -1,0 +1,312 @@
+"""The node's side of streams and calls: match, intend, send upstream, write what comes, deliver from the log.
+
+Every `yield` is a place where the node, the sandbox or the power may go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torpor.core.call import CallState
+from torpor.core.delivery import Tape
+from torpor.core.events import Kind
+from torpor.core.join import StreamEnd
+from torpor.core.output import OutputTrack
+from torpor.core.session import SessionStatus
+from torpor.testing.simulator.store import CHUNK, HEAD, OUTPUT, CallRow, Row, new_entry
+from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
+from torpor.testing.simulator.tasks import Task
+
+if TYPE_CHECKING:
+    from torpor.testing.simulator.node import Node
+
+ON_RESOLVED = "resolved"
+ON_COMMIT = "committed"
+ON_LOGGED = "logged"
+ON_STATUS_CHANGE = "status"
+
+
+class Gateway:
+    """What one node does for the calls of one incarnation; `node` holds what they share."""
+
+    __slots__ = ("answers", "node", "output", "streams")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.streams: dict[int, HostStream] = {}
+        self.output = OutputTrack()
+        self.answers: dict[str, tuple[int, list[StreamStatus]]] = {}
+        """The last STATUS, BARRIER_ACK and ALIVE that nobody fetched: (arg, streams)."""
+
+    # --- frames --------------------------------------------------------------------------------------------------
+
+    def receive(self, frame: Frame) -> None:
+        nonce, kind, sid, arg, payload = frame
+        node = self.node
+        if nonce != node.nonce:
+            return
+        if node.world.trace is not None:
+            node.world.note(f"node {node.name} gets {kind} {sid} {arg}")
+        if kind == "DATA":
+            if sid == STDOUT:
+                self._receive_output(arg, payload)
+            else:
+                self._receive_request(sid, arg, payload)
+        elif kind == "CLOSED":
+            self.closed(sid, payload)
+        elif kind == "EXIT":
+            node.life.add(node.finish(arg))
+        else:
+            self.answers[kind] = (arg, payload)
+            node.wake(kind)
+
+    def _receive_request(self, sid: int, offset: int, payload: Any) -> None:
+        stream = self.streams.get(sid)
+        if stream is None:
+            stream = self.streams[sid] = HostStream(sid)
+        stream.ask, stream.spelling, pieces = payload
+        if offset > stream.received:
+            self.node.world.witness.protocol_error(f"stream {sid} has a gap at {stream.received}")
+        stream.received = max(stream.received, offset + pieces)
+        if stream.received == stream.ask.length and stream.call_id is None and not stream.serving:
+            stream.serving = True
+            self.node.life.add(self.serve(stream))
+
+    def _receive_output(self, offset: int, piece: bytes) -> None:
+        node = self.node
+        if offset != self.output.position:
+            node.world.witness.protocol_error(f"output comes at {offset}, expected at {self.output.position}")
+        taken = self.output.take(piece)
+        if not node.world.rules.suppress_repeated_output:
+            taken = OutputTrack(offset).take(piece)
+            node.append((OUTPUT, node.incarnation, None, None, (len(node.db.output), taken.fresh)))
+        elif taken.fresh:
+            rows: list[Row] = [(OUTPUT, node.incarnation, None, None, (taken.offset, taken.fresh))]
+            if taken.differs_at is not None:
+                rows.append((Kind.OUTPUT_DIFFERED.value, node.incarnation, None, None, taken.differs_at))
+            node.append(*rows)
+        node.send("ACK", STDOUT, self.output.position)
+
+    def closed(self, sid: int, end: StreamEnd) -> None:
+        """Init says how a stream ended: log it, and only then let init forget it."""
+        stream = self.streams.pop(sid, None)
+        if stream is not None and stream.end is None:
+            stream.end = self.node.world.rules.stream_end(end)
+            if stream.call_id is not None:
+                self._ended(stream)
+        self.node.log_later(lambda: self.node.send("RESET", sid))
+
+    def _ended(self, stream: HostStream) -> None:
+        """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
+        node = self.node
+        call_id, end, sid = stream.call_id, stream.end, stream.sid
+        assert call_id is not None
+        assert end is not None
+        node.redo.ended(call_id, end)
+        node.log_later(lambda: node.write((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, (end, sid))))
+        node.wake(call_id)
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def serve(self, stream: HostStream) -> Task:
+        """A whole request is here. RECOVERY: match, then intended, then acknowledgement, then upstream.
+
+        The match, the binding of the stream and the place in the redo set are one step in memory; their row follows in
+        the order of the decisions. A cut or a retry that comes before the row finds things as they are.
+        """
+        node = self.node
+        assert stream.ask is not None
+        yield
+        if stream.end is not None:
+            return
+        diverged = node.redo.diverged
+        found = node.redo.match(stream.ask.keys[stream.spelling])
+        if not node.world.rules.match_binds_at_once:
+            yield
+        if found is None:
+            stream.call_id = node.db.next_call_id()
+            entry = new_entry(stream.call_id, stream.ask, stream.spelling, node.db.head + len(node.queue))
+            if node.world.rules.one_stream_per_call:
+                node.redo.attach(entry)
+            newly_diverged = node.redo.diverged and not diverged
+            node.log_later(lambda: self._write_intended(stream, newly_diverged=newly_diverged))
+        else:
+            stream.call_id = found
+            node.log_later(lambda: self._write_repeated(stream))
+        while not stream.logged:
+            yield ON_LOGGED
+        node.send("ACK", stream.sid, stream.ask.length)
+        if stream.end is None:
+            self.bind(stream)
+
+    def _write_repeated(self, stream: HostStream) -> None:
+        node = self.node
+        assert stream.call_id is not None
+        stream.logged = True
+        node.write((Kind.CALL_REPEATED.value, node.incarnation, stream.call_id, None, stream.sid))
+        node.tree.reach(node.db.calls[stream.call_id].intended_seq)
+        node.world.count("repeated")
+
+    def _write_intended(self, stream: HostStream, *, newly_diverged: bool) -> None:
+        node = self.node
+        rows: list[Row] = []
+        if newly_diverged:
+            rows.append((Kind.CALL_DIVERGED.value, node.incarnation, None, None, None))
+            node.world.count("diverged")
+        stream.logged = True
+        parent = node.tree.hang(node.db.head + len(rows) + 1)
+        data = (stream.ask, stream.spelling, stream.sid, None)
+        rows.append((Kind.CALL_INTENDED.value, node.incarnation, stream.call_id, parent, data))
+        node.write(*rows)
+        node.db.fsync()
+        node.world.witness.intended(node, node.db.calls[rows[-1][2]])  # pyright: ignore[reportArgumentType]
+
+    def bind(self, stream: HostStream) -> None:
+        """The stream has its call: see that the call has a pump if it needs one, and deliver from the log."""
+        assert stream.call_id is not None
+        row = self.node.db.calls[stream.call_id]
+        stream.attempt = self.pump_if_needed(row)
+        self.node.life.add(self.deliver(stream))
+        if self.node.world.chance(self.node.world.plan.checkpoint_rate):
+            self.node.life.add(self.node.checkpoint())
+
+    def pump_if_needed(self, row: CallRow) -> int:
+        """Which attempt a stream that begins now receives; starts it when nobody else did."""
+        node = self.node
+        planned = node.pumps.get(row.call_id)
+        if planned is not None:
+            return planned
+        if row.state in _SETTLED:
+            return max(1, len(row.attempts))
+        number = len(row.attempts) + 1
+        if row.state is CallState.UNKNOWN:
+            return number
+        if row.ask.kind == "receive":
+            node.pumps[row.call_id] = number
+            node.lasting.add(self.answer_with_message(row))
+        elif row.ask.kind == "barrier" and node.world.rules.barrier_waits_for_checkpoint:
+            node.life.add(self.hold(row))
+        else:
+            self.start_pump(row)
+        return number
+
+    def start_pump(self, row: CallRow) -> None:
+        self.node.pumps[row.call_id] = len(row.attempts) + 1
+        self.node.lasting.add(self.pump(row))
+
+    # --- upstream ------------------------------------------------------------------------------------------------
+
+    def hold(self, row: CallRow) -> Task:
+        """A barrier call waits until a committed checkpoint holds its stream with nothing answered (RECOVERY 7)."""
+        node = self.node
+        while not node.is_covered(row.call_id):
+            while node.db.status is not SessionStatus.RUNNING:
+                yield ON_STATUS_CHANGE
+            node.life.add(node.checkpoint())
+            yield ON_COMMIT
+        if row.call_id not in node.pumps and row.state is CallState.INTENDED:
+            self.start_pump(row)
+
+    def pump(self, row: CallRow) -> Task:
+        """Send one attempt and write what comes. Detached from the client: it outlives streams and sandboxes."""
+        node = self.node
+        world = node.world
+        yield
+        sent = node.append((Kind.CALL_SENT.value, node.incarnation, row.call_id, None, None))
+        if world.rules.fsync_before_send:
+            node.db.fsync()
+        yield
+        served = world.upstream.request(node, row, sent)
+        yield
+        node.append((HEAD, node.incarnation, row.call_id, None, served.head))
+        node.wake(row.call_id)
+        for chunk in served.chunks:
+            yield
+            node.append((CHUNK, node.incarnation, row.call_id, None, chunk))
+            node.wake(row.call_id)
+        yield
+        served.finished = not served.truncated
+        ends_well = served.finished or not world.rules.truncation_resets
+        kind = Kind.CALL_COMPLETED if ends_well else Kind.CALL_FAILED
+        node.append((kind.value, node.incarnation, row.call_id, None, None))
+        node.db.fsync()
+        del node.pumps[row.call_id]
+        node.wake(row.call_id)
+
+    def answer_with_message(self, row: CallRow) -> Task:
+        """A call that receives a message waits for one; its answer and the inbox's cursor are one transaction."""
+        node = self.node
+        while True:
+            message = node.db.free_message()
+            if message is not None:
+                break
+            yield ON_RESOLVED
+        served = node.world.upstream.local(message)
+        inc, call_id = node.incarnation, row.call_id
+        node.append(
+            (Kind.CALL_SENT.value, inc, call_id, None, None),
+            (HEAD, inc, call_id, None, served.head),
+            (CHUNK, inc, call_id, None, served.chunks[0]),
+            (Kind.CALL_COMPLETED.value, inc, call_id, None, message),
+        )
+        node.db.fsync()
+        del node.pumps[row.call_id]
+        node.wake(row.call_id)
+
+    # --- delivery ------------------------------------------------------------------------------------------------
+
+    def deliver(self, stream: HostStream) -> Task:
+        """Log rows to frames, live or repeated: one code path (RECOVERY 2.2)."""
+        node = self.node
+        assert stream.call_id is not None
+        call_id = stream.call_id
+        row = node.db.calls[call_id]
+        tape = Tape(stream.taken)
+        while len(row.attempts) < stream.attempt:
+            if stream.end is not None:
+                return
+            if row.state is CallState.FAILED:
+                self.reset(stream)
+                return
+            yield call_id
+        attempt = row.attempts[stream.attempt - 1]
+        index = -1
+        while stream.end is None:
+            if attempt.head is not None and index < len(attempt.chunks):
+                piece = tape.head(attempt.head) if index < 0 else tape.chunk(attempt.chunks[index])
+                index += 1
+                if len(piece) > 1 and node.world.chance(0.3):
+                    half = len(piece) // 2
+                    node.send("DATA", stream.sid, tape.position - len(piece), piece[:half])
+                    yield
+                    piece = piece[half:]
+                if piece:
+                    node.send("DATA", stream.sid, tape.position - len(piece), piece)
+                yield
+            elif attempt.finished:
+                rest = tape.finish()
+                if rest:
+                    node.send("DATA", stream.sid, tape.position - len(rest), rest)
+                node.send("FIN", stream.sid, tape.position)
+                return
+            elif row.state is CallState.FAILED:
+                self.reset(stream)
+                return
+            else:
+                yield call_id
+
+    def reset(self, stream: HostStream) -> None:
+        """Break the agent's connection: its answer cannot go on, and must not end cleanly."""
+        node = self.node
+        # It stays known: a cut that finds it before the RESET arrives still has to name its call.
+        stream.end = StreamEnd.RESET
+        node.append((Kind.STREAM_RESET.value, node.incarnation, stream.call_id, None, stream.sid))
+        assert stream.call_id is not None
+        if node.db.calls[stream.call_id].state is CallState.FAILED:
+            node.redo.failed(stream.call_id)
+        else:
+            self._ended(stream)
+        node.send("RESET", stream.sid)
+
+
+_SETTLED = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.SENT})

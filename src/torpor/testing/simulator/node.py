@@ -1,0 +1,448 @@
+"""A simulated node: one process with its lease, its tasks, and the state that `kill -9` takes from it.
+
+It cuts, commits, puts to sleep and ends a session; `recovery` is how it gets one back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torpor.core.branch import ContextTree
+from torpor.core.call import CallState
+from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
+from torpor.core.errors import Superseded
+from torpor.core.events import Kind
+from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
+from torpor.core.redo import RedoSet
+from torpor.core.session import SessionStatus
+from torpor.testing.simulator.asks import Ask
+from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
+from torpor.testing.simulator.guest import Guest, Sandbox
+from torpor.testing.simulator.store import OUTPUT, ROOT_SEQ, SESSION, Incarnation, Row
+from torpor.testing.simulator.streams import StreamStatus
+from torpor.testing.simulator.tasks import Task, TaskSet
+
+if TYPE_CHECKING:
+    from torpor.testing.simulator.world import World
+
+
+class Node:
+    """One node process that drives the session.
+
+    Attributes:
+        life: tasks of the present incarnation. lasting: pumps and commits, which outlive it. control: recovery.
+        serving: the incarnation is connected; before that nothing of it is served.
+        holding: delivery is held for a cut; `held` is what would have been sent.
+        cutting: number of the cut under way, 0 for none.
+    """
+
+    __slots__ = (
+        "control",
+        "cut_count",
+        "cutting",
+        "db",
+        "gateway",
+        "held",
+        "holding",
+        "incarnation",
+        "life",
+        "lasting",
+        "name",
+        "nonce",
+        "pumps",
+        "queue",
+        "redo",
+        "restored_from",
+        "sandbox",
+        "serving",
+        "token",
+        "tree",
+        "world",
+    )
+
+    def __init__(self, world: World, name: int) -> None:
+        self.world = world
+        self.name = name
+        self.db = world.db
+        self.token = 0
+        self.nonce = 0
+        self.incarnation = 0
+        self.sandbox: Sandbox | None = None
+        self.pumps: dict[CallId, int] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.life = TaskSet()
+        self.lasting = TaskSet()
+        self.control = TaskSet()
+        self.cut_count = 0
+        self.restored_from = 0
+        self.forget_incarnation()
+
+    def forget_incarnation(self) -> None:
+        """What this process knew of a sandbox that is gone."""
+        self.life.clear()
+        self.gateway = Gateway(self)
+        self.redo = RedoSet()
+        self.tree = ContextTree(ROOT_SEQ)
+        self.serving = False
+        self.holding = False
+        self.held: list[tuple[str, int, int, object]] = []
+        self.cutting = 0
+        self.queue.clear()
+        if not self.world.rules.pump_outlives_sandbox:
+            self.lasting.clear()
+            self.pumps.clear()
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One step of this process; a write that is refused as superseded ends it."""
+        try:
+            return self._step()
+        except Superseded:
+            self.world.count("superseded")
+            self.world.stop_node(self)
+            return True
+
+    def _step(self) -> bool:
+        sandbox = self.sandbox
+        if sandbox is not None and not sandbox.alive:
+            self.lose_sandbox(sandbox)
+            return True
+        random = self.world.random
+        if sandbox is not None and sandbox.to_host and random() < 0.5:
+            self.gateway.receive(sandbox.to_host.popleft())
+            return True
+        if self.control.step(random):
+            return True
+        if self.serving and random() < 0.7 and self.life.step(random):
+            return True
+        if self.lasting.step(random) or (self.serving and self.life.step(random)):
+            return True
+        if sandbox is not None and sandbox.to_host:
+            self.gateway.receive(sandbox.to_host.popleft())
+            return True
+        return False
+
+    def lose_sandbox(self, sandbox: Sandbox) -> None:
+        """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
+        rules = self.world.rules
+        leftover = [] if rules.closed_fifo_is_dropped else list(sandbox.to_host)
+        self.sandbox = None
+        self.control.clear()
+        self.forget_incarnation()
+        if self.db.status in _WITH_SANDBOX:
+            self.control.add(self.world.recovery.recover(self))
+            for frame in leftover:
+                self.gateway.receive(frame)
+
+    def append(self, *rows: Row) -> int:
+        """One transaction, after everything that was decided before it."""
+        if self.queue:
+            self.flush()
+        return self.write(*rows)
+
+    def write(self, *rows: Row) -> int:
+        """One transaction; for `append` and for what `log_later` queued.
+
+        Raises:
+            Superseded: another node acquired the session.
+        """
+        if self.world.trace is not None:
+            self.world.note(f"node {self.name} writes " + "; ".join(f"{r[0]} {r[2] or ''} {show(r[4])}" for r in rows))
+        number = self.db.append(self.token, *rows)
+        self.world.witness.wrote(self)
+        return number
+
+    def log_later(self, write: Callable[[], None]) -> None:
+        """Queue what was just decided in memory: rows are written in the order of the decisions, some time later."""
+        if not self.queue:
+            self.lasting.add(self._write_queue())
+        self.queue.append(write)
+
+    def _write_queue(self) -> Task:
+        yield
+        self.flush()
+
+    def flush(self) -> None:
+        """Write every queued decision."""
+        queue, self.queue = self.queue, []
+        for write in queue:
+            write()
+        self.wake(ON_LOGGED)
+
+    def set_status(self, status: SessionStatus) -> None:
+        self.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, status))
+        self.db.fsync()
+        self.wake(ON_STATUS_CHANGE)
+
+    def wake(self, key: Hashable) -> None:
+        self.life.wake(key)
+        self.lasting.wake(key)
+        self.control.wake(key)
+
+    def send(self, kind: str, sid: int = 0, arg: int = 0, payload: object = None) -> None:
+        """One frame to the guest, kept back while a cut holds delivery."""
+        if self.holding and self.world.rules.hold_during_cut:
+            self.held.append((kind, sid, arg, payload))
+        elif self.sandbox is not None:
+            self.sandbox.to_guest.append((self.nonce, kind, sid, arg, payload))
+
+    def wait_for(self, kind: str) -> Generator[Hashable | None, None, tuple[int, list[StreamStatus]]]:
+        """Wait for a frame of this type and take it."""
+        while kind not in self.gateway.answers:
+            yield kind
+        return self.gateway.answers.pop(kind)
+
+    def pump_alive(self, call_id: CallId) -> bool:
+        return call_id in self.pumps
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Task:
+        """Cut, resume, and commit in the background (RECOVERY 3)."""
+        if self.cutting or self.db.status is not SessionStatus.RUNNING:
+            return
+        number = self._begin_cut()
+        cut, guest, workspace = yield from self._cut(number)
+        self.lasting.add(self._commit(number, cut, guest, workspace))
+
+    def _begin_cut(self) -> int:
+        self.cut_count += 1
+        self.cutting = self.cut_count
+        self.holding = True
+        return self.cut_count
+
+    def _cut(
+        self, number: int, *, stay_paused: bool = False
+    ) -> Generator[Hashable | None, None, tuple[Checkpoint, Guest, int]]:
+        sandbox = self.sandbox
+        assert sandbox is not None
+        rules = self.world.rules
+        yield
+        sandbox.to_guest.append((self.nonce, "BARRIER", 0, number, None))
+        _, statuses = yield from self.wait_for("BARRIER_ACK")
+        cut = self._note_cut(statuses)
+        yield
+        sandbox.paused = rules.image_and_workspace_while_paused
+        yield
+        guest = sandbox.guest.copy()
+        yield
+        workspace = sandbox.workspace
+        if not rules.seq_of_the_cut:
+            cut = replace(cut, seq=self.db.head)
+        if not stay_paused:
+            self.resume(number)
+        return cut, guest, workspace
+
+    def resume(self, number: int) -> None:
+        """Let the guest run on and deliver what was held."""
+        sandbox = self.sandbox
+        assert sandbox is not None
+        sandbox.paused = False
+        sandbox.to_guest.append((self.nonce, "RELEASE", 0, number, None))
+        self.holding = False
+        held, self.held = self.held, []
+        for frame in held:
+            self.send(*frame)
+
+    def _note_cut(self, statuses: list[StreamStatus]) -> Checkpoint:
+        """The cut as a row, all of one instant: log head, open streams, redo set, cursor, output.
+
+        It names a call only if the log has it by then: one that is still to be written comes after the cut.
+        """
+        streams: list[OpenStream] = []
+        for status in statuses:
+            if status.end is not None:
+                continue
+            known = self.gateway.streams.get(status.sid)
+            streams.append(
+                OpenStream(
+                    stream=StreamId(status.sid),
+                    port=4100,
+                    call_id=known.call_id if known is not None and known.call_id in self.db.calls else None,
+                    read=status.read,
+                    acknowledged=status.acknowledged,
+                    taken=status.taken,
+                    attempt=known.attempt if known is not None else 1,
+                )
+            )
+        return make_checkpoint(
+            number=len(self.db.checkpoints),
+            seq=self.db.head,
+            cursor=self.tree.cursor,
+            incarnation=self.incarnation,
+            streams=tuple(streams),
+            output=self.gateway.output.position,
+            pending=self.redo.pending,
+            joinable=tuple(call_id for call_id in self.redo.joinable if call_id in self.db.calls),
+        )
+
+    def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
+        """Packs first, then the one transaction that makes the snapshot a checkpoint."""
+        yield
+        snapshot = self.world.store.stage(guest, workspace)
+        yield
+        if self.world.rules.packs_before_commit:
+            snapshot.synced = True
+            yield
+        cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
+        self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
+        self.db.fsync()
+        self.world.count("checkpoints")
+        if self.cutting == number:
+            self.cutting = 0
+        self.wake(ON_COMMIT)
+        yield
+        snapshot.synced = True
+
+    def is_covered(self, call_id: CallId) -> bool:
+        """Whether a barrier call may be sent: a checkpoint of this life, or the one it came from, holds its stream."""
+        return any(
+            holds_barrier(point, call_id)
+            and (point.incarnation == self.incarnation or point.number == self.restored_from)
+            for point in self.db.checkpoints
+        )
+
+    # --- sleep and end -------------------------------------------------------------------------------------------
+
+    def hibernate(self) -> Task:
+        """Cut, commit, and delete the sandbox if nothing came in the meantime (RECOVERY 8)."""
+        if self.cutting or self.db.status is not SessionStatus.RUNNING:
+            return
+        number = self._begin_cut()
+        self.set_status(SessionStatus.HIBERNATING)
+        cut, guest, workspace = yield from self._cut(number, stay_paused=True)
+        yield from self._commit(number, cut, guest, workspace)
+        yield
+        if self._may_sleep(cut, guest):
+            self.set_status(SessionStatus.ASLEEP)
+            self.world.count("slept")
+            yield
+            self.world.destroy(self.sandbox)
+            self.sandbox = None
+            self.forget_incarnation()
+            if self.db.status is SessionStatus.WAKING:
+                self.wake_up()
+        else:
+            self.set_status(SessionStatus.RUNNING)
+            self.resume(number)
+
+    def _may_sleep(self, cut: Checkpoint, guest: Guest) -> bool:
+        """Every thread waits, and every stream waits for something that has not happened.
+
+        "Nothing was resolved since the cut" is not enough: what was resolved just before it is not in the image either.
+        """
+        if not self.world.rules.sleep_only_if_nothing_waits:
+            return all(seq <= cut.seq for seq in self.db.messages.values())
+        waiting = all(
+            stream.call_id is not None
+            and stream.taken == 0
+            and self.db.calls[stream.call_id].ask.kind == "receive"
+            and self.db.calls[stream.call_id].state is CallState.INTENDED
+            for stream in cut.open_streams
+        )
+        blocked = bool(cut.open_streams) and guest.agent.blocked(guest.streams)
+        return waiting and blocked and self.db.free_message() is None
+
+    def wake_up(self) -> None:
+        """A message came for a session that sleeps."""
+        if not self.control.busy and self.sandbox is None:
+            self.control.add(self.world.recovery.recover(self))
+
+    def finish(self, code: int) -> Task:
+        """The agent ended: its status is committed before init may go (RECOVERY 11)."""
+        rules = self.world.rules
+        if not rules.exit_commits_before_ack:
+            self.send("EXIT_ACK")
+        yield
+        while self.db.status is not SessionStatus.RUNNING:
+            yield ON_STATUS_CHANGE
+        rest = self.gateway.output.finish()
+        rows: list[Row] = []
+        if rest.differs_at is not None:
+            rows.append((OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
+        rows.append((Kind.AGENT_EXITED.value, self.incarnation, None, None, code))
+        rows.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, SessionStatus.SUCCEEDED))
+        ended = self.append(*rows)
+        if rules.fsync_before_telling:
+            self.db.fsync()
+        self.world.witness.told_exit(self, code, ended)
+        yield
+        self.send("EXIT_ACK")
+        yield
+        self.world.destroy(self.sandbox)
+
+    def resolved(self) -> None:
+        """A message was written, by whomever."""
+        self.wake(ON_RESOLVED)
+        if self.db.status is SessionStatus.WAKING:
+            self.wake_up()
+
+
+def show(value: object) -> str:
+    """A value of a row or a frame, short enough for a trace."""
+    if isinstance(value, Checkpoint):
+        streams = [(s.stream, s.call_id, s.read, s.acknowledged, s.taken) for s in value.open_streams]
+        return f"seq {value.seq} streams {streams} pending {value.pending_redo} joinable {value.joinable}"
+    if isinstance(value, Incarnation):
+        return f"from {value.point}, pending {value.pending} joinable {value.joinable} attached {set(value.attached)}"
+    if isinstance(value, tuple):
+        return " ".join(show(item) for item in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, Ask):
+        return f"{value.kind}#{value.index}"
+    if isinstance(value, bytes):
+        return repr(value[-12:])
+    return "" if value is None or isinstance(value, list) else str(value)
+
+
+def make_checkpoint(
+    *,
+    number: int,
+    seq: int,
+    cursor: int = ROOT_SEQ,
+    incarnation: int = 0,
+    streams: tuple[OpenStream, ...] = (),
+    output: int = 0,
+    pending: tuple[CallId, ...] = (),
+    joinable: tuple[CallId, ...] = (),
+    snapshot: str = "",
+    has_memory: bool = True,
+) -> Checkpoint:
+    """A checkpoint row with the fields that the rules look at."""
+    return Checkpoint(
+        checkpoint_id=CheckpointId(f"chk_{seq}"),
+        session_id=SESSION,
+        number=number,
+        seq=seq,
+        committed_seq=0,
+        cursor_seq=cursor,
+        incarnation=incarnation,
+        snapshot_id=SnapshotId(snapshot),
+        manifest_digest="",
+        has_memory=has_memory,
+        open_streams=streams,
+        next_stream=0,
+        stdout_bytes=output,
+        stderr_bytes=0,
+        reason="call",
+        wall_ns=0,
+        freeze_ns=0,
+        commit_ns=0,
+        raw_bytes=0,
+        stored_bytes=0,
+        pending_redo=pending,
+        joinable=joinable,
+    )
+
+
+_WITH_SANDBOX = frozenset(
+    {
+        SessionStatus.CREATED,
+        SessionStatus.RUNNING,
+        SessionStatus.HIBERNATING,
+        SessionStatus.WAKING,
+        SessionStatus.RECOVERING,
+    }
+)

@@ -1,0 +1,73 @@
+"""What chance decides before a schedule begins: the agent's program, and what happens to it at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from torpor.testing.simulator.agent import Agent, Op, Thread
+
+HORIZON = 140
+"""Steps in which most schedules do most of their work; what happens to them is drawn from here."""
+
+KILLS = ("kill node", "kill sandbox", "kill both", "power cut", "silence node")
+OTHERS = ("message", "message", "checkpoint", "hibernate", "rewind", "damage")
+KINDS = ("llm", "llm", "llm", "llm", "effect", "effect", "read", "barrier", "receive", "receive")
+
+
+class Plan:
+    """One schedule, drawn from its seed.
+
+    Attributes:
+        cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
+        happenings: (step, what), the next one last.
+        messages: how many messages people have to say.
+    """
+
+    __slots__ = (
+        "checkpoint_rate",
+        "cluster",
+        "fickle",
+        "happenings",
+        "messages",
+        "patience",
+        "programs",
+        "seed",
+        "truncation_rate",
+    )
+
+    def __init__(self, seed: int, rng: Random) -> None:
+        self.seed = seed
+        random = rng.random
+        self.cluster = random() < 0.2
+        self.fickle = random() < 0.25
+        self.patience = 0.06 if random() < 0.5 else 0.0
+        self.truncation_rate = 0.15 if random() < 0.25 else 0.0
+        self.checkpoint_rate = 0.2 + 0.6 * random()
+        self.programs = _programs(random)
+        self.messages = sum(op.kind == "receive" for ops in self.programs for op in ops)
+        self.happenings = self._happenings(random)
+
+    def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
+        drawn = [(int(random() * HORIZON), KILLS[int(random() * len(KILLS))]) for _ in range(int(random() * 4))]
+        if random() < 0.6:
+            drawn += [(int(random() * HORIZON), OTHERS[int(random() * len(OTHERS))]) for _ in range(int(random() * 4))]
+        return sorted(drawn, reverse=True)
+
+    def agent(self) -> Agent:
+        """The agent as it is at its start."""
+        return Agent([Thread(ops) for ops in self.programs], fickle=self.fickle, patience=self.patience)
+
+
+def _programs(random: Callable[[], float]) -> list[tuple[Op, ...]]:
+    """One to three threads with two to five operations in all; often some ask the same on purpose."""
+    threads = (1, 1, 2, 2, 3)[int(random() * 5)]
+    same = Op("llm", 0, fixed=True) if random() < 0.4 else None
+    programs: list[tuple[Op, ...]] = []
+    for _ in range(threads):
+        ops: list[Op] = []
+        for _ in range(1 + int(random() * (4 - threads))):
+            kind = KINDS[int(random() * len(KINDS))]
+            ops.append(same if same is not None and random() < 0.6 else Op(kind, int(random() * 8), random() < 0.3))
+        programs.append(tuple(ops))
+    return programs

@@ -1,0 +1,296 @@
+"""The outside witness: it knows what upstream was asked, what each socket received and what people were told.
+
+It asserts the ten invariants of RECOVERY section 12 and counts how often each was looked at. It shares no bookkeeping
+with the node: what it goes by is upstream's own list, the agents' memory, and the rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torpor.core.call import CallState
+from torpor.core.checkpoint import Checkpoint, holds_barrier
+from torpor.core.events import Kind
+from torpor.core.ids import CallId
+
+if TYPE_CHECKING:
+    from torpor.testing.simulator.asks import Ask
+    from torpor.testing.simulator.guest import Guest, Sandbox
+    from torpor.testing.simulator.node import Node
+    from torpor.testing.simulator.store import CallRow, Snapshot
+    from torpor.testing.simulator.streams import GuestStream, StreamStatus
+    from torpor.testing.simulator.world import World
+
+INVARIANTS = {
+    1: "attempts = 1 + node deaths while open; none once completed; a sandbox's death adds none",
+    2: "a socket receives a prefix of exactly one attempt, and ends cleanly only if it is answered",
+    3: "nothing leaves unless what it depends on is fsynced",
+    4: "one owner: no row of a superseded token, one holder of a FIFO pair, one running sandbox",
+    5: "a checkpoint has one set of open streams; each is answered, sent again or reset; none hangs",
+    6: "an answer is consumed once, not across a rewind; k equal requests are k calls, and a retry is one",
+    7: "a barrier call is sent at most once, after its checkpoint, and is unknown without an answer",
+    8: "messages, output and exit status are seen by the surviving timeline exactly once",
+    9: "memory and workspace are of one cut",
+    10: "seq has no gaps, parents are older, checkpoint.seq precedes its commit, checkpoints restore",
+}
+
+
+class Violation(Exception):
+    """An invariant does not hold."""
+
+    def __init__(self, invariant: int, text: str) -> None:
+        super().__init__(f"invariant {invariant}: {text}")
+        self.invariant = invariant
+
+
+class Witness:
+    """What one schedule looked like from outside."""
+
+    __slots__ = (
+        "_asked",
+        "_deaths",
+        "_final",
+        "_last",
+        "_paid",
+        "_sends",
+        "_told_exit",
+        "checked",
+        "confirmed",
+        "world",
+    )
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.checked: Counter[int] = Counter()
+        self._sends: Counter[CallId] = Counter()
+        self._deaths: Counter[CallId] = Counter()
+        self._paid: Counter[int] = Counter()
+        self._asked: list[dict[int, int]] = [{}]
+        self.confirmed: list[int] = []
+        self._told_exit: int | None = None
+        self._final: frozenset[CallId] = frozenset()
+        self._last: Sandbox | None = None
+
+    def check(self, invariant: int, holds: bool, text: str) -> None:
+        self.checked[invariant] += 1
+        if not holds:
+            raise Violation(invariant, text)
+
+    # --- upstream --------------------------------------------------------------------------------------------------
+
+    def sends(self, node: Node, row: CallRow, sent_transaction: int) -> None:
+        """A node sends a call: was it allowed to?"""
+        call_id, db = row.call_id, self.world.db
+        self.check(3, db.synced >= sent_transaction, f"{call_id} leaves before its rows are fsynced")
+        self._sends[call_id] += 1
+        sends, deaths = self._sends[call_id], self._deaths[call_id]
+        self.check(1, sends <= 1 + deaths, f"{call_id} is sent {sends} times after {deaths} deaths of its node")
+        if node is self.world.node:
+            self.check(1, row.state is CallState.SENT, f"{call_id} is sent once more, though it is {row.state}")
+        if row.ask.kind == "barrier":
+            self.check(7, sends == 1, f"barrier call {call_id} is sent twice")
+            covered = any(holds_barrier(point, call_id) for point in db.checkpoints)
+            self.check(7, covered, f"barrier call {call_id} is sent without a checkpoint that holds it")
+        if sends == 1 and row.ask.kind != "read":
+            self._pays(row)
+
+    def _pays(self, row: CallRow) -> None:
+        """A new call for a request is right only if every earlier one serves another wish of the agent."""
+        index = row.ask.index
+        self._paid[index] += 1
+        wished = sum(asked.get(index, 0) for asked in self._asked)
+        failed = sum(r.state is CallState.FAILED and r.ask.index == index for r in self.world.db.calls.values())
+        self.check(
+            6,
+            self._paid[index] <= wished + failed,
+            f"{row.call_id}: request {index} is paid {self._paid[index]} times, but wished {wished} times",
+        )
+
+    def node_stopped(self) -> None:
+        """A node died or lost the session: what it was waiting for may be sent once more."""
+        for row in self.world.db.calls.values():
+            if row.state is not CallState.ANSWERED and row.state is not CallState.FAILED:
+                self._deaths[row.call_id] += 1
+
+    # --- the agent's sockets -----------------------------------------------------------------------------------------
+
+    def asks(self, sandbox: Sandbox, ask: Ask, times: int) -> None:
+        """An agent begins to ask something, for the n-th time in its memory."""
+        asked = self._asked[-1]
+        if asked.get(ask.index, 0) < times:
+            asked[ask.index] = times
+        self.check(4, sandbox.runs, "an agent runs in a sandbox that does not")
+
+    def consumes(self, sandbox: Sandbox, stream: GuestStream) -> int:
+        """An agent read a whole answer with a clean end; returns its serial."""
+        received = stream.taken
+        served = self.world.upstream.find(received)
+        if served is None:
+            raise Violation(2, f"stream {stream.sid} ended cleanly with {received!r}, which nobody sent")
+        whole = served.whole()
+        self.check(2, received == whole, f"stream {stream.sid} ended cleanly with {received!r} of {whole!r}")
+        self.check(2, served.finished, f"stream {stream.sid} ended cleanly, but upstream never finished")
+        self.check(6, served.ask is stream.ask, f"request {stream.ask.index} got the answer of {served.ask.index}")
+        answers = sandbox.guest.agent.answers
+        self.check(6, all(served.serial != s for s, _ in answers), f"answer {served.serial} is consumed twice")
+        row = self.world.db.calls.get(CallId(served.call_id))
+        if row is not None:
+            holds = self.world.db.timeline.holds(row.intended_seq)
+            self.check(6, holds, f"{row.call_id} was undone by a rewind and is consumed after it")
+        return served.serial
+
+    def gives_up(self, stream: GuestStream) -> None:
+        """A client closes before the end."""
+        self._is_prefix(stream)
+
+    def saw_reset(self, sandbox: Sandbox, stream: GuestStream) -> None:
+        """A client finds its connection reset."""
+        self.check(4, sandbox.alive, "an agent runs in a dead sandbox")
+        self._is_prefix(stream)
+
+    def _is_prefix(self, stream: GuestStream) -> None:
+        received = stream.taken[: stream.written]
+        served = self.world.upstream.find(received)
+        if served is not None:
+            self.check(2, served.whole().startswith(received), f"stream {stream.sid} received {received!r}")
+
+    def protocol_error(self, text: str) -> None:
+        raise Violation(5, text)
+
+    # --- nodes and sandboxes -----------------------------------------------------------------------------------------
+
+    def wrote(self, node: Node) -> None:
+        lease = self.world.db.lease
+        current = lease is not None and lease.owner_token == node.token
+        self.check(4, current, f"node {node.name} wrote with token {node.token}, which is superseded")
+
+    def acquired(self, node: Node) -> None:
+        """A node took the session: every other one is a dead owner from here on."""
+        rivals = [other for other in self.world.silent if other is not node]
+        if rivals and self.world.plan.cluster:
+            self.node_stopped()
+        elif rivals:
+            raise Violation(4, f"node {node.name} took the session from a live owner")
+
+    def opened(self, sandbox: Sandbox) -> None:
+        alive = {node.name for node in self.world.live_nodes()}
+        holders = sandbox.holders & alive
+        self.check(4, len(holders) == 1, f"nodes {sorted(holders)} hold one FIFO pair")
+
+    def spawned(self, sandbox: Sandbox) -> None:
+        others = [other for other in self.world.sandboxes if other.runs and other is not sandbox]
+        self.check(
+            4, not others or not sandbox.runs, f"incarnation {sandbox.incarnation} starts beside a running sandbox"
+        )
+
+    def intended(self, node: Node, row: CallRow) -> None:
+        """A call begins."""
+        call_id = row.call_id
+        sandbox = self.world.sandbox
+        newer = sandbox is not None and sandbox.incarnation > row.incarnation and node is self.world.node
+        self.check(4, not newer, f"{call_id} is of a dead incarnation")
+
+    def loaded(self, snapshot: Snapshot, guest: Guest) -> None:
+        """A snapshot was read for a restore."""
+        self.check(10, not snapshot.damaged, f"{snapshot.name} is damaged, and was restored")
+        counter = guest.agent.counter
+        self.check(9, counter == snapshot.workspace, f"memory {counter}, workspace {snapshot.workspace}")
+
+    def restored(self, node: Node, sandbox: Sandbox) -> None:
+        """A sandbox was made from a snapshot."""
+        agent = sandbox.guest.agent
+        self.check(4, node.incarnation <= sandbox.incarnation, "an incarnation number fell")
+        asked = self._asked[-1]
+        for index, times in agent.asked.items():
+            if asked.get(index, 0) < times:
+                asked[index] = times
+
+    def same_streams(self, point: Checkpoint, statuses: list[StreamStatus]) -> None:
+        """What the restored guest says is what the checkpoint row says."""
+        said = {(s.sid, s.read, s.acknowledged, s.taken) for s in statuses if s.end is None}
+        noted = {(s.stream, s.read, s.acknowledged, s.taken) for s in point.open_streams}
+        self.check(5, said == noted, f"checkpoint {point.number} noted {noted}, its guest says {said}")
+
+    def recovered(self, node: Node) -> None:
+        """Recovery is over: nothing is sent without anybody waiting for it."""
+        for row in self.world.db.calls.values():
+            if row.state is CallState.SENT:
+                self.check(7, node.pump_alive(row.call_id), f"{row.call_id} is sent, and nobody waits for it")
+
+    def rewound(self, to_seq: int) -> None:
+        self.check(10, self.world.db.timeline.holds(to_seq), "a rewind went to where the session never was")
+        self._asked.append({})
+
+    # --- people ------------------------------------------------------------------------------------------------------
+
+    def told_message(self, message: int, transaction: int) -> None:
+        """A person is told that the message was accepted."""
+        self.check(3, self.world.db.synced >= transaction, f"message {message} is confirmed before it is durable")
+        self.confirmed.append(message)
+
+    def told_exit(self, node: Node, code: int, transaction: int) -> None:
+        """A person is told how the session ended."""
+        self.check(3, self.world.db.synced >= transaction, "an exit is reported before it is durable")
+        self.check(8, self._told_exit is None, "an exit is reported twice")
+        self._told_exit = code
+        self._last = node.sandbox
+        self._final = frozenset({*node.redo.pending, *node.redo.joinable, *node.redo.attached})
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """After a schedule: what is left must be one story."""
+        self._finish_people()
+        self._finish_barriers()
+        self._finish_log()
+
+    def _finish_people(self) -> None:
+        db = self.world.db
+        final = self._last
+        if final is None:
+            raise Violation(8, "the session ended, and nobody was told")
+        agent = final.guest.agent
+        self.check(8, db.acknowledged_exit == self._told_exit, "the exit that was told is not the one recorded")
+        self.check(8, agent.counter == self._told_exit, f"told exit {self._told_exit}, the agent has {agent.counter}")
+        self.check(9, agent.counter == final.workspace, "memory and workspace ended apart")
+        self.check(8, db.output == agent.printed, f"output shows {db.output!r}, the agent wrote {agent.printed!r}")
+        consumed = Counter(self.world.upstream.answers[serial].message for serial, _ in agent.answers)
+        for message in self.confirmed:
+            self.check(8, message in db.messages, f"message {message} was confirmed and is lost")
+            holder = next((r.call_id for r in db.calls.values() if r.message == message and self._holds(r)), None)
+            seen = consumed[message]
+            waiting = holder is None or holder in self._final
+            self.check(8, seen == 1 or (seen == 0 and waiting), f"message {message} was seen {seen} times")
+
+    def _holds(self, row: CallRow) -> bool:
+        return self.world.db.timeline.holds(row.intended_seq)
+
+    def _finish_barriers(self) -> None:
+        for row in self.world.db.calls.values():
+            if row.ask.kind == "barrier" and self._sends[row.call_id]:
+                node = self.world.node
+                open_ = node is not None and node.pump_alive(row.call_id)
+                visible = open_ or row.state in _VISIBLE
+                self.check(7, visible, f"{row.call_id} was sent and is {row.state}")
+
+    def _finish_log(self) -> None:
+        db = self.world.db
+        intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == Kind.CALL_INTENDED.value}
+        for seq, row in enumerate(db.events, start=1):
+            if row[3] is not None:
+                self.check(10, row[3] < seq and row[3] in intended, f"event {seq} has parent {row[3]}")
+        for point in db.checkpoints:
+            self.check(10, point.seq < point.committed_seq, f"checkpoint {point.number} is cut at its own commit")
+            snapshot = self.world.store.snapshots[point.snapshot_id]
+            known = not snapshot.damaged or snapshot.name in self.world.damaged
+            self.check(10, known, f"checkpoint {point.number} was committed and does not restore")
+        if self.world.plan.seed % CHAIN_EVERY == 0:
+            previous = "0" * 64
+            for seq, event in enumerate(db.sealed(), start=1):
+                self.check(10, event.seq == seq and event.prev_hash == previous, f"the chain breaks at {seq}")
+                previous = event.hash
+
+
+CHAIN_EVERY = 64
+_VISIBLE = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.UNKNOWN})

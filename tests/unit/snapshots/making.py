@@ -1,0 +1,147 @@
+"""Small worlds for the store's tests: images of numbered pages, workspaces, a store in a temporary directory."""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from torpor.core.ids import SnapshotId
+from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.capture import capture
+from torpor.snapshots.pack import PackRef
+from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.tree import DirNode, Node, Stamp, TreeIndex
+
+SETTLED_NS = 10_000_000_000
+
+
+class StillClock:
+    def __init__(self, wall_ns: int) -> None:
+        self.now_ns = wall_ns
+
+    def wall_ns(self) -> int:
+        return self.now_ns
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
+def page(number: int) -> bytes:
+    """A page of its own for each number, which does not compress."""
+    return random.Random(number).randbytes(4096)
+
+
+def pages(numbers: Iterable[int]) -> bytes:
+    return b"".join(page(number) for number in numbers)
+
+
+class World:
+    """A store, an image directory and a workspace below one directory."""
+
+    def __init__(self, root: Path, store: Path | None = None) -> None:
+        self.root = root
+        self.store_directory = store or root / "store"
+        self.image = root / "image"
+        self.workspace = root / "workspace"
+        self.image.mkdir()
+        self.workspace.mkdir()
+        self.backend = LocalDirectory(self.store_directory)
+        self.store = SnapshotStore(self.backend)
+        self._numbers = itertools.count()
+
+    def write_image(self, memory: bytes, **others: bytes) -> None:
+        (self.image / "pages.img").write_bytes(memory)
+        for name, data in {"checkpoint": b"kernel state " * 1000, "pages_meta": b"segments", **others}.items():
+            (self.image / f"{name}.img").write_bytes(data)
+
+    def fresh(self, name: str) -> Path:
+        path = self.root / f"{name}-{next(self._numbers)}"
+        path.mkdir()
+        return path
+
+    def save(
+        self,
+        name: str,
+        parent: SavedSnapshot | None = None,
+        *,
+        index: TreeIndex | None = None,
+        pins: Mapping[str, str] | None = None,
+        store: SnapshotStore | None = None,
+    ) -> SavedSnapshot:
+        staging = self.fresh("staging")
+        captured = capture(self.workspace, staging, index)
+        saved = (store or self.store).save(
+            image_dir=self.image,
+            workspace=captured,
+            parent=parent and parent.id,
+            pins=pins or {},
+            snapshot_id=SnapshotId(f"snp_{name}"),
+        )
+        shutil.rmtree(staging)
+        return saved
+
+    def restored_image(self, saved: SavedSnapshot) -> dict[str, bytes]:
+        target = self.root / f"restored-{next(self._numbers)}"
+        self.store.restore_image(saved.id, saved.manifest_digest, target)
+        return contents(target)
+
+    def restored_workspace(self, saved: SavedSnapshot) -> Path:
+        target = self.fresh("restored")
+        self.store.restore_workspace(saved.id, saved.manifest_digest, target)
+        return target
+
+    def object_paths(self) -> list[Path]:
+        return [path for path in self.store_directory.rglob("*") if path.is_file()]
+
+
+@contextlib.contextmanager
+def tiny_disk_at(path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def pack_ref_of(path: Path) -> PackRef:
+    """The reference that a pack's own header implies, to check a pack that no manifest names."""
+    head = path.read_bytes()
+    items, frames = int.from_bytes(head[8:12], "little"), int.from_bytes(head[12:16], "little")
+    item_bytes = 16 if head[:8] == b"TORPAK1P" else 36
+    return PackRef(bytes.fromhex(path.name), 16 + 40 * frames + item_bytes * items)
+
+
+def settled(index: TreeIndex) -> TreeIndex:
+    """The index as if its cut had come long after every change, so that no file counts as fresh."""
+    return replace(index, cut_wall_ns=index.cut_wall_ns + SETTLED_NS)
+
+
+def with_stamps_of(index: TreeIndex, workspace: Path) -> TreeIndex:
+    """The index as if no file's stat had moved since: what stores through mmap look like."""
+    return replace(index, root=_restamped(index.root, workspace))
+
+
+def _restamped(node: DirNode, directory: Path) -> DirNode:
+    children: dict[bytes, Node] = {}
+    for name, child in node.children.items():
+        path = directory / os.fsdecode(name)
+        if isinstance(child, DirNode):
+            children[name] = _restamped(child, path)
+        else:
+            children[name] = replace(child, stamp=Stamp.of(path.lstat()))
+    return replace(node, children=children)
