@@ -156,6 +156,18 @@ def test_end_of_a_request_is_told_again_after_resume(pair: Pair) -> None:
         assert host.expect(G_FIN).arg == 7
 
 
+def test_resume_repeats_a_request_on_the_same_link(pair: Pair) -> None:
+    guest, host = pair
+    with connect(guest) as client:
+        client.sendall(b"request")
+        client.shutdown(socket.SHUT_WR)
+        assert host.expect(G_FIN).arg == 7
+        del host.streams[16].data[3:]
+        host.send(RESUME, 16, 3)
+        assert host.expect(G_FIN).arg == 7
+        assert bytes(host.streams[16].data) == b"request"
+
+
 def test_client_that_left_while_the_host_was_away_is_told(pair: Pair) -> None:
     guest, host = pair
     with connect(guest) as client:
