@@ -147,6 +147,29 @@ def test_client_that_closes_in_order_but_reads_nothing_has_not_consumed(pair: Pa
     assert closing(host, stream)[0] == GONE
 
 
+def test_client_that_closes_at_its_content_length_has_consumed(pair: Pair) -> None:
+    """It does not wait for the end of the connection, and the host's FIN comes after its own."""
+    guest, host = pair
+    with connect(guest) as client:
+        stream = host.expect(OPEN).stream
+        host.data(stream, 0, b"answer")
+        assert client.recv(6) == b"answer"
+    host.expect(G_FIN, stream)
+    host.send(FIN, stream, 6)
+    assert closing(host, stream) == (CONSUMED, 6)
+
+
+def test_client_that_sends_and_leaves_is_gone(pair: Pair) -> None:
+    guest, host = pair
+    with connect(guest) as client:
+        client.sendall(b"request")
+    assert host.request(16, 7) == b"request"
+    host.expect(G_FIN, 16)
+    host.data(16, 0, b"answer")
+    host.send(FIN, 16, 6)
+    assert closing(host, 16) == (GONE, 6)
+
+
 def test_client_that_goes_on_sending_after_its_answer_is_consumed_in_the_end(pair: Pair) -> None:
     guest, host = pair
     with connect(guest) as client:
