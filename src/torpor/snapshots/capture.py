@@ -41,6 +41,7 @@ FRESH_NS = 20_000_000
 ENTRIES_MAX = 1_000_000
 _IN_MEMORY_FILE_BYTES_MAX = 128 * 1024
 _IN_MEMORY_BYTES_MAX = 64 * 1024 * 1024
+_TIME_NS_MAX = (1 << 63) - 1
 _FICLONE = 0x40049409
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
@@ -251,7 +252,10 @@ class _Scan:
     def _meta(self, status: os.stat_result) -> Meta:
         uid = 0 if status.st_uid == self._uid else status.st_uid
         gid = 0 if status.st_gid == self._gid else status.st_gid
-        return Meta(status.st_mode & MODE_KEPT, uid, gid, status.st_mtime_ns)
+        mtime_ns = max(
+            -_TIME_NS_MAX, min(status.st_mtime_ns, _TIME_NS_MAX)
+        )  # Some file systems keep any 64 bits of seconds.
+        return Meta(status.st_mode & MODE_KEPT, uid, gid, mtime_ns)
 
 
 def _inodes(root: int, paths: AbstractSet[bytes]) -> set[int]:
