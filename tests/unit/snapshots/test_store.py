@@ -231,11 +231,20 @@ class TestDamage:
             assert caught.value.code == "snapshot_object_missing"
             path.write_bytes(good)
 
-    def test_manifest_of_another_snapshot_is_refused(self, world: World, saved: SavedSnapshot) -> None:
-        by_name = {path.name: path for path in world.object_paths()}
-        by_name["snp_b"].write_bytes(by_name["snp_a"].read_bytes())
+    def test_sound_manifest_that_is_not_the_one_that_was_committed_is_refused(
+        self, world: World, saved: SavedSnapshot
+    ) -> None:
+        (path,) = (path for path in world.object_paths() if path.name == "snp_b")
+        manifest = world.store.read_manifest(saved.id, saved.manifest_digest)
+        path.write_bytes(encode_manifest(replace(manifest, pins={"runsc": "another"})))
         with pytest.raises(Damaged, match="snp_b"):
             world.store.read_manifest(saved.id, saved.manifest_digest)
+
+    def test_manifest_of_another_snapshot_is_no_parent(self, world: World, saved: SavedSnapshot) -> None:
+        by_name = {path.name: path for path in world.object_paths()}
+        by_name["snp_b"].write_bytes(by_name["snp_a"].read_bytes())
+        child = world.save("child", saved, store=SnapshotStore(world.backend))
+        assert "manifest of snp_a" in child.parent_problem
 
     def test_wrong_parent_manifest_can_lose_sharing_but_never_reaches_a_child(
         self, world: World, saved: SavedSnapshot

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.snapshots.making import StillClock, World, settled, with_stamps_of
+from tests.unit.snapshots.making import StillClock, World, settled, tiny_disk_at, with_stamps_of
 
 from torpor.core.errors import Damaged, InvalidInput, SandboxFailed
 from torpor.snapshots import capture as capture_module
@@ -207,6 +207,16 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     assert world.store.verify(second.id, second.manifest_digest) == []
     changes = world.store.diff((first.id, first.manifest_digest), (second.id, second.manifest_digest))
     assert changes == world.store.diff_directory(first.id, first.manifest_digest, world.workspace)
+
+
+def test_times_beyond_64_bits_of_nanoseconds_are_kept_as_near_as_possible(world: World, tmp_path: Path) -> None:
+    with tiny_disk_at(tmp_path / "tiny") as workspace:
+        (workspace / "future").write_bytes(b"x")
+        os.utime(workspace / "future", ns=(0, 2**64))
+        assert (workspace / "future").stat().st_mtime_ns > 2**63
+        world.workspace = workspace
+        saved = world.save("a")
+        assert (world.restored_workspace(saved) / "future").stat().st_mtime > 2**32
 
 
 class TestSparse:
