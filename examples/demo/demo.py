@@ -1,4 +1,4 @@
-"""The main job, shown: a coding agent survives kill -9 of its sandbox, of everything while a tool runs, and of its node.
+"""The main job, shown: an agent survives kill -9 of its sandbox, of everything while a tool runs, and of its node.
 
 Nothing in here is part of Torpor: it starts the `torpor` command as a user would, watches `torpor log --follow --json`,
 kills processes, and lets `torpor resume` go on. The model is the project's scripted server unless --provider says so.
@@ -25,7 +25,7 @@ PYTHON = ROOT / ".venv/bin/python"
 TURNS = 12
 SLOW_STEP = 6
 TASK = f"""Build a small project in {TURNS} steps, exactly one tool call a step, and say in a few sentences before each
-call what you do and why. Steps: 1 write plan.md; 2 start a background process (start_process) that appends a number to
+call what you do and why. Steps: 1 write plan.md; 2 start a background process (start_process) that writes a number to
 ticks.txt five times a second; 3-6 write small files and run shell commands that append to trail.txt; 7 run the shell
 command `sleep 8; echo slow >> trail.txt`; 8-12 note each step in steps.db with query_sqlite, and look around. Then stop."""
 PROVIDERS = {
@@ -74,7 +74,9 @@ class Log:
 
 def kill_sandbox(home: Path) -> None:
     """kill -9 of every process of the sandbox."""
-    found = subprocess.run(["pgrep", "-f", f"runsc-(sandbox|gofer) .*{home}"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-f", f"runsc-(sandbox|gofer) .*{home}"], capture_output=True, text=True, check=False
+    )
     for pid in found.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
 
