@@ -178,16 +178,10 @@ def _output(environment: dict[str, str], *command: str) -> str:
 def scripted_model(scratch: Path) -> tuple[subprocess.Popen, str, Path]:
     witness = scratch / "witness.jsonl"
     server = subprocess.Popen(
-        [PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--turns", str(TURNS), "--witness", witness]
-        + [
-            "--slow-step",
-            str(SLOW_STEP),
-            "--slow-seconds",
-            "8",
-            "--first-byte-seconds",
-            "0.3",
-            "--chunk-seconds",
-            "0.1",
+        [
+            *(PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--witness", witness),
+            *("--turns", str(TURNS), "--slow-step", str(SLOW_STEP), "--slow-seconds", "8"),
+            *("--first-byte-seconds", "0.3", "--chunk-seconds", "0.1"),
         ],
         stdout=subprocess.PIPE,
         text=True,
