@@ -284,25 +284,27 @@ class Gateway:
         rows = rows_in_shape(attachment.recording, dialect_named(attachment.call.dialect), claim.shape)
         end = await deliver(stream, rows, continued=claim.continued)
         if end is not None:
-            await self._detach(stream, claim, end)
+            await self._detach(stream, claim.stream, claim.call_id, claim.incarnation, end)
 
-    async def _detach(self, stream: Stream, claim: Claim, end: StreamEnd) -> None:
+    async def _detach(
+        self, stream: Stream, number: StreamId, call_id: CallId, incarnation: int, end: StreamEnd
+    ) -> None:
         async with self._turnstile:
-            if claim.incarnation != self._incarnation:
+            if incarnation != self._incarnation:
                 return
-            data = {"stream": claim.stream, "end": end.value, "taken_bytes": stream.taken}
-            await self._recorder.note(Kind.CALL_DELIVERED, claim.incarnation, claim.call_id, data)
-            self._redo.ended(claim.call_id, end)
-            self._open.pop(claim.stream, None)
+            data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
+            await self._recorder.note(Kind.CALL_DELIVERED, incarnation, call_id, data)
+            self._redo.ended(call_id, end)
+            self._open.pop(number, None)
 
     async def _break_off(self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int) -> None:
         """The agent holds a part of an answer that can't be continued: it learns that, and may ask again."""
+        data = {"stream": open_stream.stream, "taken_bytes": open_stream.taken, "attempt": open_stream.attempt}
         async with self._turnstile:
-            data = {"stream": open_stream.stream, "taken_bytes": open_stream.taken, "attempt": open_stream.attempt}
             await self._recorder.note(Kind.STREAM_RESET, incarnation, call_id, data)
-            self._redo.ended(call_id, StreamEnd.RESET)
         stream.reset()
         await closed(stream)
+        await self._detach(stream, open_stream.stream, call_id, incarnation, StreamEnd.RESET)
 
     def _check_current(self, stream: Stream, incarnation: int) -> None:
         if incarnation != self._incarnation:
