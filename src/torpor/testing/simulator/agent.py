@@ -86,7 +86,10 @@ class Agent:
 
     @property
     def ended(self) -> bool:
-        return all(thread.pc == len(thread.ops) for thread in self.threads)
+        for thread in self.threads:
+            if thread.pc < len(thread.ops):
+                return False
+        return True
 
     def blocked(self, streams: dict[int, GuestStream]) -> bool:
         """Every thread that has not ended waits for an answer of which nothing came."""
@@ -102,8 +105,13 @@ class Agent:
     def step(self, sandbox: Sandbox) -> bool:
         """Let one thread act, if any can."""
         threads = self.threads
+        if len(threads) == 1:
+            return self._thread_step(threads[0], sandbox)
         first = int(sandbox.world.random() * len(threads))
-        return any(self._thread_step(threads[first - number], sandbox) for number in range(len(threads)))
+        for number in range(len(threads)):
+            if self._thread_step(threads[first - number], sandbox):
+                return True
+        return False
 
     def _thread_step(self, thread: Thread, sandbox: Sandbox) -> bool:
         if thread.sid == 0:
@@ -167,4 +175,4 @@ class Agent:
         thread.pc += 1
         self.counter += 1
         sandbox.workspace += 1
-        self.printed += b"%d." % learned
+        self.printed += b"x" * (learned % 4) + b"%d." % learned

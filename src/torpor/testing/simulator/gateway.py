@@ -126,7 +126,7 @@ class Gateway:
         if found is None:
             stream.call_id = node.db.next_call_id()
             entry = new_entry(stream.call_id, stream.ask, stream.spelling, node.db.head + len(node.queue))
-            if node.world.rules.one_stream_per_call:
+            if node.world.rules.new_calls_may_be_joined:
                 node.redo.attach(entry)
             newly_diverged = node.redo.diverged and not diverged
             node.log_later(lambda: self._write_intended(stream, newly_diverged=newly_diverged))
@@ -204,7 +204,7 @@ class Gateway:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
-        if row.call_id not in node.pumps and row.state is CallState.INTENDED:
+        if row.call_id not in node.pumps and row.state in _TO_BE_SENT:
             self.start_pump(row)
 
     def pump(self, row: CallRow) -> Task:
@@ -309,4 +309,5 @@ class Gateway:
         node.send("RESET", stream.sid)
 
 
+_TO_BE_SENT = frozenset({CallState.INTENDED, CallState.TORN})
 _SETTLED = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.SENT})

@@ -118,7 +118,7 @@ class Sandbox:
 
     def step(self) -> bool:
         """One step of the agent or of init."""
-        if not self.runs:
+        if not self.alive or self.paused or self.stopped:
             return False
         if self.world.random() < 0.4:
             return self._agent_step() or self._init_step()
@@ -144,7 +144,7 @@ class Sandbox:
                 return True
         if guest.barrier or not guest.nonce:
             return False
-        if guest.closing:
+        if guest.closing and (self.world.rules.close_goes_first or self.world.random() < 0.2):
             # A retry must not overtake the close that caused it, or the host takes it for a second call on purpose.
             return self._tell_close(guest.closing[0])
         return self._read_request() or self._read_output()
@@ -239,6 +239,8 @@ class Sandbox:
                 del self.guest.streams[stream.sid]
         elif kind == "ACK":
             stream.acknowledged = max(stream.acknowledged, arg)
+            if stream.told and not self.world.rules.close_outlives_acknowledgement:
+                del self.guest.streams[stream.sid]
         else:
             stream.quiet = False
             if arg < stream.read:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Hashable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torpor.core.branch import ContextTree
-from torpor.core.call import CallState
+from torpor.core.call import Call, CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate_after_rewind
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, StreamId
@@ -182,9 +182,10 @@ class Recovery:
         if snapshot.damaged and world.rules.verify_snapshots:
             return False
         guest = snapshot.guest.copy() if snapshot.guest is not None else world.fresh_guest()
-        world.witness.loaded(snapshot, guest)
+        world.witness.loaded(point, snapshot, guest)
         world.count("restored: newest" if point.number == len(db.checkpoints) - 1 else "restored: older")
-        redo = world.rules.redo_set(db.all_calls().values(), point, db.timeline)
+        calls = db.all_calls() if world.rules.side_paths_count else self._calls_on_path(node)
+        redo = world.rules.redo_set(calls.values(), point, db.timeline)
         incarnation = db.incarnation + 1
         first = Incarnation(
             pending=redo.pending,
@@ -223,6 +224,18 @@ class Recovery:
         node.nonce = self.world.next_nonce()
         sandbox.holders.add(node.name)
         self.world.witness.opened(sandbox)
+
+    def _calls_on_path(self, node: Node) -> dict[CallId, Call]:
+        """Only ancestors of the cursor: what "the current branch" would be if it were read as the tree's."""
+        db = node.db
+        tree = self._tree(node, ROOT_SEQ)
+        for seq, (kind, _, call_id, _, _) in enumerate(db.events, start=1):
+            if kind == Kind.CALL_INTENDED.value:
+                tree.rewind(seq)
+            elif kind == Kind.CALL_REPEATED.value and call_id is not None:
+                tree.reach(db.calls[call_id].intended_seq)
+        path = set(tree.ancestors())
+        return {call_id: call for call_id, call in db.all_calls().items() if call.intended_seq in path}
 
     def _tree(self, node: Node, cursor: int) -> ContextTree:
         tree = ContextTree(ROOT_SEQ)

@@ -22,6 +22,7 @@ class Plan:
         cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
         happenings: (step, what), the next one last.
         messages: how many messages people have to say.
+        sleepy: how often the node puts the session to sleep when nothing else is to be done.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Plan:
         "patience",
         "programs",
         "seed",
+        "sleepy",
         "truncation_rate",
     )
 
@@ -46,10 +48,11 @@ class Plan:
         self.checkpoint_rate = 0.2 + 0.6 * random()
         self.programs = _programs(random)
         self.messages = sum(op.kind == "receive" for ops in self.programs for op in ops)
+        self.sleepy = int(random() * 3)
         self.happenings = self._happenings(random)
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
-        drawn = [(int(random() * HORIZON), KILLS[int(random() * len(KILLS))]) for _ in range(int(random() * 4))]
+        drawn = [(int(random() * HORIZON), KILLS[int(random() * len(KILLS))]) for _ in range(int(random() * 5))]
         if random() < 0.6:
             drawn += [(int(random() * HORIZON), OTHERS[int(random() * len(OTHERS))]) for _ in range(int(random() * 4))]
         return sorted(drawn, reverse=True)

@@ -18,7 +18,7 @@ from torpor.core.events import Event, EventDraft, Kind, seal
 from torpor.core.ids import CallId, NodeId, SessionId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.redo import RedoEntry
-from torpor.core.session import SessionStatus, check_transition
+from torpor.core.session import ENDED, SessionStatus, check_transition
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.guest import Guest
 from torpor.testing.simulator.rules import Rules
@@ -147,6 +147,7 @@ class Database:
         "call_count",
         "calls",
         "checkpoints",
+        "ended",
         "events",
         "incarnation",
         "incarnations",
@@ -177,6 +178,7 @@ class Database:
         self.calls: dict[CallId, CallRow] = {}
         self.checkpoints: list[Checkpoint] = []
         self.status = SessionStatus.CREATED
+        self.ended = False
         self.lease: Lease | None = None
         self.incarnation = 0
         self.incarnations: dict[int, Incarnation] = {}
@@ -275,6 +277,7 @@ class Database:
 def _fold_status(db: Database, row: Row) -> None:
     check_transition(SESSION, db.status, row[4])
     db.status = row[4]
+    db.ended = row[4] in ENDED
 
 
 def _fold_lease(db: Database, row: Row) -> None:

@@ -162,8 +162,9 @@ class Witness:
 
     def wrote(self, node: Node) -> None:
         lease = self.world.db.lease
-        current = lease is not None and lease.owner_token == node.token
-        self.check(4, current, f"node {node.name} wrote with token {node.token}, which is superseded")
+        self.checked[4] += 1
+        if lease is None or lease.owner_token != node.token:
+            raise Violation(4, f"node {node.name} wrote with token {node.token}, which is superseded")
 
     def acquired(self, node: Node) -> None:
         """A node took the session: every other one is a dead owner from here on."""
@@ -191,8 +192,14 @@ class Witness:
         newer = sandbox is not None and sandbox.incarnation > row.incarnation and node is self.world.node
         self.check(4, not newer, f"{call_id} is of a dead incarnation")
 
-    def loaded(self, snapshot: Snapshot, guest: Guest) -> None:
+    def loaded(self, point: Checkpoint, snapshot: Snapshot, guest: Guest) -> None:
         """A snapshot was read for a restore."""
+        db = self.world.db
+        for call_id, times in self._sends.items():
+            row = db.calls.get(call_id)
+            if times and row is not None and row.ask.kind == "barrier" and db.timeline.holds(row.intended_seq):
+                allowed = row.intended_seq <= point.seq or self.world.below_floor_allowed
+                self.check(7, allowed, f"recovery goes below barrier call {call_id}, which was sent")
         self.check(10, not snapshot.damaged, f"{snapshot.name} is damaged, and was restored")
         counter = guest.agent.counter
         self.check(9, counter == snapshot.workspace, f"memory {counter}, workspace {snapshot.workspace}")
