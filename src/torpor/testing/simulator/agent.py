@@ -86,10 +86,7 @@ class Agent:
 
     @property
     def ended(self) -> bool:
-        for thread in self.threads:
-            if thread.pc < len(thread.ops):
-                return False
-        return True
+        return all(thread.pc == len(thread.ops) for thread in self.threads)
 
     def blocked(self, streams: dict[int, GuestStream]) -> bool:
         """Every thread that has not ended waits for an answer of which nothing came."""
@@ -108,10 +105,7 @@ class Agent:
         if len(threads) == 1:
             return self._thread_step(threads[0], sandbox)
         first = int(sandbox.world.random() * len(threads))
-        for number in range(len(threads)):
-            if self._thread_step(threads[first - number], sandbox):
-                return True
-        return False
+        return any(self._thread_step(threads[first - number], sandbox) for number in range(len(threads)))
 
     def _thread_step(self, thread: Thread, sandbox: Sandbox) -> bool:
         if thread.sid == 0:
@@ -175,4 +169,6 @@ class Agent:
         thread.pc += 1
         self.counter += 1
         sandbox.workspace += 1
-        self.printed += b"x" * (learned % 4) + b"%d." % learned
+        silent = self.fickle and (thread.digest + sandbox.guest.incarnation) % 3 == 0
+        if learned and not silent:
+            self.printed += b"x" * (learned % 4) + b"%d." % learned

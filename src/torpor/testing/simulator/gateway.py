@@ -64,11 +64,12 @@ class Gateway:
         stream = self.streams.get(sid)
         if stream is None:
             stream = self.streams[sid] = HostStream(sid)
-        stream.ask, stream.spelling, pieces = payload
+        ask, stream.spelling, pieces = payload
+        stream.ask = ask
         if offset > stream.received:
             self.node.world.witness.protocol_error(f"stream {sid} has a gap at {stream.received}")
         stream.received = max(stream.received, offset + pieces)
-        if stream.received == stream.ask.length and stream.call_id is None and not stream.serving:
+        if stream.received == ask.length and stream.call_id is None and not stream.serving:
             stream.serving = True
             self.node.life.add(self.serve(stream))
 

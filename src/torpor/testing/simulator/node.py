@@ -47,8 +47,8 @@ class Node:
         "held",
         "holding",
         "incarnation",
-        "life",
         "lasting",
+        "life",
         "name",
         "nonce",
         "pumps",
@@ -71,7 +71,7 @@ class Node:
         self.incarnation = 0
         self.sandbox: Sandbox | None = None
         self.pumps: dict[CallId, int] = {}
-        self.queue: list[Callable[[], None]] = []
+        self.queue: list[Callable[[], object]] = []
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
@@ -159,7 +159,7 @@ class Node:
         self.world.witness.wrote(self)
         return number
 
-    def log_later(self, write: Callable[[], None]) -> None:
+    def log_later(self, write: Callable[[], object]) -> None:
         """Queue what was just decided in memory: rows are written in the order of the decisions, some time later."""
         if not self.queue:
             self.lasting.add(self._write_queue())
@@ -298,7 +298,7 @@ class Node:
         cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
         self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
         self.db.fsync()
-        self.world.count("checkpoints")
+        self.world.committed()
         if self.cutting == number:
             self.cutting = 0
         self.wake(ON_COMMIT)
@@ -331,8 +331,7 @@ class Node:
             self.world.destroy(self.sandbox)
             self.sandbox = None
             self.forget_incarnation()
-            if self.db.status is SessionStatus.WAKING:
-                self.wake_up()
+            self.resolved()
         else:
             self.set_status(SessionStatus.RUNNING)
             self.resume(number)

@@ -254,8 +254,9 @@ class Recovery:
         for stream in streams:
             if not world.rules.resume_restored_streams:
                 continue
-            call = db.call(stream.call_id) if stream.call_id in db.calls else None
-            alive = stream.call_id is not None and node.pump_alive(stream.call_id)
+            row = db.calls.get(stream.call_id) if stream.call_id is not None else None
+            call = row.as_call() if row is not None else None
+            alive = row is not None and node.pump_alive(row.call_id)
             fate = world.rules.stream_fate(stream, call, pump_alive=alive)
             host = node.gateway.streams[stream.stream] = HostStream(stream.stream)
             host.taken = stream.taken
@@ -264,9 +265,8 @@ class Recovery:
                 host.received = position
                 node.send("RESUME", stream.stream, position)
                 continue
-            assert stream.call_id is not None
-            row = db.calls[stream.call_id]
-            host.call_id, host.ask, host.spelling = stream.call_id, row.ask, row.spelling
+            assert row is not None
+            host.call_id, host.ask, host.spelling = row.call_id, row.ask, row.spelling
             host.received = row.ask.length
             host.logged = True
             if fate is StreamFate.RESET:
@@ -292,7 +292,10 @@ class Recovery:
         self.world.witness.recovered(node)
 
     def rewind(self, node: Node, point: Checkpoint) -> Task:
-        """Back to a checkpoint on a person's word. The sandbox goes first, so that nothing it does falls behind the row."""
+        """Back to a checkpoint on a person's word.
+
+        The sandbox goes first: what it did after the row would belong to the new stretch.
+        """
         db = node.db
         self.world.destroy(self.world.sandbox_near(node))
         node.sandbox = None
@@ -303,14 +306,13 @@ class Recovery:
         output = point.stdout_bytes
         rows: list[Row] = [(Kind.SESSION_REWOUND.value, 0, None, None, (point.seq, output))]
         for stream in point.open_streams:
-            if stream.call_id not in db.calls:
+            old = db.calls.get(stream.call_id) if stream.call_id is not None else None
+            if old is None:
                 continue
-            alive = node.pump_alive(stream.call_id)
-            fate = stream_fate_after_rewind(stream, db.call(stream.call_id), pump_alive=alive)
+            fate = stream_fate_after_rewind(stream, old.as_call(), pump_alive=node.pump_alive(old.call_id))
             if fate is StreamFate.RESAMPLE:
-                old = db.calls[stream.call_id]
                 parent = db.events[old.intended_seq - 1][3]
-                data = (old.ask, old.spelling, old.stream, stream.call_id)
+                data = (old.ask, old.spelling, old.stream, old.call_id)
                 rows.append((Kind.CALL_INTENDED.value, 0, db.next_call_id(), parent, data))
         node.append(*rows)
         db.fsync()

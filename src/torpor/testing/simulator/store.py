@@ -223,16 +223,13 @@ class Database:
         self.call_count += 1
         return CallId(f"c{self.call_count}")
 
-    def call(self, call_id: CallId) -> Call:
-        return self.calls[call_id].as_call()
-
     def all_calls(self) -> dict[CallId, Call]:
         return {call_id: row.as_call() for call_id, row in self.calls.items()}
 
     def free_message(self) -> int | None:
         """The oldest message that no receiving call of this timeline was answered with.
 
-        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer, and its message.
+        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer and message.
         """
         holds = self.timeline.holds
         taken = {row.message for row in self.calls.values() if row.message is not None and holds(row.intended_seq)}

@@ -113,6 +113,17 @@ class Witness:
             if row.state is not CallState.ANSWERED and row.state is not CallState.FAILED:
                 self._deaths[row.call_id] += 1
 
+    def after_kill(self) -> None:
+        """What must hold at any instant, whoever just died."""
+        db = self.world.db
+        for call_id, sends in self._sends.items():
+            self.check(1, sends <= 1 + self._deaths[call_id], f"{call_id} was sent {sends} times")
+        for sandbox in self.world.sandboxes[-1:]:
+            for stream in sandbox.guest.streams.values():
+                self._is_prefix(stream)
+        last = db.events[-1]
+        self.check(10, last[3] is None or last[3] < len(db.events), f"event {len(db.events)} is its own ancestor")
+
     # --- the agent's sockets -----------------------------------------------------------------------------------------
 
     def asks(self, sandbox: Sandbox, ask: Ask, times: int) -> None:
