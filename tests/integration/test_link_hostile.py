@@ -6,9 +6,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.integration.guests import FifoPair, HostileGuest, make_fifos, running, status_record
+from tests.integration.guests import (
+    FifoPair,
+    HostileGuest,
+    SteppingClock,
+    make_fifos,
+    open_link,
+    running,
+    status_record,
+)
 
-from torpor.core.clock import Clock, SystemClock
+from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.sandbox.fifos import READ_BYTES, Pulse
 from torpor.sandbox.frames import AgentSpec, FromGuest, ToGuest
@@ -29,48 +37,6 @@ async def guest(fifos: FifoPair) -> AsyncIterator[HostileGuest]:
     guest = HostileGuest(fifos)
     yield guest
     guest.hang_up()
-
-
-class SteppingClock(SystemClock):
-    """Steps whenever it is looked at; a test can wait for a number of looks."""
-
-    def __init__(self, step_seconds: float) -> None:
-        self._step_seconds = step_seconds
-        self._looks = 0
-        self._looked = Pulse()
-
-    def monotonic(self) -> float:
-        self._looks += 1
-        self._looked.fire()
-        return self._looks * self._step_seconds
-
-    async def looked_at(self, times: int) -> None:
-        goal = self._looks + times
-        while self._looks < goal:
-            await self._looked.wait()
-
-
-async def open_link(
-    fifos: FifoPair,
-    guest: HostileGuest,
-    status: bytes | None = None,
-    *,
-    clock: Clock | None = None,
-    heartbeat_seconds: float = 5,
-    silence_seconds: float = 30,
-) -> Link:
-    async with asyncio.TaskGroup() as group:
-        opening = group.create_task(
-            Link.open(
-                to_guest=fifos.to_guest,
-                from_guest=fifos.from_guest,
-                clock=clock or SystemClock(),
-                heartbeat_seconds=heartbeat_seconds,
-                silence_seconds=silence_seconds,
-            )
-        )
-        await guest.greet(status)
-    return opening.result()
 
 
 async def failure(link: Link) -> SandboxFailed:
