@@ -1,6 +1,6 @@
 """A small but real coding agent: the public openai SDK, a tool loop, and state of every kind that a crash would lose.
 
-It knows nothing of Torpor. It keeps in memory a list of what it did, in a pipe a calculator process that it talks to, in an
+It knows nothing of Torpor. It keeps in memory a list of what it did, at the end of a pipe a process that counts, in an
 open SQLite connection a journal of its steps, and in the background whatever the model asked it to start.
 """
 
@@ -105,7 +105,7 @@ class Agent:
         self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
     def run_shell(self, command: str) -> str:
-        finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
+        finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False)
         return f"{finished.stdout}{finished.stderr}exit status {finished.returncode}"
 
     def write_file(self, path: str, content: str) -> str:

@@ -1,4 +1,4 @@
-"""The main job, shown: a coding agent survives kill -9 of its sandbox, of everything while a tool runs, and of its node.
+"""The main job, shown: an agent survives kill -9 of its sandbox, of everything while a tool runs, and of its node.
 
 Nothing in here is part of Torpor: it starts the `torpor` command as a user would, watches `torpor log --follow --json`,
 kills processes, and lets `torpor resume` go on. The model is the project's scripted server unless --provider says so.
@@ -25,9 +25,10 @@ PYTHON = ROOT / ".venv/bin/python"
 TURNS = 12
 SLOW_STEP = 6
 TASK = f"""Build a small project in {TURNS} steps, exactly one tool call a step, and say in a few sentences before each
-call what you do and why. Steps: 1 write plan.md; 2 start a background process (start_process) that appends a number to
+call what you do and why. Steps: 1 write plan.md; 2 start a background process (start_process) that writes a number to
 ticks.txt five times a second; 3-6 write small files and run shell commands that append to trail.txt; 7 run the shell
-command `sleep 8; echo slow >> trail.txt`; 8-12 note each step in steps.db with query_sqlite, and look around. Then stop."""
+command `sleep 8; echo slow >> trail.txt`; 8-12 note each step in steps.db with query_sqlite and look
+around. Then stop."""
 PROVIDERS = {
     "openai": ("OPENAI_API_KEY", "https://api.openai.com/v1", "gpt-5-mini"),
     "anthropic": ("ANTHROPIC_API_KEY", "https://api.anthropic.com/v1", "claude-haiku-4-5"),
@@ -74,7 +75,8 @@ class Log:
 
 def kill_sandbox(home: Path) -> None:
     """kill -9 of every process of the sandbox."""
-    found = subprocess.run(["pgrep", "-f", f"runsc-(sandbox|gofer) .*{home}"], capture_output=True, text=True)
+    pattern = f"runsc-(sandbox|gofer) .*{home}"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
     for pid in found.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
 
@@ -95,7 +97,7 @@ def kill_node(node: subprocess.Popen) -> None:
 def perform(environment: dict[str, str], home: Path, workspace: Path) -> tuple[str, int]:
     """Run the session through its three disasters; gives its id and the agent's exit status."""
     node = start(["run", "--name", "demo", "--", str(PYTHON), "agent.py"], environment, workspace)
-    while "demo" not in subprocess.run([TORPOR, "ls"], env=environment, capture_output=True, text=True).stdout:
+    while "demo" not in _output(environment, "ls"):
         if node.poll() is not None:
             raise SystemExit("demo: the session did not start")
     log = Log("demo", environment)
@@ -176,16 +178,10 @@ def _output(environment: dict[str, str], *command: str) -> str:
 def scripted_model(scratch: Path) -> tuple[subprocess.Popen, str, Path]:
     witness = scratch / "witness.jsonl"
     server = subprocess.Popen(
-        [PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--turns", str(TURNS), "--witness", witness]
-        + [
-            "--slow-step",
-            str(SLOW_STEP),
-            "--slow-seconds",
-            "8",
-            "--first-byte-seconds",
-            "0.3",
-            "--chunk-seconds",
-            "0.1",
+        [
+            *(PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--witness", witness),
+            *("--turns", str(TURNS), "--slow-step", str(SLOW_STEP), "--slow-seconds", "8"),
+            *("--first-byte-seconds", "0.3", "--chunk-seconds", "0.1"),
         ],
         stdout=subprocess.PIPE,
         text=True,

@@ -54,17 +54,17 @@ static void on_data(struct init *init, struct stream *stream, const struct frame
     if (stream->output || stream->ending != ENDING_NONE || stream->shut) return;
     if (!response_take(stream, frame->arg, frame->payload, frame->payload_bytes)) {
         log_line(init, "cannot keep the answer of stream %u: out of memory", stream->id);
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
         return;
     }
-    relay_deliver(init, stream);
+    relay_deliver(stream);
 }
 
-static void on_fin(struct init *init, struct stream *stream, uint64_t length) {
+static void on_fin(struct stream *stream, uint64_t length) {
     if (stream->output || stream->ending != ENDING_NONE || stream->shut || length < stream->taken) return;
     stream->fin_known = true;
     stream->fin_at = length;
-    relay_deliver(init, stream);
+    relay_deliver(stream);
 }
 
 /* A closed stream is forgotten when the host, having been told, acknowledges the request or resets it. */
@@ -77,7 +77,7 @@ static void on_ack(struct init *init, struct stream *stream, uint64_t below) {
 static void on_reset(struct init *init, struct stream *stream) {
     if (stream->output) return;
     if (stream->ending == ENDING_NONE) {
-        relay_reset(init, stream, ENDING_RESET);
+        relay_close(stream, ENDING_RESET);
         request_discard(&init->streams, stream);
         stream->quiet = false; /* so that CLOSED follows, also right after HELLO */
     } else {
@@ -103,7 +103,7 @@ static void on_credit(struct stream *stream, uint64_t limit) {
 static void on_stream_frame(struct init *init, struct stream *stream, const struct frame *frame) {
     switch (frame->type) {
     case HOST_DATA: on_data(init, stream, frame); break;
-    case HOST_FIN: on_fin(init, stream, frame->arg); break;
+    case HOST_FIN: on_fin(stream, frame->arg); break;
     case HOST_RESET: on_reset(init, stream); break;
     case HOST_ACK: on_ack(init, stream, frame->arg); break;
     case HOST_CREDIT: on_credit(stream, frame->arg); break;

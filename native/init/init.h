@@ -19,7 +19,7 @@ enum {
     HOOK_MS_MAX = 5000,
     LOG_HELD_BYTES_MAX = 8192,
     SETTLE_RETRY_MS = 250, /* a belt for the braces of epoll */
-    ACCEPT_RETRY_MS = 50,
+    LACK_RETRY_MS = 50,
     REAP_RETRY_MS = 50,
     REAP_MS_MAX = 5000,
 };
@@ -78,7 +78,7 @@ struct init {
     struct agent agent;
     struct restore restore;
     struct listener listeners[LISTENERS_MAX];
-    int64_t accept_pause_until_ms; /* after a lack of descriptors or memory */
+    int64_t lack_until_ms; /* of descriptors or memory: nothing is accepted, no output read before; 0 = none */
     enum barrier barrier;
     uint64_t barrier_number;
     bool owes_pong;
@@ -97,8 +97,10 @@ __attribute__((format(printf, 2, 3))) void log_line(struct init *init, const cha
 bool relay_listen(struct init *init);
 void relay_accept(struct init *init, struct listener *listener);
 void relay_event(struct init *init, struct stream *stream, uint32_t events);
-void relay_deliver(struct init *init, struct stream *stream);
-void relay_reset(struct init *init, struct stream *stream, enum ending ending);
+/* Gives the client what is there for it, and the end when that is all. */
+void relay_deliver(struct stream *stream);
+/* Ends a connection; the host is told. */
+void relay_close(struct stream *stream, enum ending ending);
 /* Brings epoll's interest in line with what each stream may do now. */
 void relay_watch(struct init *init);
 bool relay_needs_retry(const struct init *init);

@@ -146,7 +146,7 @@ static int timeout_ms(const struct init *init) {
     int timeout = -1;
     if (link_needs_retry(&init->link)) sooner(&timeout, LINK_AWAY_RETRY_MS);
     if (relay_needs_retry(init)) sooner(&timeout, SETTLE_RETRY_MS);
-    if (init->accept_pause_until_ms) sooner(&timeout, init->accept_pause_until_ms - now_ms());
+    if (init->lack_until_ms) sooner(&timeout, init->lack_until_ms - now_ms());
     if (init->restore.hook_pid) sooner(&timeout, init->restore.hook_deadline_ms - now_ms());
     if (winding_up(init) && init->barrier == BARRIER_NONE) sooner(&timeout, REAP_RETRY_MS);
     return timeout;
@@ -168,7 +168,7 @@ static void handle_event(struct init *init, const struct epoll_event *event) {
 
 static void tick(struct init *init) {
     if (link_needs_retry(&init->link)) link_receive(&init->link, host_frame, init);
-    if (init->accept_pause_until_ms && now_ms() >= init->accept_pause_until_ms) init->accept_pause_until_ms = 0;
+    if (now_ms() >= init->lack_until_ms) init->lack_until_ms = 0;
     relay_retry(init);
     restore_tick(init);
 }

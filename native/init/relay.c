@@ -41,7 +41,7 @@ void relay_accept(struct init *init, struct listener *listener) {
         if (fd < 0) {
             /* A client that left the backlog is nothing; a lack of something is waited out, not spun on. */
             if (errno == EINTR || errno == ECONNABORTED) continue;
-            if (errno != EAGAIN) init->accept_pause_until_ms = now_ms() + ACCEPT_RETRY_MS;
+            if (errno != EAGAIN) init->lack_until_ms = now_ms() + LACK_RETRY_MS;
             return;
         }
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
@@ -49,7 +49,7 @@ void relay_accept(struct init *init, struct listener *listener) {
     }
 }
 
-void relay_reset(struct init *init, struct stream *stream, enum ending ending) {
+void relay_close(struct stream *stream, enum ending ending) {
     if (stream->ending != ENDING_NONE || stream->output) return;
     if (ending == ENDING_RESET) {
         struct linger at_once = {.l_onoff = 1, .l_linger = 0};
@@ -62,30 +62,29 @@ void relay_reset(struct init *init, struct stream *stream, enum ending ending) {
     stream->owes_closed = true;
     stream->owes_taken = false;
     response_drop(stream);
-    (void)init;
 }
 
 /* Both directions are shut. The client has consumed the answer only if the kernel says that the connection closed in
  * order: a client that closes with unread bytes answers our last ones with RST. */
-static void settle(struct init *init, struct stream *stream) {
+static void settle(struct stream *stream) {
     int error = 0;
     socklen_t len = sizeof error;
     if (getsockopt(stream->fd, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && error != 0) {
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
         return;
     }
     struct tcp_info info = {0};
     len = sizeof info;
     bool known = getsockopt(stream->fd, IPPROTO_TCP, TCP_INFO, &info, &len) == 0;
     if (!known || info.tcpi_state == TCP_CLOSE || info.tcpi_state == TCP_TIME_WAIT)
-        relay_reset(init, stream, ENDING_CONSUMED);
+        relay_close(stream, ENDING_CONSUMED);
 }
 
 static bool is_settling(const struct stream *stream) {
     return stream->used && stream->fd >= 0 && stream->shut && stream->at_end;
 }
 
-void relay_deliver(struct init *init, struct stream *stream) {
+void relay_deliver(struct stream *stream) {
     const uint8_t *bytes;
     size_t len;
     if (stream->fd < 0 || stream->output || stream->shut) return;
@@ -94,25 +93,25 @@ void relay_deliver(struct init *init, struct stream *stream) {
         if (put < 0 && errno == EINTR) continue;
         if (put < 0 && errno == EAGAIN) return;
         if (put < 0) {
-            relay_reset(init, stream, ENDING_GONE);
+            relay_close(stream, ENDING_GONE);
             return;
         }
         response_delivered(stream, (size_t)put);
     }
     if (!stream->fin_known || stream->accepted != stream->fin_at) return;
     if (shutdown(stream->fd, SHUT_WR) < 0) {
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
         return;
     }
     stream->shut = true;
     response_drop(stream);
-    if (stream->at_end) settle(init, stream);
+    if (stream->at_end) settle(stream);
 }
 
-static void read_end(struct init *init, struct stream *stream) {
+static void read_end(struct stream *stream) {
     stream->at_end = true;
     if (stream->shut) {
-        settle(init, stream);
+        settle(stream);
         return;
     }
     stream->ended = stream->owes_fin = true;
@@ -123,26 +122,34 @@ static void read_end(struct init *init, struct stream *stream) {
 }
 
 /* What a failed read means. Returns false: nothing more to read now. */
-static bool read_failed(struct init *init, struct stream *stream) {
-    if (errno == EINTR) return true;
-    if (errno == EAGAIN) return false;
+static bool read_failed(struct stream *stream, int error) {
+    if (error == EINTR) return true;
+    if (error == EAGAIN) return false;
     if (stream->output)
-        read_end(init, stream);
+        read_end(stream);
     else
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
     return false;
 }
 
 /* After the whole answer went out only the client's end matters; bytes it still sends belong to no request. */
-static void read_and_discard(struct init *init, struct stream *stream) {
+static void read_and_discard(struct stream *stream) {
     static uint8_t nowhere[DISCARD_BYTES];
     for (int i = 0; i < READS_PER_EVENT && stream->fd >= 0 && !stream->at_end; i++) {
         ssize_t got = read(stream->fd, nowhere, sizeof nowhere);
         if (got == 0)
-            read_end(init, stream);
-        else if (got < 0 && !read_failed(init, stream))
+            read_end(stream);
+        else if (got < 0 && !read_failed(stream, errno))
             return;
     }
+}
+
+/* A request that cannot be kept is refused; output waits, and the agent with it. */
+static void lacks_memory(struct init *init, struct stream *stream) {
+    init->lack_until_ms = now_ms() + LACK_RETRY_MS;
+    if (stream->output) return;
+    log_line(init, "cannot keep request %u: out of memory", stream->id);
+    relay_close(stream, ENDING_GONE);
 }
 
 static void read_request(struct init *init, struct stream *stream) {
@@ -150,52 +157,50 @@ static void read_request(struct init *init, struct stream *stream) {
         uint8_t *where;
         bool out_of_memory;
         size_t space = request_space(&init->streams, stream, &where, &out_of_memory);
-        if (out_of_memory && !stream->output) {
-            log_line(init, "cannot keep request %u: out of memory", stream->id);
-            relay_reset(init, stream, ENDING_GONE);
-        }
+        if (out_of_memory) lacks_memory(init, stream);
         if (space == 0) return;
         ssize_t got = read(stream->fd, where, space);
+        int error = errno;
         request_added(&init->streams, stream, got > 0 ? (size_t)got : 0);
         if (got == 0)
-            read_end(init, stream);
-        else if (got < 0 && !read_failed(init, stream))
+            read_end(stream);
+        else if (got < 0 && !read_failed(stream, error))
             return;
         else if (got > 0 && (size_t)got < space)
             return;
     }
 }
 
-static void check_error(struct init *init, struct stream *stream) {
+static void check_error(struct stream *stream) {
     int error = 0;
     socklen_t len = sizeof error;
     if (stream->fd < 0 || stream->output) return;
     if (getsockopt(stream->fd, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && error != 0)
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
 }
 
 void relay_event(struct init *init, struct stream *stream, uint32_t events) {
     if (stream->fd < 0) return;
     if (is_settling(stream)) {
-        settle(init, stream);
+        settle(stream);
         return;
     }
     if (init->barrier == BARRIER_NONE && (events & (EPOLLIN | EPOLLHUP | EPOLLERR))) {
         if (stream->shut)
-            read_and_discard(init, stream);
+            read_and_discard(stream);
         else
             read_request(init, stream);
     }
-    relay_deliver(init, stream);
-    if (events & (EPOLLERR | EPOLLHUP)) check_error(init, stream);
+    relay_deliver(stream);
+    if (events & (EPOLLERR | EPOLLHUP)) check_error(stream);
 }
 
 bool relay_drain_output(struct init *init, struct stream *stream) {
     while (stream->used && stream->fd >= 0) {
         uint64_t before = stream->read_bytes;
-        if (!request_welcome(&init->streams, stream)) return false;
+        if (init->lack_until_ms || !request_welcome(&init->streams, stream)) return false;
         read_request(init, stream);
-        if (stream->fd >= 0 && stream->read_bytes == before) return true;
+        if (stream->fd >= 0 && !init->lack_until_ms && stream->read_bytes == before) return true;
     }
     return true;
 }
@@ -208,7 +213,7 @@ static bool interest(struct init *init, struct stream *stream, uint32_t *events)
     const uint8_t *bytes;
     bool writing = !stream->output && !stream->shut && response_peek(stream, &bytes) > 0;
     *events = (reading ? EPOLLIN : 0) | (writing ? EPOLLOUT : 0);
-    if (stream->output) return reading;
+    if (stream->output) return reading && !init->lack_until_ms;
     if (*events == 0) *events = EPOLLET | EPOLLRDHUP * is_settling(stream);
     return true;
 }
@@ -224,13 +229,12 @@ static void watch_stream(struct init *init, struct stream *stream) {
         stream->watched = on;
         stream->watched_events = events;
     } else if (on) {
-        relay_reset(init, stream, ENDING_GONE);
+        relay_close(stream, ENDING_GONE);
     }
 }
 
 void relay_watch(struct init *init) {
-    bool accepting = init->barrier == BARRIER_NONE && streams_have_room(&init->streams) &&
-                     now_ms() >= init->accept_pause_until_ms;
+    bool accepting = init->barrier == BARRIER_NONE && streams_have_room(&init->streams) && !init->lack_until_ms;
     for (unsigned i = 0; i < init->options.listen_count; i++) {
         struct listener *listener = &init->listeners[i];
         if (listener->watched == accepting) continue;
@@ -249,5 +253,5 @@ bool relay_needs_retry(const struct init *init) {
 
 void relay_retry(struct init *init) {
     for (int i = 0; i < STREAMS_MAX; i++)
-        if (is_settling(&init->streams.slot[i])) settle(init, &init->streams.slot[i]);
+        if (is_settling(&init->streams.slot[i])) settle(&init->streams.slot[i]);
 }

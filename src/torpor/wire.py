@@ -1,4 +1,4 @@
-"""How one process of Torpor asks a node: one JSON object a line over the node's Unix socket (mode 0600), one answer back.
+"""How a process asks a node: one JSON object a line over the node's Unix socket (mode 0600), one answer back.
 
 Verbs are the runtime's own. The socket is for the same user on the same machine; nothing in a sandbox can reach it.
 """

@@ -113,6 +113,7 @@ class TestLocalDirectory:
 
     def test_opening_spares_what_a_live_writer_is_writing(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = LocalDirectory(root)
+        backend.put("packs/other_ab", b"makes the directories")
         real_fsync = os.fsync
 
         def fsync_while_another_opens(descriptor: int) -> None:
@@ -129,6 +130,7 @@ class TestLocalDirectory:
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         backend = LocalDirectory(root)
+        backend.put("packs/other_ab", b"makes the directories")
         order: list[str] = []
         real_fsync, real_link = os.fsync, os.link
 

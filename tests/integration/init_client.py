@@ -324,8 +324,11 @@ class Guest:
         return host
 
     def memory_kib(self) -> int:
+        return self.status_kib("VmRSS")
+
+    def status_kib(self, name: str) -> int:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", text)[1])
+        return int(re.search(rf"{name}:\s+(\d+)", text)[1])
 
     def cpu_ticks(self) -> int:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,6 +1,7 @@
 """torpor-init keeps docs/init-protocol.md: cuts, hosts that die, many connections, hostile ends."""
 
 import random
+import resource
 import signal
 import socket
 import struct
@@ -13,6 +14,7 @@ from tests.integration.init_client import (
     BARRIER,
     BARRIER_ACK,
     CLIENT_GONE,
+    CLOSED,
     CONSUMED,
     CREDIT,
     EXIT_ACK,
@@ -75,7 +77,9 @@ def test_barrier_silences_everything_until_release(pair: Pair) -> None:
         host.data(16, 0, b"taken in meanwhile")
         assert client.recv(100) == b"taken in meanwhile"
         host.send(RELEASE, 0, 6)  # of another barrier
+        before = guest.cpu_ticks()
         host.expect_silence(0.3)
+        assert guest.cpu_ticks() - before < 5, "spins during the cut"
         host.auto_ack = True
         host.send(RELEASE, 0, 7)
         assert host.request(16, 17) == b"before and during"
@@ -156,6 +160,18 @@ def test_end_of_a_request_is_told_again_after_resume(pair: Pair) -> None:
         assert host.expect(G_FIN).arg == 7
 
 
+def test_resume_repeats_a_request_on_the_same_link(pair: Pair) -> None:
+    guest, host = pair
+    with connect(guest) as client:
+        client.sendall(b"request")
+        client.shutdown(socket.SHUT_WR)
+        assert host.expect(G_FIN).arg == 7
+        del host.streams[16].data[3:]
+        host.send(RESUME, 16, 3)
+        assert host.expect(G_FIN).arg == 7
+        assert bytes(host.streams[16].data) == b"request"
+
+
 def test_client_that_left_while_the_host_was_away_is_told(pair: Pair) -> None:
     guest, host = pair
     with connect(guest) as client:
@@ -202,6 +218,44 @@ def test_clients_that_never_read_cost_bounded_memory(pair: Pair) -> None:
         for _ in range(8):
             host.data(stream, 100 * WINDOW, bytes(WINDOW))
     assert guest.memory_kib() - before < 8 * 256 + 2048
+    for client in clients:
+        client.close()
+
+
+def test_request_that_memory_cannot_hold_is_given_up_and_init_goes_on(tmp_path: Path) -> None:
+    with running(build("plain"), tmp_path) as (guest, host):
+        size = guest.status_kib("VmSize") << 10
+        resource.prlimit(guest.process.pid, resource.RLIMIT_AS, (size + 400_000, resource.RLIM_INFINITY))
+        clients = [connect(guest) for _ in range(20)]
+        for client in clients:
+            client.sendall(bytes(1000))
+        host.wait(lambda: any(frame.type == CLOSED for frame in host.frames), "CLOSED")
+        assert host.expect(CLOSED).payload[0] == GONE
+        for stream in range(16, 36):
+            host.data(stream, 0, bytes(1000))
+            host.send(RESET, stream)
+        resource.prlimit(guest.process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        host.start(["sh", "-c", "echo started"])
+        assert host.request(1, 8) == b"started\n"
+        with connect(guest) as client:
+            client.sendall(b"request")
+            assert host.request(36, 7) == b"request"
+        for client in clients:
+            client.close()
+
+
+def test_connection_without_a_descriptor_waits_for_one(pair: Pair) -> None:
+    guest, host = pair
+    unlimited = resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, (8, unlimited[1]))
+    clients = [connect(guest) for _ in range(10)]
+    host.expect(OPEN)
+    host.ping()
+    before = guest.cpu_ticks()
+    host.expect_silence(0.5)
+    assert guest.cpu_ticks() - before < 5
+    resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, unlimited)
+    host.wait(lambda: 25 in host.streams, "the last one")
     for client in clients:
         client.close()
 

@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -41,7 +42,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what Torpor does, on stderr.")] = False,
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -52,7 +53,7 @@ def options(
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        app(prog_name="torpor")
     except* TorporError as errors:
         first = innermost(errors)
         assert isinstance(first, TorporError)

@@ -9,6 +9,10 @@ import signal
 from collections import Counter
 
 CRASH_POINTS: dict[str, str] = {
+    "call.intended": "a call that was never sent: the restored or adopted stream sends it",
+    "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
+    "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
+    "call.completed": "a whole answer that was not delivered: delivered from the log",
     "checkpoint.cut": "a sandbox that waits at the barrier; the next HELLO ends it",
     "checkpoint.paused": "a paused sandbox with its mark; the next node resumes it",
     "checkpoint.imaged": "a paused sandbox with its mark, and an image in memory that nobody names",

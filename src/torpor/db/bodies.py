@@ -1,99 +1,62 @@
-"""Cutting a request body into pieces that come again in the next request. Pure; knows JSON, not dialects.
+"""Cutting a request body into pieces that come again in the next request. Pure; knows JSON's brackets, not dialects.
 
 An agent sends its whole conversation with every call, so pieces must be cut at the same places each time. Cuts fall
-around long strings (so that a moved cache marker or a key in another order costs a few bytes, not the message) and,
-once a piece is long enough, at the ends of elements of top-level arrays. Pieces are slices of the body: joined, they
-are the body, whatever it is. What is not a JSON object is one piece.
+around long strings (so that a moved cache marker or a key in another order costs a few bytes, not the message), around
+long arrays of the outermost object and, once a piece is long enough, at the ends of their elements. This is a scan, not
+a parser: bytes that are no JSON are cut somewhere else, and joined the pieces are the body, whatever it is.
 """
 
-import json
 import re
-from collections.abc import Iterator
 
 PIECE_BYTES = 512
 PIECES_MAX = 16_384
+_TOKENS_MAX = 2_000_000
+"""Bounds the time that a hostile body takes; past them it is one piece."""
 
-_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_SPACE = re.compile(r"[ \t\n\r]*+")
-# Digits are not turned into numbers: nobody looks at them, and long ones are slow.
-_decoder = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
+# A string that nobody ends goes on to the end, or looking for its end would take quadratic time.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+_QUOTE, _OPENING = ord('"'), frozenset(b"[{")
 
 
 def split(body: bytes) -> list[bytes]:
     """The pieces of a body, in order."""
-    # As Latin-1 every byte is one character: positions agree, no body fails to decode, and JSON's syntax is ASCII.
-    text = body.decode("latin-1")
-    try:
-        soft = list(_element_ends(text))
-    except (ValueError, RecursionError):
-        return [body]
-    cuts = _cuts(len(body), soft, _long_strings(text))
+    cuts = _cuts(body)
     return [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
 
 
-def _cuts(size: int, soft: list[int], hard: list[int]) -> list[int]:
-    """Every hard cut, and the soft ones that end a piece of at least PIECE_BYTES."""
-    hard_cuts = set(hard)
+def _cuts(body: bytes) -> list[int]:
+    """Every place where a cut must be, and those where one may be that end a long enough piece."""
+    must, may = _places(body)
     cuts: list[int] = []
     last = 0
-    for cut in sorted(hard_cuts.union(soft)):
-        if cut in hard_cuts or cut - last >= PIECE_BYTES:
-            if last < cut < size:
-                cuts.append(cut)
-            last = cut
+    for place in sorted(must.union(may)):
+        if place in must or place - last >= PIECE_BYTES:
+            if last < place < len(body):
+                cuts.append(place)
+            last = place
     return cuts if len(cuts) < PIECES_MAX else []
 
 
-def _long_strings(text: str) -> list[int]:
-    """Where strings of at least PIECE_BYTES begin and end."""
-    return [
-        position
-        for match in _STRING.finditer(text)
-        if match.end() - match.start() >= PIECE_BYTES
-        for position in match.span()
-    ]
-
-
-def _element_ends(text: str) -> Iterator[int]:
-    """Positions within the arrays of the outermost object: behind "[" and behind each element.
-
-    Raises:
-        ValueError, RecursionError: not a JSON object, or one that can't be parsed.
-    """
-    at = _expect(text, _skip(text, 0), "{")
-    while True:
-        at = _value_end(text, _skip(text, at))
-        at = _skip(text, _expect(text, _skip(text, at), ":"))
-        if text.startswith("[", at):
-            at += 1
-            yield at
-            while not text.startswith("]", _skip(text, at)):
-                at = _value_end(text, _skip(text, at))
-                yield at
-                at = _skip(text, at)
-                if text.startswith(",", at):
-                    at += 1
-            at = _skip(text, at) + 1
+def _places(body: bytes) -> tuple[set[int], list[int]]:
+    """Where cuts must be and where they may be."""
+    must: set[int] = set()
+    may: list[int] = []
+    depth = opened = 0
+    for count, token in enumerate(_TOKEN.finditer(body)):
+        start, end = token.span()
+        if count > _TOKENS_MAX:
+            return set(), []
+        if body[start] == _QUOTE:
+            if end - start >= PIECE_BYTES:
+                must.update((start, end))
+        elif body[start] in _OPENING:
+            depth += 1
+            if depth == 2:
+                opened = end
         else:
-            at = _value_end(text, at)
-        at = _skip(text, at)
-        if text.startswith("}", at):
-            return
-        at = _expect(text, at, ",")
-
-
-def _value_end(text: str, at: int) -> int:
-    """Where the JSON value ends that begins at `at`."""
-    return _decoder.raw_decode(text, at)[1]
-
-
-def _skip(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None
-    return match.end()
-
-
-def _expect(text: str, at: int, character: str) -> int:
-    if not text.startswith(character, at):
-        raise ValueError(f"no {character!r} at {at}")
-    return at + 1
+            depth -= 1
+            if depth == 2:
+                may.append(end)
+            elif depth == 1 and start - opened >= PIECE_BYTES:
+                must.update((opened, start))
+    return must, may

@@ -12,6 +12,7 @@ from typing import Any
 from torpor.core.branch import ContextTree
 from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
@@ -77,7 +78,9 @@ class Recorder:
                 wall_ns=self._clock.wall_ns(),
             )
 
-        return await self._database.write(work, durable=True)
+        call_made = await self._database.write(work, durable=True)
+        crash_point("call.intended")
+        return call_made
 
     async def send(self, call_id: CallId) -> int:
         """Open the next attempt, before its first byte goes upstream."""
@@ -85,7 +88,9 @@ class Recorder:
         def work(tx: Transaction) -> int:
             return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self._clock.wall_ns()).number
 
-        return await self._database.write(work, durable=True)
+        attempt = await self._database.write(work, durable=True)
+        crash_point("call.sent")
+        return attempt
 
     async def receive(
         self, call_id: CallId, attempt: int, *, head: ResponseHead | None, chunks: Sequence[Chunk]
@@ -99,6 +104,7 @@ class Recorder:
             calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
         await self._database.write(work, durable=False)
+        crash_point("call.received")
 
     async def complete(self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         def work(tx: Transaction) -> Event:
@@ -106,6 +112,7 @@ class Recorder:
             return calls.complete(tx, **self._fence, call_id=call_id, usage=usage, facts=facts, wall_ns=wall_ns)
 
         await self._database.write(work, durable=True)
+        crash_point("call.completed")
 
     async def fail(self, call_id: CallId, *, error: str, response: tuple[ResponseHead, bytes] | None) -> Call:
         """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""

@@ -273,10 +273,8 @@ def _parse_streams(records: bytes, next_stream: int) -> tuple[StreamStatus, ...]
 
 def _parse_stream(fields: tuple[int, ...], next_stream: int) -> StreamStatus:
     number, port, kind, flags, read, acknowledged, taken, written, sent = fields
-    if kind == 0:
-        legal_number = FIRST_CALL_STREAM <= number < next_stream
-    else:
-        legal_number = kind == 1 and number in (STDOUT, STDERR)
+    is_call = kind == 0 and FIRST_CALL_STREAM <= number < next_stream
+    legal_number = is_call or (kind == 1 and number in (STDOUT, STDERR))
     if not legal_number:
         raise violation(f"its status lists stream {number} as class {kind}")
     if acknowledged > read or sent > read or written > taken:

@@ -104,7 +104,8 @@ class LocalDirectory:
             return _read(descriptor, start, length)
 
     def exists(self, key: str) -> bool:
-        return self._path(key).exists()
+        with storage_errors(f"look for object {key}"):
+            return self._path(key).exists()
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -166,10 +167,11 @@ class LocalDirectory:
 
 
 def _make_private(directory: Path) -> None:
-    """Also the directories above that do not exist yet, which `mkdir(parents=True)` would open to all."""
+    """Also the directories above that do not exist yet, which `mkdir(parents=True)` would open to all. Durable."""
     if not directory.is_dir():
         _make_private(directory.parent)
         directory.mkdir(mode=0o700, exist_ok=True)
+        _fsync_directory(directory.parent)
 
 
 def _link_if_absent(partial: Path, path: Path) -> bool:

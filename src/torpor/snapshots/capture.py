@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from torpor.core.clock import Clock, SystemClock
@@ -40,6 +41,7 @@ FRESH_NS = 20_000_000
 ENTRIES_MAX = 1_000_000
 _IN_MEMORY_FILE_BYTES_MAX = 128 * 1024
 _IN_MEMORY_BYTES_MAX = 64 * 1024 * 1024
+_TIME_NS_MAX = (1 << 63) - 1
 _FICLONE = 0x40049409
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
@@ -148,69 +150,69 @@ class _Scan:
             raise SandboxFailed(
                 "workspace_too_deep",
                 f"cannot capture workspace: {path[:80]!r}... is over {DEPTH_MAX} levels deep",
+                hint="Remove the directory inside the sandbox; until then the session has no new checkpoints.",
             )
         children: dict[bytes, Node | StagedFile | StagedDir] = {}
         before: Mapping[bytes, Node] = previous.children if previous else {}
         is_same = previous is not None and previous.meta == meta
-        with os.scandir(descriptor) as listing:
-            entries = list(listing)
-        self._count(len(entries))
-        for entry in entries:
+        for entry in self._list(descriptor):
             name = os.fsencode(entry.name)
             if self._leave_out and self._leave_out(path + name):
                 continue
+            known = before.get(name)
             try:
-                node = self._node(descriptor, entry, name, before.get(name), path, depth)
+                status = entry.stat(follow_symlinks=False)
+                if known is not None and self._is_unchanged(known, status):
+                    children[name] = known
+                    continue
+                node = self._changed(descriptor, status, name, known, path, depth)
             except FileNotFoundError:  # Only a directory that is in use outside of a sandbox changes under a scan.
                 continue
             if node is None:
                 self.skipped.append(path + name)
                 continue
             children[name] = node
-            is_same = is_same and node is before.get(name)
+            is_same = is_same and node is known
         if previous is not None and is_same and len(children) == len(before):
             return previous
         return StagedDir(meta=meta, children=children)
 
-    def _count(self, entries: int) -> None:
-        self._entries += entries
-        if self._entries > ENTRIES_MAX:
+    def _list(self, descriptor: int) -> list[os.DirEntry[str]]:
+        room = ENTRIES_MAX - self._entries
+        with os.scandir(descriptor) as listing:
+            entries = list(islice(listing, room + 1))
+        self._entries += len(entries)
+        if len(entries) > room:
             raise SandboxFailed(
                 "workspace_too_large",
                 f"cannot capture workspace: it has over {ENTRIES_MAX} files and directories",
+                hint="Keep large trees in the image, or remove some inside the sandbox.",
             )
+        return entries
 
-    def _node(
-        self, parent: int, entry: os.DirEntry[str], name: bytes, before: Node | None, path: bytes, depth: int
+    def _is_unchanged(self, known: Node, status: os.stat_result) -> bool:
+        return (
+            not isinstance(known, DirNode)
+            and known.stamp == (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            and status.st_ctime_ns < self._settled_before_ns
+            and status.st_ino not in self._always_reread
+        )
+
+    def _changed(
+        self, parent: int, status: os.stat_result, name: bytes, known: Node | None, path: bytes, depth: int
     ) -> "Node | StagedFile | StagedDir | None":
-        status = entry.stat(follow_symlinks=False)
+        """A node for what is new or may have changed; None for what a tree can't hold."""
         kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG:
+            return self._file(parent, name, status)
         if kind == stat.S_IFDIR:
             with open_directory(name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-                below = before if isinstance(before, DirNode) else None
+                below = known if isinstance(known, DirNode) else None
                 return self.directory(descriptor, below, path + name + b"/", self._meta(status), depth + 1)
-        if kind not in (stat.S_IFREG, stat.S_IFLNK):
-            return None
-        if before is not None and self._is_unchanged(before, status):
-            return before
         if kind == stat.S_IFLNK:
             target = os.readlink(name, dir_fd=parent)
             return LinkNode(meta=self._meta(status), stamp=Stamp.of(status), target=target)
-        return self._file(parent, name, status)
-
-    def _is_unchanged(self, before: Node, status: os.stat_result) -> bool:
-        if isinstance(before, DirNode):
-            return False
-        stamp = before.stamp
-        return (
-            stamp.ctime_ns == status.st_ctime_ns
-            and stamp.inode == status.st_ino
-            and stamp.size == status.st_size
-            and stamp.mtime_ns == status.st_mtime_ns
-            and stamp.ctime_ns < self._settled_before_ns
-            and stat.S_ISREG(status.st_mode) == isinstance(before, FileNode)
-            and stamp.inode not in self._always_reread
-        )
+        return None
 
     def _file(self, parent: int, name: bytes, status: os.stat_result) -> "Node | StagedFile":
         known = self._linked.get(status.st_ino)
@@ -252,7 +254,10 @@ class _Scan:
     def _meta(self, status: os.stat_result) -> Meta:
         uid = 0 if status.st_uid == self._uid else status.st_uid
         gid = 0 if status.st_gid == self._gid else status.st_gid
-        return Meta(status.st_mode & MODE_KEPT, uid, gid, status.st_mtime_ns)
+        mtime_ns = max(
+            -_TIME_NS_MAX, min(status.st_mtime_ns, _TIME_NS_MAX)
+        )  # Some file systems keep any 64 bits of seconds.
+        return Meta(status.st_mode & MODE_KEPT, uid, gid, mtime_ns)
 
 
 def _inodes(root: int, paths: AbstractSet[bytes]) -> set[int]:

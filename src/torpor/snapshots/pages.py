@@ -131,7 +131,7 @@ def extents_of(places: Iterable[int]) -> Iterator[Extent]:
     """Run-length code places in file order."""
     start, count = 0, 0
     for place in places:
-        if place == start + count and count:
+        if place == start + count:
             count += 1
             continue
         if count:

@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torpor.core.errors import Damaged
 from torpor.core.ids import SnapshotId
@@ -32,9 +33,11 @@ class Meta:
     mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """What the file system says of a file; equal stamps, and a ctime that is old enough, mean equal bytes."""
+class Stamp(NamedTuple):
+    """What the file system says of a file; equal stamps, and a ctime that is old enough, mean equal bytes.
+
+    A tuple, because a capture compares one for each file while the agent stands still.
+    """
 
     inode: int
     size: int

@@ -1,8 +1,10 @@
 """A session in a database with the usual things in it: what the tests of torpor.db start from."""
 
 import json
+import random
 import sqlite3
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -149,33 +151,42 @@ def dump(path: Path) -> list[str]:
 
 def conversation(turns: int, *, marker: bool = True) -> bytes:
     """The request body of a coding agent at its n-th turn, as Anthropic's clients send it."""
-    tools = [{"name": f"tool{n}", "description": "d" * 1500, "input_schema": {"type": "object"}} for n in range(30)]
-    messages: list[object] = [{"role": "user", "content": "Fix the bug."}]
-    for turn in range(turns):
-        use = {"type": "tool_use", "id": f"toolu_{turn:06}", "name": "bash", "input": {"command": f"pytest -k {turn}"}}
-        text = {"type": "text", "text": f"Let me look at step {turn}. " + _words(turn, 60)}
-        messages.append({"role": "assistant", "content": [text, use]})
-        result = {"type": "tool_result", "tool_use_id": f"toolu_{turn:06}", "content": _words(turn * 7 + 1, 350)}
-        if marker and turn == turns - 1:
-            result["cache_control"] = {"type": "ephemeral"}
-        messages.append({"role": "user", "content": [result]})
+    messages = ['{"role":"user","content":"Fix the bug."}', *map(_turn, range(turns))]
+    if marker and turns:
+        messages[-1] = messages[-1].removesuffix("}]}") + ',"cache_control":{"type":"ephemeral"}}]}'
+    text = f'{{"model":"m","max_tokens":32000,"messages":[{",".join(messages)}],{_fixed_part()},"stream":true}}'
+    return text.encode()
+
+
+@cache
+def _turn(turn: int) -> str:
+    """What one turn adds: the assistant's step and the result of its tool."""
+    use = {"type": "tool_use", "id": f"toolu_{turn:06}", "name": "bash", "input": {"command": f"pytest -k {turn}"}}
+    text = {"type": "text", "text": f"Let me look at step {turn}. " + _words(turn, 30)}
+    result = {"type": "tool_result", "tool_use_id": f"toolu_{turn:06}", "content": _words(turn * 7 + 1, 120)}
+    messages = [{"role": "assistant", "content": [text, use]}, {"role": "user", "content": [result]}]
+    return json.dumps(messages, separators=(",", ":"))[1:-1]
+
+
+@cache
+def _fixed_part() -> str:
+    """A system prompt of about 35 kB and 30 tools, most of them short."""
     system = [{"type": "text", "text": _words(3, 5000), "cache_control": {"type": "ephemeral"}}]
-    body = {"model": "m", "max_tokens": 32000, "messages": messages, "system": system, "tools": tools, "stream": True}
-    return json.dumps(body, separators=(",", ":")).encode()
+    tools = [
+        {"name": f"tool{n}", "description": _words(n, 40), "input_schema": {"type": "object", "properties": {"a": n}}}
+        for n in range(30)
+    ]
+    return json.dumps({"system": system, "tools": tools}, separators=(",", ":"))[1:-1]
 
 
 def _words(seed: int, count: int) -> str:
     """Text that compresses about as well as text does."""
-    state, words = seed * 2654435761 + 12345, []
-    for _ in range(count):
-        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        words.append(_VOCABULARY[(state >> 33) % len(_VOCABULARY)])
-    return " ".join(words)
+    return " ".join(random.Random(seed).choices(_VOCABULARY, k=count))
 
 
 _VOCABULARY = [
-    f"{a}{b}{c}"
-    for a in ("re", "un", "con", "pre", "")
-    for b in ("test", "file", "pass", "line", "fail", "def")
-    for c in ("ing", "ed", "s", "_1", ".py", "\n", "():")
+    before + word + after
+    for before in ("re", "un", "con", "pre", "")
+    for word in ("test", "file", "pass", "line", "fail", "def")
+    for after in ("ing", "ed", "s", "_1", ".py", "\n", "():")
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.snapshots.making import StillClock, World, settled, with_stamps_of
+from tests.unit.snapshots.making import StillClock, World, settled, tiny_disk_at, with_stamps_of
 
 from torpor.core.errors import Damaged, InvalidInput, SandboxFailed
 from torpor.snapshots import capture as capture_module
@@ -209,6 +209,16 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     assert changes == world.store.diff_directory(first.id, first.manifest_digest, world.workspace)
 
 
+def test_times_beyond_64_bits_of_nanoseconds_are_kept_as_near_as_possible(world: World, tmp_path: Path) -> None:
+    with tiny_disk_at(tmp_path / "tiny") as workspace:
+        (workspace / "future").write_bytes(b"x")
+        os.utime(workspace / "future", ns=(0, 2**64))
+        assert (workspace / "future").stat().st_mtime_ns > 2**63
+        world.workspace = workspace
+        saved = world.save("a")
+        assert (world.restored_workspace(saved) / "future").stat().st_mtime > 2**32
+
+
 class TestSparse:
     def test_sparse_file_is_neither_stored_nor_restored_full(self, world: World) -> None:
         path = world.workspace / "sparse"
@@ -353,6 +363,17 @@ class TestUnchanged:
         second = world.save("b", saved, index=settled(saved.tree))
         assert listing(world.restored_workspace(second)) == listing(world.workspace)
 
+    @pytest.mark.parametrize("where", [".", "d"])
+    def test_removal_alone_is_noticed(self, world: World, where: str) -> None:
+        (world.workspace / "d").mkdir()
+        for directory in (".", "d"):
+            for name in ("stays", "goes"):
+                (world.workspace / directory / name).write_bytes(b"x")
+        saved = world.save("a")
+        (world.workspace / where / "goes").unlink()
+        second = world.save("b", saved, index=settled(saved.tree))
+        assert listing(world.restored_workspace(second)) == listing(world.workspace)
+
     def test_index_of_a_restore_spares_reading_what_was_restored(self, world: World) -> None:
         (world.workspace / "d").mkdir()
         (world.workspace / "d" / "file").write_bytes(os.urandom(300_000))
@@ -363,6 +384,16 @@ class TestUnchanged:
         again = capture(target, world.fresh("staging"), settled(index))
         assert again.root is index.root
         assert index.root.digest == saved.tree.root.digest
+
+    def test_what_is_left_out_is_absent_with_everything_below(self, world: World) -> None:
+        for name in ("keep", "secret", "d/keep", "d/secret/below"):
+            path = world.workspace / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        asked: list[bytes] = []
+        captured = self.capture(world, None, leave_out=lambda path: asked.append(path) or path.endswith(b"secret"))
+        assert staged_names(captured) == {b"keep", b"d/keep"}
+        assert sorted(asked) == [b"d", b"d/keep", b"d/secret", b"keep", b"secret"]
 
     def test_big_changed_file_is_staged_as_it_was_at_the_cut(self, world: World) -> None:
         path = world.workspace / "big"

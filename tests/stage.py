@@ -1,0 +1,196 @@
+"""A stage for whole sessions: a TORPOR_HOME, a scripted model with an outside witness, and the `torpor` command.
+
+Everything is done as a user would do it: processes are started, killed and asked; nothing of Torpor is called. What
+the witness counted and what the log says is read afterwards.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TORPOR = [sys.executable, "-m", "torpor"]
+AGENT = ROOT / "examples/coding_agent/agent.py"
+REAL_KEY = "sk-real-0123456789abcdefghijklmnopqrstuvwxyz"
+PATIENCE_SECONDS = 240
+
+
+class Followed:
+    """`torpor log --follow --json` of one session, waited on."""
+
+    def __init__(self, stage: "Stage", session: str) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._arrived = threading.Condition()
+        self._process = stage.start("log", session, "--follow", "--json", stdout=subprocess.PIPE)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._arrived:
+                self.events.append(json.loads(line))
+                self._arrived.notify_all()
+
+    def wait(self, kind: str, count: int = 1) -> dict[str, Any]:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        with self._arrived:
+            while True:
+                found = [event for event in self.events if event["kind"] == kind]
+                if len(found) >= count:
+                    return found[count - 1]
+                if not self._arrived.wait(deadline - time.monotonic()):
+                    raise AssertionError(f"no {kind} number {count}; got {[event['kind'] for event in self.events]}")
+
+    def count(self, kind: str) -> int:
+        with self._arrived:
+            return sum(event["kind"] == kind for event in self.events)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+@dataclass(slots=True)
+class Stage:
+    """One TORPOR_HOME with its model server."""
+
+    directory: Path
+    environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return self.directory / "home"
+
+    @property
+    def project(self) -> Path:
+        return self.directory / "project"
+
+    @property
+    def witness(self) -> list[dict[str, Any]]:
+        file = self.directory / "witness.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def start(self, *command: str, stdout: Any = None, stderr: Any = None, **variables: str) -> subprocess.Popen[str]:
+        """Start a torpor command in the project directory."""
+        process = subprocess.Popen(
+            [*TORPOR, *command],
+            env={**self.environment, **variables},
+            cwd=self.project,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def torpor(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a torpor command to its end."""
+        finished = subprocess.run(
+            [*TORPOR, *command],
+            env={**self.environment, **variables},
+            cwd=self.project,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        if check and finished.returncode != 0:
+            raise AssertionError(f"torpor {command} exited with {finished.returncode}:\n{finished.stderr}")
+        return finished
+
+    def node(self, *command: str, log: str = "node.log", **variables: str) -> subprocess.Popen[str]:
+        """Start a command that becomes a node, with its output in a file of the stage."""
+        with (self.directory / log).open("a") as output:
+            return self.start(*command, stdout=output, stderr=output, **variables)
+
+    def rows(self, *command: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.torpor(*command, "--json").stdout.splitlines()]
+
+    def events(self, session: str) -> list[dict[str, Any]]:
+        return self.rows("log", session)
+
+    def follow(self, session: str) -> Followed:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not any(row["name"] == session for row in self.rows("ls")):
+            assert time.monotonic() < deadline, f"session {session} never appeared"
+        return Followed(self, session)
+
+    def sandbox_pids(self) -> list[int]:
+        """Every process of every sandbox of this home."""
+        pattern = f"runsc-(sandbox|gofer) .*{self.home}/"
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def kill_sandbox(self) -> None:
+        for pid in self.sandbox_pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def close(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self.kill_sandbox()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+@contextmanager
+def model_server(directory: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The scripted model in a process of its own; gives its URL and the URL of its control."""
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torpor.testing.model_server", "--key", REAL_KEY),
+            *("--witness", str(directory / "witness.jsonl"), *arguments),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        yield server.stdout.readline().strip(), server.stdout.readline().strip()
+    finally:
+        server.terminate()
+        server.wait()
+        server.stdout.close()
+
+
+@contextmanager
+def stage(directory: Path, runsc: Path, model_arguments: Sequence[str] = ()) -> Iterator[Stage]:
+    """A stage with the coding agent in its project directory."""
+    (directory / "project").mkdir(parents=True)
+    shutil.copy(AGENT, directory / "project")
+    with model_server(directory, model_arguments) as (url, _control):
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "ANTHROPIC_"))},
+            "TORPOR_HOME": str(directory / "home"),
+            "TORPOR_RUNSC": str(runsc),
+            "OPENAI_BASE_URL": f"{url}/v1",
+            "OPENAI_API_KEY": REAL_KEY,
+            "ANTHROPIC_BASE_URL": url,
+            "ANTHROPIC_API_KEY": REAL_KEY,
+        }
+        made = Stage(directory=directory, environment=environment)
+        try:
+            yield made
+        finally:
+            made.close()
