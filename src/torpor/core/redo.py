@@ -190,7 +190,7 @@ def follow(redo: RedoSet, events: Iterable[Event], calls: Mapping[CallId, Call])
         if event.kind in _ATTACHING:
             redo.attach(entry_of(call))
             holders[call.call_id] = call.stream if event.kind is Kind.CALL_INTENDED else stream
-        elif event.kind is Kind.CALL_DELIVERED and holders.get(call.call_id) in {None, stream}:
+        elif event.kind is Kind.CALL_DELIVERED and (stream is None or holders.get(call.call_id) in {None, stream}):
             redo.ended(call.call_id, StreamEnd(event.data["end"]))
         elif event.kind is Kind.CALL_FAILED:
             redo.failed(call.call_id)

@@ -95,7 +95,10 @@ class Gateway:
             stream.end = self.node.world.rules.stream_end(end)
             if stream.call_id is not None:
                 self._ended(stream)
-        self.node.log_later(lambda: self.node.send("RESET", sid))
+        if self.node.world.rules.close_logged_before_forgotten:
+            self.node.log_later(lambda: self.node.send("RESET", sid))
+        else:
+            self.node.send("RESET", sid)
 
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""

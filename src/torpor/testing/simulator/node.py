@@ -260,16 +260,18 @@ class Node:
 
         It names a call only if the log has it by then: one that is still to be written comes after the cut.
         """
+        all_calls = not self.world.rules.cut_names_logged_calls_only
         streams: list[OpenStream] = []
         for status in statuses:
             if status.end is not None:
                 continue
             known = self.gateway.streams.get(status.sid)
+            named = known is not None and (all_calls or known.call_id in self.db.calls)
             streams.append(
                 OpenStream(
                     stream=StreamId(status.sid),
                     port=4100,
-                    call_id=known.call_id if known is not None and known.call_id in self.db.calls else None,
+                    call_id=known.call_id if known is not None and named else None,
                     read=status.read,
                     acknowledged=status.acknowledged,
                     taken=status.taken,
@@ -284,7 +286,7 @@ class Node:
             streams=tuple(streams),
             output=self.gateway.output.position,
             pending=self.redo.pending,
-            joinable=tuple(call_id for call_id in self.redo.joinable if call_id in self.db.calls),
+            joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
 
     def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
