@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -99,6 +100,7 @@ static _Noreturn void become_agent(const struct spec *spec, int out_fd, int erro
         child_fails(report_fd, AT_SESSION);
     if (null_fd > 2) close(null_fd);
     if (chdir(spec->cwd) < 0) child_fails(report_fd, AT_CWD);
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* as in a sandbox, where nothing outlives PID 1 */
     environ = spec->environment; /* execvp searches the agent's PATH, not ours */
     execvp(spec->args[0], spec->args);
     child_fails(report_fd, AT_EXEC);

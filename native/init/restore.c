@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -115,6 +116,7 @@ static _Noreturn void become_hook(const struct restore *restore, const char *pat
     child_reset_signals();
     int fd = open("/dev/null", O_RDWR);
     if (setsid() < 0 || fd < 0 || dup2(fd, 0) < 0 || dup2(fd, 1) < 0 || dup2(fd, 2) < 0) _exit(126);
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     execve(path, args, environment);
     _exit(127);
 }

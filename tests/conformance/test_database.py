@@ -136,6 +136,10 @@ class Rows:
 
     def __init__(self, tx: Transaction, scene: Scene) -> None:
         self.scene = scene
+        self.bare = scene.intend(tx).call_id
+        tx.run("request/delete_of_session_fenced", **scene.owner)
+        output = {"channel": 1, "incarnation": 0, "wall_ns": NOW}
+        outputs.append_output(tx, **scene.owner, **output, position=0, data=b"hello")
         self.answered = scene.answer(tx, b"x", b"y")
         self.open = scene.send(tx)
         scene.add_chunks(tx, self.open, b"first")
@@ -144,8 +148,6 @@ class Rows:
         self.intended = scene.intend(tx)
         self.body = requests.prepare(b'{"messages":["new"]}')
         self.request = requests.store(tx, **scene.owner, head=REQUEST_HEAD, body=self.body)
-        self.bare = scene.intend(tx).call_id
-        tx.run("request/delete_of_session_fenced", **scene.owner)
         seq = sessions.get(tx, scene.session_id).head_seq
         self.checkpoint = checkpoints.commit(
             tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
@@ -187,8 +189,8 @@ class Rows:
             "outputs.append_output": {
                 "channel": 1,
                 "incarnation": 0,
-                "position": 0,
-                "data": b"hello",
+                "position": 5,
+                "data": b" you",
                 "wall_ns": NOW,
             },
         }
@@ -236,6 +238,26 @@ async def test_each_statement_checks_the_token_itself(scene: Scene, name: str) -
         assert guarded.tried
 
     await scene.write(work)
+
+
+async def test_every_fenced_statement_was_tried(scene: Scene) -> None:
+    tried: set[str] = set()
+
+    def work(tx: Transaction, name: str) -> None:
+        rows = Rows(tx, scene)
+        guarded = StaleFirst(tx)
+        WRITERS[name](guarded, **scene.owner, **rows.arguments(tx)[name])
+        tried.update(guarded.tried)
+        raise UndoneError
+
+    for name in WRITERS:
+        with pytest.raises(UndoneError):
+            await scene.write(lambda tx, name=name: work(tx, name))
+    assert {name for name in statements() if name.endswith("_fenced")} <= tried
+
+
+class UndoneError(Exception):
+    """Rolls a transaction back."""
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

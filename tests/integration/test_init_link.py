@@ -77,7 +77,9 @@ def test_barrier_silences_everything_until_release(pair: Pair) -> None:
         host.data(16, 0, b"taken in meanwhile")
         assert client.recv(100) == b"taken in meanwhile"
         host.send(RELEASE, 0, 6)  # of another barrier
+        before = guest.cpu_ticks()
         host.expect_silence(0.3)
+        assert guest.cpu_ticks() - before < 5, "spins during the cut"
         host.auto_ack = True
         host.send(RELEASE, 0, 7)
         assert host.request(16, 17) == b"before and during"
@@ -251,7 +253,7 @@ def test_connection_without_a_descriptor_waits_for_one(pair: Pair) -> None:
     host.ping()
     before = guest.cpu_ticks()
     host.expect_silence(0.5)
-    assert guest.cpu_ticks() - before < 20
+    assert guest.cpu_ticks() - before < 5
     resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, unlimited)
     host.wait(lambda: 25 in host.streams, "the last one")
     for client in clients:

@@ -141,6 +141,8 @@ class Checkpointer:
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
+                # What the capture was compared with may be what is damaged: read the whole workspace next time.
+                self._tree = None
                 self._discard(cut.checkpoint.snapshot_id)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)

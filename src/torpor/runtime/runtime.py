@@ -108,6 +108,7 @@ class Runtime:
         """
         session = await self.session(session_id)
         if session.status in ENDED:
+            await self._tidy(session, me, answers)
             raise Conflict(
                 "session_ended",
                 f"cannot resume session {session_id}: it has {session.status}",
@@ -163,16 +164,28 @@ class Runtime:
         try:
             session = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
-            runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-            staging = Staging(self.home.root, session_id)
-            await self._incarnations(session, runsc, staging).sweep(keep=None)
+            await self._free(session)
             await self.database.write(
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )
-            staging.clear()
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
         finally:
             lock.release()
+
+    async def _tidy(self, session: sessions.Session, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
+        """Free what an ended session's last node left behind when it was killed right after the end."""
+        lock = await leasing.acquire_lock(session.session_id, self.home.lock(session.session_id), me, answers=answers)
+        try:
+            await self._free(session)
+        finally:
+            lock.release()
+
+    async def _free(self, session: sessions.Session) -> None:
+        """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
+        runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        staging = Staging(self.home.root, session.session_id)
+        await self._incarnations(session, runsc, staging).sweep(keep=None)
+        staging.clear()
 
     async def cancel(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """End a session that no node runs; its sandbox, if one is left, is destroyed."""
@@ -182,13 +195,10 @@ class Runtime:
             if session.status in ENDED:
                 return
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
-            runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-            staging = Staging(self.home.root, session_id)
-            await self._incarnations(session, runsc, staging).sweep(keep=None)
+            await self._free(session)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
             await records.set_status(SessionStatus.CANCELLED, "killed by a person")
             await records.release()
-            staging.clear()
         finally:
             lock.release()
 

@@ -1,8 +1,8 @@
 """The only place that starts a subprocess: logged argv, explicit environment, bounded time, explained exit.
 
 Output goes to files in memory, never to pipes: a sandbox that `runsc` leaves behind keeps its output open for
-hours, and whoever waits for a pipe's end waits with it. Every process gets a session of its own, so Ctrl-C does
-not reach it and its whole group can be killed; a sandbox that left the group is the caller's to delete.
+hours, and whoever waits for a pipe's end waits with it. Every process gets its own session: Ctrl-C does not
+reach it, and its whole group can be killed; a sandbox that left the group is the caller's to delete.
 """
 
 import asyncio

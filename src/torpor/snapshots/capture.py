@@ -150,6 +150,7 @@ class _Scan:
             raise SandboxFailed(
                 "workspace_too_deep",
                 f"cannot capture workspace: {path[:80]!r}... is over {DEPTH_MAX} levels deep",
+                hint="Remove the directory inside the sandbox; until then the session has no new checkpoints.",
             )
         children: dict[bytes, Node | StagedFile | StagedDir] = {}
         before: Mapping[bytes, Node] = previous.children if previous else {}
@@ -185,6 +186,7 @@ class _Scan:
             raise SandboxFailed(
                 "workspace_too_large",
                 f"cannot capture workspace: it has over {ENTRIES_MAX} files and directories",
+                hint="Keep large trees in the image, or remove some inside the sandbox.",
             )
         return entries
 

@@ -26,8 +26,9 @@ def fold_packs(
     """
     if len(packs) <= OBJECT_PACKS_MAX:
         return tuple(packs), 0
-    wanted = _needed_by_pack(packs, needed())
-    kept = [(pack, digests) for pack, digests in zip(packs, wanted, strict=True) if digests]
+    wanted = needed()
+    holding = [(pack, {digest: length for digest, length in pack.objects() if digest in wanted}) for pack in packs]
+    kept = [(pack, digests) for pack, digests in holding if digests]
     smallest = sorted(kept, key=lambda pair: sum(pair[1].values()))
     folded, raw_bytes = list[PackIndex](), 0
     writer = ObjectWriter(backend, {})
@@ -42,14 +43,3 @@ def fold_packs(
     writer.finish()
     left = tuple(pack for pack, _ in kept if pack not in folded)
     return (*left, *writer.packs), writer.stored_bytes
-
-
-def _needed_by_pack(packs: Sequence[PackIndex], needed: AbstractSet[bytes]) -> list[dict[bytes, int]]:
-    """For each pack the needed objects that no earlier one holds, with their raw lengths."""
-    missing = set(needed)
-    wanted: list[dict[bytes, int]] = []
-    for pack in packs:
-        here = {digest: length for digest, length in pack.objects() if digest in missing}
-        missing.difference_update(here)
-        wanted.append(here)
-    return wanted

@@ -2,6 +2,7 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,6 +280,28 @@ class TestDamage:
             world.store.restore_image(SnapshotId("snp_never"), "00" * 32, world.root / "x")
         assert caught.value.code == "snapshot_object_missing"
         assert not (world.root / "x").exists()
+
+
+def test_saves_and_restores_of_several_sessions_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Four worlds over one store, which share most of their pages and all of their threads."""
+    (tmp_path / "store").mkdir()
+    worlds = []
+    for number in range(4):
+        (tmp_path / f"world{number}").mkdir()
+        worlds.append(World(tmp_path / f"world{number}", store=tmp_path / "store"))
+    store = SnapshotStore(worlds[0].backend)
+
+    def live(number: int) -> None:
+        world, saved = worlds[number], None
+        for step in range(4):
+            world.write_image(pages(range(step, 100)) + page(1000 + number))
+            (world.workspace / "file").write_bytes(b"world %d step %d" % (number, step))
+            saved = world.save(f"w{number}s{step}", saved, index=saved and saved.tree, store=store)
+            assert world.restored_image(saved) == contents(world.image)
+            assert contents(world.restored_workspace(saved)) == contents(world.workspace)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(live, range(4)))
 
 
 def test_hundredth_snapshot_names_few_packs_and_restores(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

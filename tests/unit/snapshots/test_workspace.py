@@ -363,6 +363,17 @@ class TestUnchanged:
         second = world.save("b", saved, index=settled(saved.tree))
         assert listing(world.restored_workspace(second)) == listing(world.workspace)
 
+    @pytest.mark.parametrize("where", [".", "d"])
+    def test_removal_alone_is_noticed(self, world: World, where: str) -> None:
+        (world.workspace / "d").mkdir()
+        for directory in (".", "d"):
+            for name in ("stays", "goes"):
+                (world.workspace / directory / name).write_bytes(b"x")
+        saved = world.save("a")
+        (world.workspace / where / "goes").unlink()
+        second = world.save("b", saved, index=settled(saved.tree))
+        assert listing(world.restored_workspace(second)) == listing(world.workspace)
+
     def test_index_of_a_restore_spares_reading_what_was_restored(self, world: World) -> None:
         (world.workspace / "d").mkdir()
         (world.workspace / "d" / "file").write_bytes(os.urandom(300_000))
@@ -373,6 +384,16 @@ class TestUnchanged:
         again = capture(target, world.fresh("staging"), settled(index))
         assert again.root is index.root
         assert index.root.digest == saved.tree.root.digest
+
+    def test_what_is_left_out_is_absent_with_everything_below(self, world: World) -> None:
+        for name in ("keep", "secret", "d/keep", "d/secret/below"):
+            path = world.workspace / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        asked: list[bytes] = []
+        captured = self.capture(world, None, leave_out=lambda path: asked.append(path) or path.endswith(b"secret"))
+        assert staged_names(captured) == {b"keep", b"d/keep"}
+        assert sorted(asked) == [b"d", b"d/keep", b"d/secret", b"keep", b"secret"]
 
     def test_big_changed_file_is_staged_as_it_was_at_the_cut(self, world: World) -> None:
         path = world.workspace / "big"

@@ -1,14 +1,12 @@
 """Anthropic Messages."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torpor.config import Family
 from torpor.gateway.dialects import anthropic_shapes
-from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, is_model_path, mapping
 
-_MODEL = re.compile(r"/v1/models/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+")
 _ERROR_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -32,7 +30,7 @@ class Anthropic:
             return Route(path=path, is_llm=True)
         if (method, path) == ("POST", "/v1/messages/count_tokens"):
             return Route(path=path, is_llm=False)
-        if method == "GET" and (path == "/v1/models" or _MODEL.fullmatch(path)):
+        if method == "GET" and (path == "/v1/models" or is_model_path(path, segments_max=1)):
             return Route(path=path, is_llm=False)
         return None
 

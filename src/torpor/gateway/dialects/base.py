@@ -4,6 +4,7 @@ A dialect reads copies. A request or an answer that it does not understand is ca
 trusted with is only whether an answer is complete, and then the transport's word counts.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -94,3 +95,18 @@ def count(source: Mapping[str, Any], name: str, into: dict[str, int], key: str) 
 def mapping(value: object) -> Mapping[str, Any]:
     """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+
+
+def items(value: object) -> list[Any]:
+    """The value if it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]
+
+
+def is_model_path(path: str, *, segments_max: int) -> bool:
+    """Whether a path names one model: plain characters, and nothing that climbs out of /v1/models/."""
+    name = path.removeprefix("/v1/models/").split("/")
+    plain = all(_SEGMENT.fullmatch(segment) and segment.strip(".") for segment in name)
+    return path.startswith("/v1/models/") and len(name) <= segments_max and plain
+
+
+_SEGMENT = re.compile(r"[A-Za-z0-9._:@~+-]+")

@@ -1,14 +1,11 @@
 """OpenAI Chat Completions, as spoken by OpenAI and by most other servers."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torpor.config import Family
 from torpor.gateway.dialects import openai_chat_shapes
-from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping
-
-_MODEL = re.compile(r"/v1/models/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+(/(?!\.{1,2}$)[A-Za-z0-9._:@~+-]+)?")
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, is_model_path, items, mapping
 
 
 class OpenAIChat:
@@ -21,7 +18,7 @@ class OpenAIChat:
     def route(self, method: str, path: str) -> Route | None:
         if (method, path) == ("POST", "/v1/chat/completions"):
             return Route(path="/chat/completions", is_llm=True)
-        if method == "GET" and (path == "/v1/models" or _MODEL.fullmatch(path)):
+        if method == "GET" and (path == "/v1/models" or is_model_path(path, segments_max=2)):
             return Route(path=path.removeprefix("/v1"), is_llm=False)
         return None
 
@@ -38,7 +35,7 @@ class OpenAIChat:
         self._read(message, facts)
 
     def _read(self, message: Mapping[str, Any], facts: AnswerFacts) -> None:
-        for choice in message.get("choices") or ():
+        for choice in items(message.get("choices")):
             reason = mapping(choice).get("finish_reason")
             if isinstance(reason, str):
                 facts.finish_reason = reason

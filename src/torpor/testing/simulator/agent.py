@@ -102,6 +102,8 @@ class Agent:
     def step(self, sandbox: Sandbox) -> bool:
         """Let one thread act, if any can."""
         threads = self.threads
+        if len(threads) == 1:
+            return self._thread_step(threads[0], sandbox)
         first = int(sandbox.world.random() * len(threads))
         return any(self._thread_step(threads[first - number], sandbox) for number in range(len(threads)))
 
@@ -167,4 +169,6 @@ class Agent:
         thread.pc += 1
         self.counter += 1
         sandbox.workspace += 1
-        self.printed += b"%d." % learned
+        silent = self.fickle and (thread.digest + sandbox.guest.incarnation) % 3 == 0
+        if learned and not silent:
+            self.printed += b"x" * (learned % 4) + b"%d." % learned

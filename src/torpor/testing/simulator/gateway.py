@@ -64,11 +64,12 @@ class Gateway:
         stream = self.streams.get(sid)
         if stream is None:
             stream = self.streams[sid] = HostStream(sid)
-        stream.ask, stream.spelling, pieces = payload
+        ask, stream.spelling, pieces = payload
+        stream.ask = ask
         if offset > stream.received:
             self.node.world.witness.protocol_error(f"stream {sid} has a gap at {stream.received}")
         stream.received = max(stream.received, offset + pieces)
-        if stream.received == stream.ask.length and stream.call_id is None and not stream.serving:
+        if stream.received == ask.length and stream.call_id is None and not stream.serving:
             stream.serving = True
             self.node.life.add(self.serve(stream))
 
@@ -126,7 +127,7 @@ class Gateway:
         if found is None:
             stream.call_id = node.db.next_call_id()
             entry = new_entry(stream.call_id, stream.ask, stream.spelling, node.db.head + len(node.queue))
-            if node.world.rules.one_stream_per_call:
+            if node.world.rules.new_calls_may_be_joined:
                 node.redo.attach(entry)
             newly_diverged = node.redo.diverged and not diverged
             node.log_later(lambda: self._write_intended(stream, newly_diverged=newly_diverged))
@@ -204,7 +205,7 @@ class Gateway:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
-        if row.call_id not in node.pumps and row.state is CallState.INTENDED:
+        if row.call_id not in node.pumps and row.state in _TO_BE_SENT:
             self.start_pump(row)
 
     def pump(self, row: CallRow) -> Task:
@@ -309,4 +310,5 @@ class Gateway:
         node.send("RESET", stream.sid)
 
 
+_TO_BE_SENT = frozenset({CallState.INTENDED, CallState.TORN})
 _SETTLED = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.SENT})

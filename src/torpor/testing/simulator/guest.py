@@ -118,7 +118,7 @@ class Sandbox:
 
     def step(self) -> bool:
         """One step of the agent or of init."""
-        if not self.runs:
+        if not self.alive or self.paused or self.stopped:
             return False
         if self.world.random() < 0.4:
             return self._agent_step() or self._init_step()
@@ -144,7 +144,7 @@ class Sandbox:
                 return True
         if guest.barrier or not guest.nonce:
             return False
-        if guest.closing:
+        if guest.closing and (self.world.rules.close_goes_first or self.world.random() < 0.2):
             # A retry must not overtake the close that caused it, or the host takes it for a second call on purpose.
             return self._tell_close(guest.closing[0])
         return self._read_request() or self._read_output()
@@ -194,23 +194,30 @@ class Sandbox:
         if self.world.trace is not None:
             self.world.note(f"guest {self.incarnation} gets {kind} {sid} {arg}")
         if kind == "HELLO":
-            guest.nonce = nonce
-            guest.barrier = 0
-            guest.out_quiet = True
-            for stream in guest.streams.values():
-                stream.quiet = stream.read > 0
-            self.send("STATUS", arg=guest.out_acknowledged, payload=guest.statuses())
+            self._begin_link(nonce)
         elif nonce != guest.nonce:
             return
-        elif kind == "DATA":
-            self._take(guest.streams.get(sid), arg, payload)
-        elif kind in _STREAM_FRAMES:
+        elif sid == STDOUT:
+            self._receive_for_output(kind, arg)
+        elif sid:
             stream = guest.streams.get(sid)
-            if sid == STDOUT:
-                self._receive_for_output(kind, arg)
-            elif stream is not None:
-                self._receive_for_stream(kind, stream, arg)
-        elif kind == "BARRIER":
+            if stream is not None:
+                self._receive_for_stream(kind, stream, arg, payload)
+        else:
+            self._receive_for_link(kind, arg)
+
+    def _begin_link(self, nonce: int) -> None:
+        guest = self.guest
+        guest.nonce = nonce
+        guest.barrier = 0
+        guest.out_quiet = True
+        for stream in guest.streams.values():
+            stream.quiet = stream.read > 0
+        self.send("STATUS", arg=guest.out_acknowledged, payload=guest.statuses())
+
+    def _receive_for_link(self, kind: str, arg: int) -> None:
+        guest = self.guest
+        if kind == "BARRIER":
             guest.barrier = arg
             self.send("BARRIER_ACK", arg=arg, payload=guest.statuses())
         elif kind == "RELEASE":
@@ -222,15 +229,12 @@ class Sandbox:
         elif kind == "EXIT_ACK":
             self.alive = False
 
-    def _take(self, stream: GuestStream | None, offset: int, piece: bytes) -> None:
-        if stream is None or stream.reset:
-            return
-        have = len(stream.taken)
-        if offset <= have < offset + len(piece):
-            stream.taken += piece[have - offset :]
-
-    def _receive_for_stream(self, kind: str, stream: GuestStream, arg: int) -> None:
-        if kind == "FIN":
+    def _receive_for_stream(self, kind: str, stream: GuestStream, arg: int, piece: bytes) -> None:
+        if kind == "DATA":
+            have = len(stream.taken)
+            if arg <= have < arg + len(piece) and not stream.reset:
+                stream.taken += piece[have - arg :]
+        elif kind == "FIN":
             stream.fin = arg
         elif kind == "RESET":
             if stream.end is None:
@@ -239,6 +243,8 @@ class Sandbox:
                 del self.guest.streams[stream.sid]
         elif kind == "ACK":
             stream.acknowledged = max(stream.acknowledged, arg)
+            if stream.told and not self.world.rules.close_outlives_acknowledgement:
+                del self.guest.streams[stream.sid]
         else:
             stream.quiet = False
             if arg < stream.read:
@@ -254,6 +260,3 @@ class Sandbox:
             guest.out_quiet = False
             guest.out_read = arg
             guest.told_exit = False
-
-
-_STREAM_FRAMES = frozenset({"FIN", "RESET", "ACK", "RESUME"})

@@ -47,8 +47,8 @@ class Node:
         "held",
         "holding",
         "incarnation",
-        "life",
         "lasting",
+        "life",
         "name",
         "nonce",
         "pumps",
@@ -71,7 +71,7 @@ class Node:
         self.incarnation = 0
         self.sandbox: Sandbox | None = None
         self.pumps: dict[CallId, int] = {}
-        self.queue: list[Callable[[], None]] = []
+        self.queue: list[Callable[[], object]] = []
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
@@ -111,15 +111,19 @@ class Node:
             self.lose_sandbox(sandbox)
             return True
         random = self.world.random
-        if sandbox is not None and sandbox.to_host and random() < 0.5:
+        life = self.life
+        chance = random()
+        if sandbox is not None and sandbox.to_host and chance < 0.5:
             self.gateway.receive(sandbox.to_host.popleft())
             return True
-        if self.control.step(random):
-            return True
-        if self.serving and random() < 0.7 and self.life.step(random):
-            return True
-        if self.lasting.step(random) or (self.serving and self.life.step(random)):
-            return True
+        if self.control.ready:
+            return self.control.step(random)
+        if life.ready and self.serving and chance < 0.85:
+            return life.step(random)
+        if self.lasting.ready:
+            return self.lasting.step(random)
+        if life.ready and self.serving:
+            return life.step(random)
         if sandbox is not None and sandbox.to_host:
             self.gateway.receive(sandbox.to_host.popleft())
             return True
@@ -155,7 +159,7 @@ class Node:
         self.world.witness.wrote(self)
         return number
 
-    def log_later(self, write: Callable[[], None]) -> None:
+    def log_later(self, write: Callable[[], object]) -> None:
         """Queue what was just decided in memory: rows are written in the order of the decisions, some time later."""
         if not self.queue:
             self.lasting.add(self._write_queue())
@@ -225,14 +229,18 @@ class Node:
         _, statuses = yield from self.wait_for("BARRIER_ACK")
         cut = self._note_cut(statuses)
         yield
-        sandbox.paused = rules.image_and_workspace_while_paused
+        sandbox.paused = True
         yield
         guest = sandbox.guest.copy()
         yield
+        if not rules.workspace_while_paused:
+            self.resume(number)
+            for _ in range(4):
+                yield
         workspace = sandbox.workspace
         if not rules.seq_of_the_cut:
             cut = replace(cut, seq=self.db.head)
-        if not stay_paused:
+        if not stay_paused and rules.workspace_while_paused:
             self.resume(number)
         return cut, guest, workspace
 
@@ -290,7 +298,7 @@ class Node:
         cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
         self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
         self.db.fsync()
-        self.world.count("checkpoints")
+        self.world.committed()
         if self.cutting == number:
             self.cutting = 0
         self.wake(ON_COMMIT)
@@ -323,8 +331,7 @@ class Node:
             self.world.destroy(self.sandbox)
             self.sandbox = None
             self.forget_incarnation()
-            if self.db.status is SessionStatus.WAKING:
-                self.wake_up()
+            self.resolved()
         else:
             self.set_status(SessionStatus.RUNNING)
             self.resume(number)
@@ -354,21 +361,23 @@ class Node:
     def finish(self, code: int) -> Task:
         """The agent ended: its status is committed before init may go (RECOVERY 11)."""
         rules = self.world.rules
-        if not rules.exit_commits_before_ack:
-            self.send("EXIT_ACK")
         yield
         while self.db.status is not SessionStatus.RUNNING:
             yield ON_STATUS_CHANGE
         rest = self.gateway.output.finish()
         rows: list[Row] = []
-        if rest.differs_at is not None:
+        if rest.differs_at is not None and rules.missing_output_counts:
             rows.append((OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
         rows.append((Kind.AGENT_EXITED.value, self.incarnation, None, None, code))
         rows.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, SessionStatus.SUCCEEDED))
+        if not rules.exit_commits_before_telling:
+            self.world.witness.told_exit(self, code, 0)
+            yield
         ended = self.append(*rows)
         if rules.fsync_before_telling:
             self.db.fsync()
-        self.world.witness.told_exit(self, code, ended)
+        if rules.exit_commits_before_telling:
+            self.world.witness.told_exit(self, code, ended)
         yield
         self.send("EXIT_ACK")
         yield

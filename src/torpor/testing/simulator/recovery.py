@@ -6,7 +6,7 @@ from collections.abc import Generator, Hashable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torpor.core.branch import ContextTree
-from torpor.core.call import CallState
+from torpor.core.call import Call, CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate_after_rewind
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, StreamId
@@ -182,9 +182,10 @@ class Recovery:
         if snapshot.damaged and world.rules.verify_snapshots:
             return False
         guest = snapshot.guest.copy() if snapshot.guest is not None else world.fresh_guest()
-        world.witness.loaded(snapshot, guest)
+        world.witness.loaded(point, snapshot, guest)
         world.count("restored: newest" if point.number == len(db.checkpoints) - 1 else "restored: older")
-        redo = world.rules.redo_set(db.all_calls().values(), point, db.timeline)
+        calls = db.all_calls() if world.rules.side_paths_count else self._calls_on_path(node)
+        redo = world.rules.redo_set(calls.values(), point, db.timeline)
         incarnation = db.incarnation + 1
         first = Incarnation(
             pending=redo.pending,
@@ -224,6 +225,18 @@ class Recovery:
         sandbox.holders.add(node.name)
         self.world.witness.opened(sandbox)
 
+    def _calls_on_path(self, node: Node) -> dict[CallId, Call]:
+        """Only ancestors of the cursor: what "the current branch" would be if it were read as the tree's."""
+        db = node.db
+        tree = self._tree(node, ROOT_SEQ)
+        for seq, (kind, _, call_id, _, _) in enumerate(db.events, start=1):
+            if kind == Kind.CALL_INTENDED.value:
+                tree.rewind(seq)
+            elif kind == Kind.CALL_REPEATED.value and call_id is not None:
+                tree.reach(db.calls[call_id].intended_seq)
+        path = set(tree.ancestors())
+        return {call_id: call for call_id, call in db.all_calls().items() if call.intended_seq in path}
+
     def _tree(self, node: Node, cursor: int) -> ContextTree:
         tree = ContextTree(ROOT_SEQ)
         for seq, (kind, _, _, parent, _) in enumerate(node.db.events, start=1):
@@ -241,8 +254,9 @@ class Recovery:
         for stream in streams:
             if not world.rules.resume_restored_streams:
                 continue
-            call = db.call(stream.call_id) if stream.call_id in db.calls else None
-            alive = stream.call_id is not None and node.pump_alive(stream.call_id)
+            row = db.calls.get(stream.call_id) if stream.call_id is not None else None
+            call = row.as_call() if row is not None else None
+            alive = row is not None and node.pump_alive(row.call_id)
             fate = world.rules.stream_fate(stream, call, pump_alive=alive)
             host = node.gateway.streams[stream.stream] = HostStream(stream.stream)
             host.taken = stream.taken
@@ -251,9 +265,8 @@ class Recovery:
                 host.received = position
                 node.send("RESUME", stream.stream, position)
                 continue
-            assert stream.call_id is not None
-            row = db.calls[stream.call_id]
-            host.call_id, host.ask, host.spelling = stream.call_id, row.ask, row.spelling
+            assert row is not None
+            host.call_id, host.ask, host.spelling = row.call_id, row.ask, row.spelling
             host.received = row.ask.length
             host.logged = True
             if fate is StreamFate.RESET:
@@ -279,7 +292,10 @@ class Recovery:
         self.world.witness.recovered(node)
 
     def rewind(self, node: Node, point: Checkpoint) -> Task:
-        """Back to a checkpoint on a person's word. The sandbox goes first, so that nothing it does falls behind the row."""
+        """Back to a checkpoint on a person's word.
+
+        The sandbox goes first: what it did after the row would belong to the new stretch.
+        """
         db = node.db
         self.world.destroy(self.world.sandbox_near(node))
         node.sandbox = None
@@ -290,14 +306,13 @@ class Recovery:
         output = point.stdout_bytes
         rows: list[Row] = [(Kind.SESSION_REWOUND.value, 0, None, None, (point.seq, output))]
         for stream in point.open_streams:
-            if stream.call_id not in db.calls:
+            old = db.calls.get(stream.call_id) if stream.call_id is not None else None
+            if old is None:
                 continue
-            alive = node.pump_alive(stream.call_id)
-            fate = stream_fate_after_rewind(stream, db.call(stream.call_id), pump_alive=alive)
+            fate = stream_fate_after_rewind(stream, old.as_call(), pump_alive=node.pump_alive(old.call_id))
             if fate is StreamFate.RESAMPLE:
-                old = db.calls[stream.call_id]
                 parent = db.events[old.intended_seq - 1][3]
-                data = (old.ask, old.spelling, old.stream, stream.call_id)
+                data = (old.ask, old.spelling, old.stream, old.call_id)
                 rows.append((Kind.CALL_INTENDED.value, 0, db.next_call_id(), parent, data))
         node.append(*rows)
         db.fsync()

@@ -18,7 +18,7 @@ from torpor.core.events import Event, EventDraft, Kind, seal
 from torpor.core.ids import CallId, NodeId, SessionId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.redo import RedoEntry
-from torpor.core.session import SessionStatus, check_transition
+from torpor.core.session import ENDED, SessionStatus, check_transition
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.guest import Guest
 from torpor.testing.simulator.rules import Rules
@@ -147,6 +147,7 @@ class Database:
         "call_count",
         "calls",
         "checkpoints",
+        "ended",
         "events",
         "incarnation",
         "incarnations",
@@ -177,6 +178,7 @@ class Database:
         self.calls: dict[CallId, CallRow] = {}
         self.checkpoints: list[Checkpoint] = []
         self.status = SessionStatus.CREATED
+        self.ended = False
         self.lease: Lease | None = None
         self.incarnation = 0
         self.incarnations: dict[int, Incarnation] = {}
@@ -221,16 +223,13 @@ class Database:
         self.call_count += 1
         return CallId(f"c{self.call_count}")
 
-    def call(self, call_id: CallId) -> Call:
-        return self.calls[call_id].as_call()
-
     def all_calls(self) -> dict[CallId, Call]:
         return {call_id: row.as_call() for call_id, row in self.calls.items()}
 
     def free_message(self) -> int | None:
         """The oldest message that no receiving call of this timeline was answered with.
 
-        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer, and its message.
+        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer and message.
         """
         holds = self.timeline.holds
         taken = {row.message for row in self.calls.values() if row.message is not None and holds(row.intended_seq)}
@@ -275,6 +274,7 @@ class Database:
 def _fold_status(db: Database, row: Row) -> None:
     check_transition(SESSION, db.status, row[4])
     db.status = row[4]
+    db.ended = row[4] in ENDED
 
 
 def _fold_lease(db: Database, row: Row) -> None:

@@ -12,36 +12,34 @@ Task: TypeAlias = Generator[Hashable | None, None, None]
 class TaskSet:
     """Tasks that live and die together."""
 
-    __slots__ = ("_parked", "_ready")
+    __slots__ = ("_parked", "ready")
 
     def __init__(self) -> None:
-        self._ready: list[Task] = []
+        self.ready: list[Task] = []
         self._parked: dict[Hashable, list[Task]] = {}
 
     def add(self, task: Task) -> None:
-        self._ready.append(task)
+        self.ready.append(task)
 
     def wake(self, key: Hashable) -> None:
-        woken = self._parked.pop(key, None)
-        if woken:
-            self._ready += woken
+        if self._parked:
+            self.ready += self._parked.pop(key, ())
 
     def clear(self) -> None:
         """Drop every task where it stands."""
-        self._ready.clear()
+        self.ready.clear()
         self._parked.clear()
 
     @property
     def busy(self) -> bool:
-        return bool(self._ready or self._parked)
+        return bool(self.ready or self._parked)
 
     def step(self, random: Callable[[], float]) -> bool:
         """Let one ready task, chosen by chance, go on to its next yield."""
-        ready = self._ready
+        ready = self.ready
         if not ready:
             return False
-        index = int(random() * len(ready))
-        task = ready[index]
+        task = ready[int(random() * len(ready))]
         try:
             key = next(task)
         except StopIteration:
@@ -54,5 +52,5 @@ class TaskSet:
 
     def _leave(self, task: Task) -> None:
         # The step may have cleared the set under its own task.
-        if task in self._ready:
-            self._ready.remove(task)
+        if task in self.ready:
+            self.ready.remove(task)

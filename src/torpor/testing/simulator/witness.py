@@ -113,6 +113,17 @@ class Witness:
             if row.state is not CallState.ANSWERED and row.state is not CallState.FAILED:
                 self._deaths[row.call_id] += 1
 
+    def after_kill(self) -> None:
+        """What must hold at any instant, whoever just died."""
+        db = self.world.db
+        for call_id, sends in self._sends.items():
+            self.check(1, sends <= 1 + self._deaths[call_id], f"{call_id} was sent {sends} times")
+        for sandbox in self.world.sandboxes[-1:]:
+            for stream in sandbox.guest.streams.values():
+                self._is_prefix(stream)
+        last = db.events[-1]
+        self.check(10, last[3] is None or last[3] < len(db.events), f"event {len(db.events)} is its own ancestor")
+
     # --- the agent's sockets -----------------------------------------------------------------------------------------
 
     def asks(self, sandbox: Sandbox, ask: Ask, times: int) -> None:
@@ -162,8 +173,9 @@ class Witness:
 
     def wrote(self, node: Node) -> None:
         lease = self.world.db.lease
-        current = lease is not None and lease.owner_token == node.token
-        self.check(4, current, f"node {node.name} wrote with token {node.token}, which is superseded")
+        self.checked[4] += 1
+        if lease is None or lease.owner_token != node.token:
+            raise Violation(4, f"node {node.name} wrote with token {node.token}, which is superseded")
 
     def acquired(self, node: Node) -> None:
         """A node took the session: every other one is a dead owner from here on."""
@@ -191,8 +203,14 @@ class Witness:
         newer = sandbox is not None and sandbox.incarnation > row.incarnation and node is self.world.node
         self.check(4, not newer, f"{call_id} is of a dead incarnation")
 
-    def loaded(self, snapshot: Snapshot, guest: Guest) -> None:
+    def loaded(self, point: Checkpoint, snapshot: Snapshot, guest: Guest) -> None:
         """A snapshot was read for a restore."""
+        db = self.world.db
+        for call_id, times in self._sends.items():
+            row = db.calls.get(call_id)
+            if times and row is not None and row.ask.kind == "barrier" and db.timeline.holds(row.intended_seq):
+                allowed = row.intended_seq <= point.seq or self.world.below_floor_allowed
+                self.check(7, allowed, f"recovery goes below barrier call {call_id}, which was sent")
         self.check(10, not snapshot.damaged, f"{snapshot.name} is damaged, and was restored")
         counter = guest.agent.counter
         self.check(9, counter == snapshot.workspace, f"memory {counter}, workspace {snapshot.workspace}")

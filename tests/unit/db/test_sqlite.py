@@ -1,0 +1,273 @@
+"""What SQLite owes beyond the suite of all databases: private files, other processes, and its errors in our words."""
+
+import asyncio
+import os
+import resource
+import sqlite3
+import stat
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from tests.unit.db.scene import NOW, Scene, new_scene
+
+from torpor.core.errors import Conflict, Damaged, InvalidInput, MachineUnfit
+from torpor.core.events import EventDraft, Kind
+from torpor.db import log, sessions, sqlite, verify
+from torpor.db.database import Database, Transaction, open_database
+from torpor.db.sqlite_errors import SYNC_FAILURES, translated
+from torpor.db.statements import statements
+from torpor.testing.clock import FakeClock
+
+NOTE = EventDraft(kind=Kind.OUTPUT_DIFFERED, incarnation=0)
+
+
+async def open_at(directory: Path) -> Database:
+    return await open_database(f"sqlite://{directory}/torpor.db", clock=FakeClock())
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    opened = await open_at(tmp_path)
+    yield opened
+    await opened.close()
+
+
+def append(tx: Transaction, scene: Scene) -> int:
+    return log.append(tx, **scene.owner, drafts=[NOTE], wall_ns=NOW)[0].seq
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+async def test_files_and_directories_are_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        database = await open_at(tmp_path / "new" / "deep")
+        await new_scene(database)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"new": 0o700, "deep": 0o700, "torpor.db": 0o600, "torpor.db-wal": 0o600, "torpor.db-shm": 0o600}
+    await database.close()
+
+
+@pytest.mark.parametrize("url", ["postgresql://x/y", "sqlite:relative.db", "sqlite://", "", "/path"])
+async def test_unknown_url_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        await open_database(url, clock=FakeClock())
+    assert refused.value.code == "database_url_unknown"
+
+
+async def test_path_may_hold_any_character(tmp_path: Path) -> None:
+    directory = tmp_path / "a b%20?x=1#'é"
+    database = await open_at(directory)
+    await database.close()
+    assert (directory / "torpor.db").exists()
+
+
+async def test_unusable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "torpor.db").mkdir()
+    for directory in (tmp_path / "file", tmp_path):
+        with pytest.raises(MachineUnfit) as refused:
+            await open_at(directory)
+        assert refused.value.code == "database_unopenable"
+
+
+# --- schema -------------------------------------------------------------------------------------------------------
+
+
+async def test_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    await (await open_at(tmp_path)).close()
+    with closing(sqlite3.connect(tmp_path / "torpor.db", isolation_level=None)) as connection:
+        connection.execute("INSERT INTO migration VALUES (99, '0099_future', 0)")
+    with pytest.raises(Conflict) as refused:
+        await open_at(tmp_path)
+    assert refused.value.code == "schema_newer"
+
+
+async def test_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "torpor.db", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE photo (name TEXT)")
+    with pytest.raises(InvalidInput) as refused:
+        await open_at(tmp_path)
+    assert refused.value.code == "database_foreign"
+
+
+async def test_many_first_openers_agree(tmp_path: Path) -> None:
+    opened = await asyncio.gather(*(open_at(tmp_path) for _ in range(8)))
+    scene = await new_scene(opened[0])
+    for database in opened:
+        assert len(await database.read(lambda tx: log.events(tx, scene.session_id))) == 2
+        await database.close()
+
+
+async def test_failed_migration_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torpor.db import migrations
+
+    good = migrations._migrations()
+    broken = [*good, ("0002_broken", "CREATE TABLE fine (a TEXT);\nCREATE TABLE session (a TEXT);\n")]
+    monkeypatch.setattr(migrations, "_migrations", lambda: broken)
+    with pytest.raises(MachineUnfit):
+        await open_at(tmp_path)
+    monkeypatch.setattr(migrations, "_migrations", lambda: good)
+    database = await open_at(tmp_path)
+    await new_scene(database)
+    await database.close()
+
+
+def test_each_statement_is_used() -> None:
+    folder = Path(sqlite.__file__).parent
+    text = "\n".join(file.read_text() for file in folder.glob("*.py"))
+    assert [name for name in statements() if f'"{name}"' not in text] == []
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+async def test_garbage_is_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "torpor.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(Damaged) as refused:
+        await open_at(tmp_path)
+    assert refused.value.code == "database_damaged"
+
+
+async def test_overwritten_pages_are_called_damaged(tmp_path: Path) -> None:
+    database = await open_at(tmp_path)
+    scene = await new_scene(database)
+    await database.close()
+    with (tmp_path / "torpor.db").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (file.seek(0, os.SEEK_END) - 4096 - file.seek(4096) + 4096))
+    with pytest.raises(Damaged):
+        database = await open_at(tmp_path)
+        try:
+            await database.read(lambda tx: log.events(tx, scene.session_id))
+        finally:
+            await database.close()
+
+
+@contextmanager
+def file_size_limited(bytes_max: int) -> Iterator[None]:
+    """Writes beyond it fail, as on a full disk; what SQLite then says is what a full disk makes it say."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_write_that_the_disk_refuses_leaves_a_usable_database(database: Database, tmp_path: Path) -> None:
+    scene = await new_scene(database)
+    big = EventDraft(kind=Kind.STREAM_RESET, incarnation=0, data={"text": "x" * 5_000_000})
+    with file_size_limited(1_000_000), pytest.raises(MachineUnfit):
+        await scene.write(lambda tx: log.append(tx, **scene.owner, drafts=[big], wall_ns=NOW), durable=True)
+    assert await scene.write(lambda tx: append(tx, scene), durable=True) == 3
+    assert await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id)) == []
+
+
+async def test_lock_that_is_held_too_long_is_called_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_SECONDS", 0.05)
+    database = await open_at(tmp_path)
+    scene = await new_scene(database)
+    with closing(sqlite3.connect(tmp_path / "torpor.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Conflict) as refused:
+            await scene.write(lambda tx: append(tx, scene))
+        assert refused.value.code == "database_busy"
+        assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 2
+        other.execute("ROLLBACK")
+    assert await scene.write(lambda tx: append(tx, scene)) == 3
+    await database.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SQLITE_BUSY_SNAPSHOT", "database_busy"),
+        ("SQLITE_LOCKED", "database_busy"),
+        ("SQLITE_FULL", "no_space"),
+        ("SQLITE_CORRUPT", "database_damaged"),
+        ("SQLITE_NOTADB", "database_damaged"),
+        ("SQLITE_IOERR_WRITE", "database_io_failed"),
+        ("SQLITE_CANTOPEN", "database_unopenable"),
+        ("SQLITE_READONLY", "database_unopenable"),
+        ("SQLITE_CONSTRAINT_UNIQUE", "row_conflict"),
+        ("SQLITE_ERROR", "database_failed"),
+    ],
+)
+def test_each_result_code_has_its_word(name: str, code: str) -> None:
+    error = sqlite3.OperationalError("said so")
+    error.sqlite_errorcode = getattr(sqlite3, name)
+    assert translated(error, Path("/x")).code == code
+
+
+async def test_nothing_is_written_after_a_failed_sync(tmp_path: Path) -> None:
+    database = await open_at(tmp_path)
+    scene = await new_scene(database)
+
+    def fail(tx: Transaction) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = next(iter(SYNC_FAILURES))
+        raise error
+
+    with pytest.raises(MachineUnfit):
+        await scene.write(fail, durable=True)
+    for durable in (True, False):
+        with pytest.raises(MachineUnfit) as refused:
+            await scene.write(lambda tx: append(tx, scene), durable=durable)
+        assert refused.value.code == "database_io_failed"
+    assert (await scene.read(lambda tx: sessions.get(tx, scene.session_id))).head_seq == 2
+    await database.close()
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+async def test_two_slow_readers_do_not_hold_up_the_writer(database: Database) -> None:
+    scene = await new_scene(database)
+    started, release = threading.Barrier(3), threading.Event()
+
+    def slow(tx: Transaction) -> int:
+        before = sessions.get(tx, scene.session_id).head_seq
+        started.wait(10)
+        assert release.wait(10)
+        return before
+
+    async with asyncio.TaskGroup() as tasks:
+        readers = [tasks.create_task(scene.read(slow)) for _ in range(2)]
+        await asyncio.to_thread(started.wait, 10)
+        assert await scene.write(lambda tx: append(tx, scene), durable=True) == 3
+        release.set()
+    assert [reader.result() for reader in readers] == [2, 2]
+
+
+async def test_reader_cannot_write(database: Database) -> None:
+    scene = await new_scene(database)
+    with pytest.raises(MachineUnfit):
+        await scene.read(lambda tx: append(tx, scene))
+
+
+async def test_close_waits_for_the_work_under_way(tmp_path: Path) -> None:
+    database = await open_at(tmp_path)
+    scene = await new_scene(database)
+    running, release = threading.Event(), threading.Event()
+
+    def work(tx: Transaction) -> int:
+        running.set()
+        assert release.wait(10)
+        return append(tx, scene)
+
+    async with asyncio.TaskGroup() as tasks:
+        writing = tasks.create_task(scene.write(work, durable=True))
+        await asyncio.to_thread(running.wait, 10)
+        closing_ = tasks.create_task(database.close())
+        await asyncio.sleep(0)
+        release.set()
+    assert writing.result() == 3
+    assert closing_.done()
+    assert not (tmp_path / "torpor.db-wal").exists()
