@@ -406,9 +406,7 @@ def test_agent_that_is_never_still_does_not_hide_the_host_that_returns(pair: Pai
 def test_unusable_command_line_is_refused(binary: Path) -> None:
     for options in (["--nonsense", "1"], ["--listen"], ["--listen", "x:1"], ["--listen", "127.0.0.1:65536"],
                     ["--total-bytes-max", "-1"], ["--request-bytes-max", "1k"]):  # fmt: skip
-        ended = subprocess.run(
-            [str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        ended = subprocess.run([str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False)
         assert (ended.returncode, ended.stdout, b"usage" in ended.stderr) == (2, b"", True), options
 
 
