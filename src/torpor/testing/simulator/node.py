@@ -13,14 +13,14 @@ from torpor.core.branch import ContextTree
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
 from torpor.core.errors import Superseded
-from torpor.core.events import Kind
 from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
 from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
-from torpor.testing.simulator.store import OUTPUT, ROOT_SEQ, SESSION, Incarnation, Row
+from torpor.testing.simulator.store import ROOT_SEQ, SESSION, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
 from torpor.testing.simulator.tasks import Task, TaskSet
 
@@ -99,35 +99,34 @@ class Node:
     def step(self) -> bool:
         """One step of this process; a write that is refused as superseded ends it."""
         try:
-            return self._step()
+            sandbox = self.sandbox
+            if sandbox is not None and not sandbox.alive:
+                self.lose_sandbox(sandbox)
+                return True
+            random = self.world.random
+            chance = random()
+            if sandbox is not None and sandbox.to_host and chance < 0.5:
+                self.gateway.receive(sandbox.to_host.popleft())
+                return True
+            tasks = self._next_tasks(chance)
+            if tasks is not None:
+                return tasks.step(random)
+            if sandbox is not None and sandbox.to_host:
+                self.gateway.receive(sandbox.to_host.popleft())
+                return True
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)
             return True
-
-    def _step(self) -> bool:
-        sandbox = self.sandbox
-        if sandbox is not None and not sandbox.alive:
-            self.lose_sandbox(sandbox)
-            return True
-        random = self.world.random
-        life = self.life
-        chance = random()
-        if sandbox is not None and sandbox.to_host and chance < 0.5:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
-        if self.control.ready:
-            return self.control.step(random)
-        if life.ready and self.serving and chance < 0.85:
-            return life.step(random)
-        if self.lasting.ready:
-            return self.lasting.step(random)
-        if life.ready and self.serving:
-            return life.step(random)
-        if sandbox is not None and sandbox.to_host:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
         return False
+
+    def _next_tasks(self, chance: float) -> TaskSet | None:
+        if self.control.ready:
+            return self.control
+        life = self.life if self.serving and self.life.ready else None
+        if life is not None and chance < 0.85:
+            return life
+        return self.lasting if self.lasting.ready else life
 
     def lose_sandbox(self, sandbox: Sandbox) -> None:
         """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
@@ -177,7 +176,7 @@ class Node:
         self.wake(ON_LOGGED)
 
     def set_status(self, status: SessionStatus) -> None:
-        self.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, status))
+        self.append((kinds.SESSION_STATUS, self.incarnation, None, None, status))
         self.db.fsync()
         self.wake(ON_STATUS_CHANGE)
 
@@ -298,7 +297,7 @@ class Node:
             snapshot.synced = True
             yield
         cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
-        self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
+        self.append((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut))
         self.db.fsync()
         self.world.committed()
         if self.cutting == number:
@@ -369,9 +368,9 @@ class Node:
         rest = self.gateway.output.finish()
         rows: list[Row] = []
         if rest.differs_at is not None and rules.missing_output_counts:
-            rows.append((OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
-        rows.append((Kind.AGENT_EXITED.value, self.incarnation, None, None, code))
-        rows.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, SessionStatus.SUCCEEDED))
+            rows.append((kinds.OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
+        rows.append((kinds.AGENT_EXITED, self.incarnation, None, None, code))
+        rows.append((kinds.SESSION_STATUS, self.incarnation, None, None, SessionStatus.SUCCEEDED))
         if not rules.exit_commits_before_telling:
             self.world.witness.told_exit(self, code, 0)
             yield
