@@ -38,6 +38,9 @@ async def live(directory: Path, life: int, say: Callable[[str], None]) -> None:
         scene = Scene(database, session.session_id, session.owner_token)
     for turn in range(CALLS_PER_LIFE):
         await one_call(scene, turn, say)
+    unsynced = await scene.write(lambda tx: scene.intend(tx))
+    await scene.write(lambda _: None, durable=True)  # nothing of its own, and yet all before it is durable now
+    say(f"event {unsynced.intended_seq}")
     if life == 1:  # enough for SQLite to move its WAL into the database and begin it anew
         noise = random.Random(1).randbytes(5_000_000)
         await scene.write(lambda tx: scene.intend(tx, noise), durable=True)
