@@ -156,6 +156,9 @@ class Owner:
                 )
             await self._records.set_status(SessionStatus.RECOVERING, "the sandbox died")
             await rung.life.sandbox.kill()
+            # What was cut before the death is committed first: it is the newest point to go back to, and a commit amid
+            # the next life would take that life's checkpoint number and leave it the wrong workspace to compare with.
+            await self._checkpointer.settle()
             reason, rung = "the sandbox died", None
 
     async def _climb(self, reason: str) -> Rung:
