@@ -288,7 +288,7 @@ async def test_a_retry_joins_while_the_first_stream_is_only_known_to_have_ended_
     """A client that timed out before the first byte closes with FIN, which looks like a half-close."""
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         stage.on_call.gate.clear()
-        reader, writer = await asyncio.open_connection(stage.address, GATEWAY_PORT)
+        _, writer = await asyncio.open_connection(stage.address, GATEWAY_PORT)
         writer.write(http_request(CHAT, question()))
         await answered(node)
         writer.close()
