@@ -136,19 +136,27 @@ static void pump_stream(struct init *init, struct stream *stream) {
     }
 }
 
-static void pump_open(struct init *init, struct stream *stream) {
-    if (!stream->owes_open || !link_has_room(&init->link)) return;
-    queue(init, GUEST_OPEN, stream->id, stream->port);
-    stream->owes_open = false;
+/* OPENs go in the order of their numbers, which is not the order of the slots. */
+static void pump_opens(struct init *init) {
+    while (link_has_room(&init->link)) {
+        struct stream *next = NULL;
+        for (int i = 0; i < STREAMS_MAX; i++) {
+            struct stream *stream = &init->streams.slot[i];
+            if (stream->used && stream->owes_open && (!next || stream->id < next->id)) next = stream;
+        }
+        if (!next) return;
+        queue(init, GUEST_OPEN, next->id, next->port);
+        next->owes_open = false;
+    }
 }
 
 static bool pump_streams(struct init *init) {
     bool progress = false;
     unsigned first = init->turn++;
+    pump_opens(init);
     for (unsigned i = 0; i < STREAMS_MAX; i++) {
         struct stream *stream = &init->streams.slot[(first + i) % STREAMS_MAX];
         if (!stream->used) continue;
-        pump_open(init, stream);
         if (stream->owes_open) continue; /* nothing of a stream goes before its OPEN */
         if (init->barrier == BARRIER_NONE) progress |= pump_data(init, stream);
         pump_stream(init, stream);

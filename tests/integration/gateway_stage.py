@@ -10,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
@@ -24,9 +25,9 @@ from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
-from torpor.db.database import Database, open_database
+from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.server import Gateway, OpenCall
-from torpor.sandbox.fifos import open_guest_ends
+from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
 from torpor.sandbox.link import Link
 from torpor.testing.model_scripts import Script, plain
@@ -35,6 +36,7 @@ from torpor.testing.model_server import ModelServer, serve_model
 INIT_SOURCE = Path(__file__).parents[2] / "native" / "init"
 REAL_KEY = "sk-real-0123456789abcdefghijklmnopqrstuvwxyz"
 CLOCK = SystemClock()
+T = TypeVar("T")
 _addresses = itertools.count()
 
 
@@ -49,6 +51,23 @@ def free_address() -> str:
             except OSError:
                 continue
         return address
+
+
+class WatchedDatabase:
+    """The real database, which tells when something was written."""
+
+    def __init__(self, database: Database) -> None:
+        self.writes = 0
+        self.written = Pulse()
+        self.read = database.read
+        self.close = database.close
+        self._database = database
+
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
+        result = await self._database.write(work, durable=durable)
+        self.writes += 1
+        self.written.fire()
+        return result
 
 
 @dataclass(slots=True)
@@ -71,7 +90,7 @@ class Node:
     """One node that drives the stage's session."""
 
     gateway: Gateway
-    database: Database
+    database: "WatchedDatabase"
     session_id: SessionId
     owner_token: int
     directory: Path
@@ -157,9 +176,12 @@ class Node:
 
     async def logged(self, kind: Kind, count: int = 1) -> list[Event]:
         """Wait until there are so many events of a kind."""
-        while len(found := await self.events(kind)) < count:
-            await asyncio.sleep(0)
-        return found
+        while True:
+            written = self.database.writes
+            if len(found := await self.events(kind)) >= count:
+                return found
+            while self.database.writes == written:
+                await self.database.written.wait()
 
 
 class OnCall:
@@ -222,7 +244,7 @@ class Stage:
     @asynccontextmanager
     async def node(self, *, incarnation: int = 1, redo: RedoSet | None = None) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
-        database = await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK)
+        database = WatchedDatabase(await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK))
         try:
             token = await self.acquire(database)
             gateway = Gateway(

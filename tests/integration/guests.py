@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torpor.sandbox.fifos import open_guest_ends
+from torpor.core.clock import Clock, SystemClock
+from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import Frame, FrameReader, FromGuest, ToGuest, encode
 from torpor.sandbox.link import Link
 
@@ -149,3 +150,46 @@ class HostileGuest:
                 loop.remove_writer(descriptor)
                 os.close(descriptor)
         self._stdin = self._stdout = -1
+
+
+class SteppingClock(SystemClock):
+    """Steps whenever it is looked at; a test can wait for a number of looks."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self._step_seconds = step_seconds
+        self._looks = 0
+        self._looked = Pulse()
+
+    def monotonic(self) -> float:
+        self._looks += 1
+        self._looked.fire()
+        return self._looks * self._step_seconds
+
+    async def looked_at(self, times: int) -> None:
+        goal = self._looks + times
+        while self._looks < goal:
+            await self._looked.wait()
+
+
+async def open_link(
+    fifos: FifoPair,
+    guest: HostileGuest,
+    status: bytes | None = None,
+    *,
+    clock: Clock | None = None,
+    heartbeat_seconds: float = 5,
+    silence_seconds: float = 30,
+) -> Link:
+    """A link that this guest greeted; its `run` is the test's to run."""
+    async with asyncio.TaskGroup() as group:
+        opening = group.create_task(
+            Link.open(
+                to_guest=fifos.to_guest,
+                from_guest=fifos.from_guest,
+                clock=clock or SystemClock(),
+                heartbeat_seconds=heartbeat_seconds,
+                silence_seconds=silence_seconds,
+            )
+        )
+        await guest.greet(status)
+    return opening.result()

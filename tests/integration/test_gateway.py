@@ -282,3 +282,26 @@ async def test_a_rule_of_the_model_strikes_once_and_the_next_call_succeeds(tmp_p
         assert status_of(await stage.raw(http_request(CHAT, question()))) == 529
         assert status_of(await stage.raw(http_request(CHAT, question()))) == 200
         assert [call.state for call in await node.calls()] == [CallState.ANSWERED] * 2
+
+
+async def test_a_retry_joins_while_the_first_stream_is_only_known_to_have_ended_its_request(tmp_path: Path) -> None:
+    """A client that timed out before the first byte closes with FIN, which looks like a half-close."""
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        stage.on_call.gate.clear()
+        _, writer = await asyncio.open_connection(stage.address, GATEWAY_PORT)
+        writer.write(http_request(CHAT, question()))
+        await answered(node)
+        writer.close()
+        await writer.wait_closed()
+        async with client(stage, http_request(CHAT, question())) as (reader, _):
+            await node.logged(Kind.CALL_JOINED)
+            stage.on_call.gate.set()
+            received = await reader.read(-1)
+        [call] = await node.calls()
+        assert received == await node.logged_response(call)
+        ends = await node.logged(Kind.CALL_DELIVERED, 2)
+        assert sorted(event.data["end"] for event in ends) == ["consumed", "gone"]
+        assert stage.model.witness.requests == 1
+        # Whichever of the two ended last: the answer was consumed, so the next equal request is a new call.
+        await stage.raw(http_request(CHAT, question()))
+        assert stage.model.witness.requests == 2

@@ -77,7 +77,9 @@ def test_barrier_silences_everything_until_release(pair: Pair) -> None:
         host.data(16, 0, b"taken in meanwhile")
         assert client.recv(100) == b"taken in meanwhile"
         host.send(RELEASE, 0, 6)  # of another barrier
+        before = guest.cpu_ticks()
         host.expect_silence(0.3)
+        assert guest.cpu_ticks() - before < 5, "spins during the cut"
         host.auto_ack = True
         host.send(RELEASE, 0, 7)
         assert host.request(16, 17) == b"before and during"
@@ -251,7 +253,7 @@ def test_connection_without_a_descriptor_waits_for_one(pair: Pair) -> None:
     host.ping()
     before = guest.cpu_ticks()
     host.expect_silence(0.5)
-    assert guest.cpu_ticks() - before < 20
+    assert guest.cpu_ticks() - before < 5
     resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, unlimited)
     host.wait(lambda: 25 in host.streams, "the last one")
     for client in clients:
@@ -293,9 +295,7 @@ def test_random_frames_of_the_right_link_do_no_harm(binary: Path, tmp_path: Path
                 clients.pop(choice.randrange(20)).close()
             stream = choice.choice([0, 1, 2, *range(10, 16 + len(clients)), round_number // 20])
             payload = choice.randbytes(choice.choice([0, 1, 80, 200, 32768]))
-            host.send(
-                choice.choice(kinds), stream, choice.choice([*numbers, choice.randrange(300_000)]), payload
-            )
+            host.send(choice.choice(kinds), stream, choice.choice([*numbers, choice.randrange(300_000)]), payload)
             host.drop_frames()
         host.close()
         host = guest.connect_host()

@@ -134,8 +134,7 @@ def test_client_that_closes_with_unread_bytes_or_by_rst_is_gone(pair: Pair, unre
     assert closing(host, stream)[0] == GONE
 
 
-def test_client_that_closes_in_order_but_reads_nothing_has_not_consumed(pair: Pair) -> None:
-    """It half-closes first, so only the RST that answers our last bytes tells the difference."""
+def test_half_closed_client_that_breaks_off_is_gone_at_once(pair: Pair) -> None:
     guest, host = pair
     with connect(guest) as client:
         stream = host.expect(OPEN).stream
@@ -143,8 +142,25 @@ def test_client_that_closes_in_order_but_reads_nothing_has_not_consumed(pair: Pa
         host.expect(G_FIN, stream)
         host.data(stream, 0, bytes(WINDOW))
         assert client.recv(1, socket.MSG_PEEK) == b"\0"
-    host.send(FIN, stream, WINDOW)
     assert closing(host, stream)[0] == GONE
+
+
+def test_end_that_waits_behind_unread_bytes_is_not_consumed_yet(pair: Pair) -> None:
+    """Both directions are shut and the kernel has everything, but the client's window is full."""
+    guest, host = pair
+    for reads, how in ((True, CONSUMED), (False, GONE)):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", guest.ports[0]))
+            client.shutdown(socket.SHUT_WR)
+            stream = host.expect(OPEN).stream
+            host.expect(G_FIN, stream)
+            host.data(stream, 0, bytes(100_000))
+            host.send(FIN, stream, 100_000)
+            host.ping()
+            assert host.find(CLOSED) is None
+            assert not reads or len(read_all(client)) == 100_000
+        assert closing(host, stream) == (how, 100_000)
 
 
 def test_client_that_closes_at_its_content_length_has_consumed(pair: Pair) -> None:
@@ -218,8 +234,7 @@ def test_request_stops_at_the_credit_and_goes_on_with_more(pair: Pair) -> None:
         assert host.request(16, WINDOW) == data[:WINDOW]
         host.ping()
         assert len(host.streams[16].data) == WINDOW
-        host.send(CREDIT, 16, WINDOW + 1000)
-        host.send(CREDIT, 16, 5)  # never shrinks
+        host.write(host.wire(CREDIT, 16, WINDOW + 1000) + host.wire(CREDIT, 16, 5))  # never shrinks
         host.request(16, WINDOW + 1000)
         host.ping()
         assert len(host.streams[16].data) == WINDOW + 1000
@@ -266,9 +281,7 @@ def test_request_above_its_limit_flows_but_cannot_be_resumed(binary: Path, tmp_p
         assert host.expect(CLOSED).payload[0] == RESET_BY_HOST
 
 
-def test_requests_pause_at_the_total_and_go_on_when_some_are_acknowledged(
-    binary: Path, tmp_path: Path
-) -> None:
+def test_requests_pause_at_the_total_and_go_on_when_some_are_acknowledged(binary: Path, tmp_path: Path) -> None:
     total = 512 * 1024
     with running(binary, tmp_path, "--total-bytes-max", str(total)) as (guest, host):
         clients = [connect(guest) for _ in range(4)]

@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,7 +53,7 @@ def options(
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        app(prog_name="torpor")
     except* TorporError as errors:
         first = innermost(errors)
         assert isinstance(first, TorporError)

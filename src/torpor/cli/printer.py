@@ -12,6 +12,8 @@ from torpor.core.errors import TorporError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+TABLE_WIDTH = 200
+"""Wide enough for every listing."""
 
 
 def print_json(value: object) -> None:
@@ -31,9 +33,11 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_jso
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.upper().replace("_", " "), overflow="fold")
+        table.add_column(column.upper().replace("_", " "), no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
+    # Ids are there to be copied: a narrow or no terminal cuts no line in two.
+    out.width = max(out.width, TABLE_WIDTH)
     out.print(table)
 
 

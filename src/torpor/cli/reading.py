@@ -151,7 +151,9 @@ def diff(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
 
 def pull(
     session: Annotated[str, SESSION],
-    directory: Annotated[Path | None, typer.Argument(help="Where to. [default: the session's own source]")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where to (default: where the workspace came from).")
+    ] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Lay the files of the session's newest checkpoint over a directory. Nothing there is removed.

@@ -41,14 +41,14 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The agent's command.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The agent's command.")],
     name: Annotated[str | None, typer.Option(help="A name to use instead of the session's id.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; print the id.")] = False,
     image: Annotated[
         str, typer.Option(help="`host`: a read-only, curated view of this machine; or the directory of a root.")
     ] = "host",
     workspace: Annotated[
-        Path | None, typer.Option(help="Directory copied to the session's /workspace. [default: this one]")
+        Path | None, typer.Option(help="Directory copied to the session's /workspace (default: this one).")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Environment of the agent; repeatable.")] = None,
     mount: Annotated[
@@ -85,7 +85,7 @@ def run(
 
 
 def resume(
-    session: Annotated[str, typer.Argument(help="Id, unique beginning of an id, or name.")],
+    session: Annotated[str, typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")],
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:

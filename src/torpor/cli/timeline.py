@@ -112,8 +112,7 @@ def _completed(data: Any) -> str:
 
 
 def _checkpoint(data: Any) -> str:
-    froze, stored = milliseconds(data.get("freeze_ns", 0)), human_bytes(data.get("stored_bytes", 0))
-    return f"#{data.get('number')} ({data.get('reason')}) froze {froze}, stored {stored}"
+    return f"#{data.get('number')} ({data.get('reason')}) stored {human_bytes(data.get('stored_bytes', 0))}"
 
 
 def _recovered(data: Any) -> str:

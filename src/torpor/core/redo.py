@@ -151,8 +151,8 @@ def redo_set_after_recovery(calls: Iterable[Call], checkpoint: Checkpoint, timel
     """The redo set of the incarnation that restores `checkpoint` after a crash (RECOVERY 5.1).
 
     It holds what the timeline did after the cut, what was still pending or joinable at the cut, and, attached to the
-    streams that the image holds, what was open at the cut. Failed calls answer nothing. Across a rewind a model is asked
-    anew, so of what was pending or joinable at the cut only the rest stays.
+    streams that the image holds, what was open at the cut. Failed calls answer nothing. Across a rewind a model is
+    asked anew, so of what was pending or joinable at the cut only the rest stays.
     """
     by_id = {call.call_id: call for call in calls if call.state is not CallState.FAILED}
     attached = _open_at_cut(by_id, checkpoint)
@@ -190,7 +190,7 @@ def follow(redo: RedoSet, events: Iterable[Event], calls: Mapping[CallId, Call])
         if event.kind in _ATTACHING:
             redo.attach(entry_of(call))
             holders[call.call_id] = call.stream if event.kind is Kind.CALL_INTENDED else stream
-        elif event.kind is Kind.CALL_DELIVERED and holders.get(call.call_id) in {None, stream}:
+        elif event.kind is Kind.CALL_DELIVERED and (stream is None or holders.get(call.call_id) in {None, stream}):
             redo.ended(call.call_id, StreamEnd(event.data["end"]))
         elif event.kind is Kind.CALL_FAILED:
             redo.failed(call.call_id)

@@ -13,6 +13,9 @@ from torpor.gateway.dialects.sse import EventSplitter, json_object
 EVENT_BYTES_MAX = 16 << 20
 MESSAGE_BYTES_MAX = 64 << 20
 
+_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, zlib.error)
+"""What a provider's JSON of an unexpected build, or its damaged compression, can raise."""
+
 
 class AnswerReader:
     """Feed it the body of one answer in order, then ask `complete`."""
@@ -35,18 +38,28 @@ class AnswerReader:
         if self._blind:
             return
         try:
-            plain = self._decoded(data)
-        except zlib.error:
+            self._read(self._decoded(data))
+        except _UNREADABLE:
             self._blind = True
-            return
-        if self._is_message:
-            self._message += plain
-        else:
-            for raw in self._splitter.feed(plain):
-                self._read_event(raw)
         if len(self._message) > MESSAGE_BYTES_MAX or self._splitter.buffered_bytes > EVENT_BYTES_MAX:
             self._blind = True
             self._message.clear()
+
+    def complete(self) -> bool:
+        """Whether an answer whose transport ended properly lacks nothing."""
+        if not self._blind and self._is_message and (message := json_object(bytes(self._message))) is not None:
+            try:
+                self._dialect.read_message(message, self.facts)
+            except _UNREADABLE:
+                self._blind = True
+        return self._blind or self.facts.terminal
+
+    def _read(self, plain: bytes) -> None:
+        if self._is_message:
+            self._message += plain
+            return
+        for raw in self._splitter.feed(plain):
+            self._read_event(raw)
 
     def _decoded(self, data: bytes) -> bytes:
         if self._inflate is None:
@@ -55,16 +68,6 @@ class AnswerReader:
         if self._inflate.unconsumed_tail:
             raise zlib.error("it unpacks to more than we look at")
         return plain
-
-    def complete(self) -> bool:
-        """Whether an answer whose transport ended properly lacks nothing."""
-        if self._blind:
-            return True
-        if self._is_message:
-            message = json_object(bytes(self._message))
-            if message is not None:
-                self._dialect.read_message(message, self.facts)
-        return self.facts.terminal
 
     def _read_event(self, raw: bytes) -> None:
         if self._dialect.last_event is not None and raw.strip() == self._dialect.last_event:

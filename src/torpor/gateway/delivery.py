@@ -91,14 +91,17 @@ async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) ->
         yield row
 
 
-async def deliver(stream: Stream, rows: AsyncGenerator[Row], *, continued: bool) -> StreamEnd | None:
+async def deliver(
+    stream: Stream, rows: AsyncGenerator[Row], *, continued: bool, released: asyncio.Event | None = None
+) -> StreamEnd | None:
     """Deliver from where the stream stands until it closes; None when the link ended first.
 
     Args:
+        released: nothing is delivered before it is set.
         continued: this stream's client asked for `100 Continue`; a client that joined may differ from the first.
     """
     async with asyncio.TaskGroup() as group:
-        sending = group.create_task(_send_rows(stream, rows, continued=continued))
+        sending = group.create_task(_send_rows(stream, rows, continued=continued, released=released))
         end = await closed(stream)
         sending.cancel()
     return end
@@ -133,8 +136,12 @@ async def closed(stream: Stream) -> StreamEnd | None:
         return None
 
 
-async def _send_rows(stream: Stream, rows: AsyncGenerator[Row], *, continued: bool) -> None:
+async def _send_rows(
+    stream: Stream, rows: AsyncGenerator[Row], *, continued: bool, released: asyncio.Event | None
+) -> None:
     """A clean end only after a proper one; anything else breaks the connection off."""
+    if released is not None:
+        await released.wait()
     tape = Tape(stream.sent)
     try:
         async with aclosing(rows):

@@ -8,7 +8,7 @@ failure can still be told in words, which clients retry, where a broken connecti
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from torpor.core.call import Call, ResponseHead
@@ -45,18 +45,13 @@ class Pump:
         self._upstreams = upstreams
         self._scrubber = Scrubber(None)
         self._sent_ns = 0
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self, group: asyncio.TaskGroup, ended: Callable[["Pump"], None]) -> None:
-        """Begin; `ended` is called at the end, unless the node's own failure or end comes first."""
-        self._task = group.create_task(self._run(ended))
+    async def run(self) -> None:
+        """Carry the attempt to its end.
 
-    def abandon(self) -> None:
-        """Stop in the middle, as if the node had died."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _run(self, ended: Callable[["Pump"], None]) -> None:
+        Raises:
+            Superseded: this node lost the session.
+        """
         self._sent_ns = self._recorder.wall_ns()
         self.recording.attempt = await self._recorder.send(self.call.call_id)
         self.sent.set()
@@ -67,7 +62,6 @@ class Pump:
                 await self._receive(answer)
         except NoAnswer as failure:
             await self._fail(failure)
-        ended(self)
 
     async def _receive(self, answer: UpstreamAnswer) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)

@@ -6,13 +6,12 @@ Pumps belong to `run` and outlive every stream and every sandbox.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from torpor.config import Upstream
 from torpor.core.branch import ContextTree
-from torpor.core.call import Call
 from torpor.core.checkpoint import OpenStream, StreamFate
 from torpor.core.clock import Clock
 from torpor.core.delivery import untouched_bytes
@@ -22,15 +21,13 @@ from torpor.core.join import StreamEnd
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
-from torpor.gateway.delivery import Recording, closed, deliver, deliver_locally, rows_in_shape
+from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
-from torpor.gateway.intake import Intake, from_log, take_in
-from torpor.gateway.pump import Pump
-from torpor.gateway.record import Claim, Recorder, needs_sending
+from torpor.gateway.intake import Intake, take_in
+from torpor.gateway.pumps import Answer, OnCall, Pumps
+from torpor.gateway.record import Claim, Recorder
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
-
-OnCall = Callable[[CallId], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +41,11 @@ class OpenCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Attachment:
-    """A stream with the call that it receives. `pump` is there if it was started for this stream."""
+    """A stream with the answer that it receives."""
 
+    stream: Stream
     claim: Claim
-    call: Call
-    recording: Recording
-    pump: Pump | None = None
+    answer: Answer
 
 
 class Gateway:
@@ -71,14 +67,15 @@ class Gateway:
         on_call: OnCall,
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
-        self._upstreams = UpstreamClient(upstreams, clock)
-        self._on_call = on_call
+        self._pumps = Pumps(
+            recorder=self._recorder,
+            upstreams=UpstreamClient(upstreams, clock),
+            on_call=on_call,
+            on_failed=self._failed,
+        )
         self._turnstile = asyncio.Lock()
-        self._running = asyncio.Event()
-        self._closing = asyncio.Event()
-        self._group: asyncio.TaskGroup | None = None
-        self._pumps: dict[CallId, Pump] = {}
         self._open: dict[StreamId, _Attachment] = {}
+        self._holders: dict[CallId, StreamId] = {}
         self._redo = RedoSet()
         self._tree = ContextTree(1)
         self._incarnation = 0
@@ -89,16 +86,11 @@ class Gateway:
         Raises:
             ExceptionGroup: a pump could not write the log (Superseded, or the database's own failures).
         """
-        async with self._upstreams, asyncio.TaskGroup() as group:
-            self._group = group
-            self._running.set()
-            await self._closing.wait()
-            for pump in self._pumps.values():
-                pump.abandon()
+        await self._pumps.run()
 
     def close(self) -> None:
         """Abandon the pumps that still run: their calls are torn for the next owner. `run` then returns."""
-        self._closing.set()
+        self._pumps.close()
 
     async def recover(self) -> list[CallId]:
         """At the start of a node: what the one before had sent and not answered is torn from now on."""
@@ -117,6 +109,7 @@ class Gateway:
             self._incarnation = incarnation
             self._redo = redo
             self._open.clear()
+            self._holders.clear()
 
     async def load_incarnation(self, incarnation: int) -> tuple[RedoSet, Mapping[StreamId, OpenCall]]:
         """What the log knows of a life of the sandbox: its redo set by now, and the calls of its streams.
@@ -174,12 +167,12 @@ class Gateway:
     def open_streams(self) -> dict[StreamId, OpenCall]:
         """The streams whose request is a call by now."""
         return {
-            stream: _open_call(attachment.claim, attachment.recording.attempt)
+            stream: _open_call(attachment.claim, attachment.answer.recording.attempt)
             for stream, attachment in self._open.items()
         }
 
     def pump_alive(self, call_id: CallId) -> bool:
-        return call_id in self._pumps
+        return self._pumps.alive(call_id)
 
     def pending_redo(self) -> tuple[CallId, ...]:
         """Calls that the agent is expected to make again: a checkpoint keeps them."""
@@ -191,19 +184,36 @@ class Gateway:
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
-        await self._running.wait()
+        await self._pumps.ready()
         async with self._turnstile:
             self._check_current(stream, incarnation)
             expected = self._redo.pending
+            self._give_up_left_streams(intake)
             call_id = self._redo.match(intake.key)
             if call_id is None:
                 attachment = await self._new_call(stream, intake, incarnation, expected)
             else:
                 kind = Kind.CALL_REPEATED if call_id in expected else Kind.CALL_JOINED
                 attachment = await self._old_call(stream, intake, incarnation, call_id, kind)
-            self._open[stream_id(stream)] = attachment
+            self._hold(attachment)
             stream.acknowledge(intake.request.length)
             return attachment
+
+    def _give_up_left_streams(self, intake: Intake) -> None:
+        """An equal request, while the client of an earlier one has closed its end: that is its retry, so it joins.
+
+        TCP does not tell a client that left from one that only ended its request until bytes are sent to it, and a
+        client that timed out before the first byte would be paid for twice. Clients that wait for an answer on a
+        connection that they half closed are rare; if one asks twice at once, both get the one answer.
+        """
+        for attachment in self._open.values():
+            same = attachment.answer.call.key.logical == intake.key.logical
+            if (
+                same
+                and attachment.stream.half_closed
+                and self._holds(attachment.claim.stream, attachment.claim.call_id)
+            ):
+                self._redo.ended(attachment.claim.call_id, StreamEnd.GONE)
 
     async def _new_call(
         self, stream: Stream, intake: Intake, incarnation: int, expected: tuple[CallId, ...]
@@ -217,26 +227,28 @@ class Gateway:
         )
         self._tree.hang(call.intended_seq)
         self._redo.attach(entry_of(call))
-        pump = self._start(call, intake)
+        answer = self._pumps.start(call, intake, announce=True)
         claim = intake.claim(call_id, stream_id(stream), incarnation)
-        return _Attachment(claim=claim, call=call, recording=pump.recording, pump=pump)
+        return _Attachment(stream=stream, claim=claim, answer=answer)
 
     async def _old_call(
         self, stream: Stream, intake: Intake, incarnation: int, call_id: CallId, kind: Kind
     ) -> _Attachment:
-        call, recording, pump = await self._revive(call_id)
-        claim = intake.claim(call_id, stream_id(stream), incarnation, intake.shape_for(call.key))
-        self._tree.reach(call.intended_seq)
-        await self._recorder.attach(kind, claim, cursor_seq=self._tree.cursor, attempt=recording.attempt)
-        return _Attachment(claim=claim, call=call, recording=recording, pump=pump)
+        answer = await self._pumps.revive(call_id, announce=True)
+        claim = intake.claim(call_id, stream_id(stream), incarnation, intake.shape_for(answer.call.key))
+        self._tree.reach(answer.call.intended_seq)
+        attempt = answer.recording.attempt
+        await self._recorder.attach(kind, claim, cursor_seq=self._tree.cursor, attempt=attempt)
+        return _Attachment(stream=stream, claim=claim, answer=answer)
 
     async def _reattach(
         self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int
     ) -> _Attachment:
-        await self._running.wait()
+        await self._pumps.ready()
         async with self._turnstile:
             self._check_current(stream, incarnation)
-            call, recording, _ = await self._revive(call_id)
+            # The cut that a restored stream comes from is younger than a cut made now would be worth.
+            answer = await self._pumps.revive(call_id, announce=False)
             claim = Claim(
                 call_id=call_id,
                 stream=open_stream.stream,
@@ -245,44 +257,17 @@ class Gateway:
                 continued=open_stream.untouched_bytes > 0,
                 shape=await self._recorder.load_shape(call_id, open_stream.stream),
             )
-            attachment = _Attachment(claim=claim, call=call, recording=recording)
-            await self._recorder.inherit(claim, attempt=recording.attempt)
-            self._open[open_stream.stream] = attachment
+            attachment = _Attachment(stream=stream, claim=claim, answer=answer)
+            await self._recorder.inherit(claim, attempt=answer.recording.attempt)
+            self._hold(attachment)
             stream.acknowledge(stream.received)
             return attachment
 
-    async def _revive(self, call_id: CallId) -> tuple[Call, Recording, Pump | None]:
-        """The rows of a call that is in the log: its pump's, those that are written, or those of a new attempt."""
-        pump = self._pumps.get(call_id)
-        if pump is not None:
-            return pump.call, pump.recording, None
-        call = await self._recorder.load(call_id)
-        if needs_sending(call):
-            head, body = await self._recorder.load_request(call_id)
-            pump = self._start(call, from_log(head, body))
-            return call, pump.recording, pump
-        return call, await self._recorder.replay(call), None
-
-    def _start(self, call: Call, intake: Intake) -> Pump:
-        assert self._group is not None
-        pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
-        self._pumps[call.call_id] = pump
-        pump.start(self._group, self._pump_ended)
-        return pump
-
-    def _pump_ended(self, pump: Pump) -> None:
-        del self._pumps[pump.call.call_id]
-        if pump.failed:
-            self._redo.failed(pump.call.call_id)
-
     async def _attend(self, stream: Stream, attachment: _Attachment) -> None:
         """Deliver to a stream until it ends, and record how."""
-        claim = attachment.claim
-        if attachment.pump is not None and attachment.call.is_llm:
-            await attachment.pump.sent.wait()
-            await self._on_call(claim.call_id)
-        rows = rows_in_shape(attachment.recording, dialect_named(attachment.call.dialect), claim.shape)
-        end = await deliver(stream, rows, continued=claim.continued)
+        claim, answer = attachment.claim, attachment.answer
+        rows = rows_in_shape(answer.recording, dialect_named(answer.call.dialect), claim.shape)
+        end = await deliver(stream, rows, continued=claim.continued, released=answer.released)
         if end is not None:
             await self._detach(stream, claim.stream, claim.call_id, claim.incarnation, end)
 
@@ -294,8 +279,18 @@ class Gateway:
                 return
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
             await self._recorder.note(Kind.CALL_DELIVERED, incarnation, call_id, data)
-            self._redo.ended(call_id, end)
             self._open.pop(number, None)
+            if self._holds(number, call_id):
+                self._redo.ended(call_id, end)
+
+    def _hold(self, attachment: _Attachment) -> None:
+        claim = attachment.claim
+        self._open[claim.stream] = attachment
+        self._holders[claim.call_id] = claim.stream
+
+    def _holds(self, stream: StreamId, call_id: CallId) -> bool:
+        """Whether a stream is the last that got this call: the end of an earlier one no longer counts."""
+        return self._holders.get(call_id, stream) == stream
 
     async def _break_off(self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int) -> None:
         """The agent holds a part of an answer that can't be continued: it learns that, and may ask again."""
@@ -305,6 +300,10 @@ class Gateway:
         stream.reset()
         await closed(stream)
         await self._detach(stream, open_stream.stream, call_id, incarnation, StreamEnd.RESET)
+
+    def _failed(self, call_id: CallId) -> None:
+        """An equal request is a new call from now on, whichever incarnation makes it."""
+        self._redo.failed(call_id)
 
     def _check_current(self, stream: Stream, incarnation: int) -> None:
         if incarnation != self._incarnation:

@@ -19,6 +19,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
 import asyncio
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
@@ -141,6 +142,8 @@ class Checkpointer:
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
+                # What the capture was compared with may be what is damaged: read the whole workspace next time.
+                self._tree = None
                 self._discard(cut.checkpoint.snapshot_id)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
@@ -240,10 +243,17 @@ class Checkpointer:
             crash_point("checkpoint.paused")
             await life.sandbox.save_image(self._staging.image(snapshot_id))
             crash_point("checkpoint.imaged")
-            return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
+            return await asyncio.to_thread(self._capture, life, self._staging.changes(snapshot_id))
         finally:
             thaw = asyncio.ensure_future(_thaw(life))
             await asyncio.shield(thaw)
+
+    def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
+        """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
+        mapped = life.sandbox.open_for_writing()
+        if mapped is None:
+            return capture(life.plan.workspace, changes)
+        return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
 
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()

@@ -38,13 +38,10 @@ def _spellings(kind: str, number: int) -> tuple[str, tuple[RequestKey, ...]]:
         plain = json.dumps(fields).encode()
         keys = tuple(_key("openai_chat", "POST", "/v1/chat/completions", body) for body in (first, other, plain))
         return "POST", keys
-    method = "GET" if kind == "read" else "POST"
-    bodies = (
-        [b""] * 3
-        if kind == "read"
-        else [json.dumps(dict(sorted(fields.items(), reverse=r))).encode() for r in (0, 1, 0)]
-    )
-    return method, tuple(_key("raw", method, f"/{kind}/{number}", body) for body in bodies)
+    if kind == "read":
+        return "GET", (_key("raw", "GET", f"/read/{number}", b""),)
+    bodies = [json.dumps(dict(sorted(fields.items(), reverse=reverse))).encode() for reverse in (False, True)]
+    return "POST", tuple(_key("raw", "POST", f"/{kind}/{number}", body) for body in bodies)
 
 
 COUNTS = {"llm": 8, "effect": 3, "read": 2, "barrier": 2, "receive": 1}

@@ -194,23 +194,30 @@ class Sandbox:
         if self.world.trace is not None:
             self.world.note(f"guest {self.incarnation} gets {kind} {sid} {arg}")
         if kind == "HELLO":
-            guest.nonce = nonce
-            guest.barrier = 0
-            guest.out_quiet = True
-            for stream in guest.streams.values():
-                stream.quiet = stream.read > 0
-            self.send("STATUS", arg=guest.out_acknowledged, payload=guest.statuses())
+            self._begin_link(nonce)
         elif nonce != guest.nonce:
             return
-        elif kind == "DATA":
-            self._take(guest.streams.get(sid), arg, payload)
-        elif kind in _STREAM_FRAMES:
+        elif sid == STDOUT:
+            self._receive_for_output(kind, arg)
+        elif sid:
             stream = guest.streams.get(sid)
-            if sid == STDOUT:
-                self._receive_for_output(kind, arg)
-            elif stream is not None:
-                self._receive_for_stream(kind, stream, arg)
-        elif kind == "BARRIER":
+            if stream is not None:
+                self._receive_for_stream(kind, stream, arg, payload)
+        else:
+            self._receive_for_link(kind, arg)
+
+    def _begin_link(self, nonce: int) -> None:
+        guest = self.guest
+        guest.nonce = nonce
+        guest.barrier = 0
+        guest.out_quiet = True
+        for stream in guest.streams.values():
+            stream.quiet = stream.read > 0
+        self.send("STATUS", arg=guest.out_acknowledged, payload=guest.statuses())
+
+    def _receive_for_link(self, kind: str, arg: int) -> None:
+        guest = self.guest
+        if kind == "BARRIER":
             guest.barrier = arg
             self.send("BARRIER_ACK", arg=arg, payload=guest.statuses())
         elif kind == "RELEASE":
@@ -222,15 +229,12 @@ class Sandbox:
         elif kind == "EXIT_ACK":
             self.alive = False
 
-    def _take(self, stream: GuestStream | None, offset: int, piece: bytes) -> None:
-        if stream is None or stream.reset:
-            return
-        have = len(stream.taken)
-        if offset <= have < offset + len(piece):
-            stream.taken += piece[have - offset :]
-
-    def _receive_for_stream(self, kind: str, stream: GuestStream, arg: int) -> None:
-        if kind == "FIN":
+    def _receive_for_stream(self, kind: str, stream: GuestStream, arg: int, piece: bytes) -> None:
+        if kind == "DATA":
+            have = len(stream.taken)
+            if arg <= have < arg + len(piece) and not stream.reset:
+                stream.taken += piece[have - arg :]
+        elif kind == "FIN":
             stream.fin = arg
         elif kind == "RESET":
             if stream.end is None:
@@ -256,6 +260,3 @@ class Sandbox:
             guest.out_quiet = False
             guest.out_read = arg
             guest.told_exit = False
-
-
-_STREAM_FRAMES = frozenset({"FIN", "RESET", "ACK", "RESUME"})

@@ -13,14 +13,14 @@ from torpor.core.branch import ContextTree
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
 from torpor.core.errors import Superseded
-from torpor.core.events import Kind
 from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
 from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
-from torpor.testing.simulator.store import OUTPUT, ROOT_SEQ, SESSION, Incarnation, Row
+from torpor.testing.simulator.store import ROOT_SEQ, SESSION, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
 from torpor.testing.simulator.tasks import Task, TaskSet
 
@@ -47,8 +47,8 @@ class Node:
         "held",
         "holding",
         "incarnation",
-        "life",
         "lasting",
+        "life",
         "name",
         "nonce",
         "pumps",
@@ -71,7 +71,7 @@ class Node:
         self.incarnation = 0
         self.sandbox: Sandbox | None = None
         self.pumps: dict[CallId, int] = {}
-        self.queue: list[Callable[[], None]] = []
+        self.queue: list[Callable[[], object]] = []
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
@@ -99,35 +99,34 @@ class Node:
     def step(self) -> bool:
         """One step of this process; a write that is refused as superseded ends it."""
         try:
-            return self._step()
+            sandbox = self.sandbox
+            if sandbox is not None and not sandbox.alive:
+                self.lose_sandbox(sandbox)
+                return True
+            random = self.world.random
+            chance = random()
+            if sandbox is not None and sandbox.to_host and chance < 0.5:
+                self.gateway.receive(sandbox.to_host.popleft())
+                return True
+            tasks = self._next_tasks(chance)
+            if tasks is not None:
+                return tasks.step(random)
+            if sandbox is not None and sandbox.to_host:
+                self.gateway.receive(sandbox.to_host.popleft())
+                return True
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)
             return True
-
-    def _step(self) -> bool:
-        sandbox = self.sandbox
-        if sandbox is not None and not sandbox.alive:
-            self.lose_sandbox(sandbox)
-            return True
-        random = self.world.random
-        life = self.life
-        chance = random()
-        if sandbox is not None and sandbox.to_host and chance < 0.5:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
-        if self.control.ready:
-            return self.control.step(random)
-        if life.ready and self.serving and chance < 0.85:
-            return life.step(random)
-        if self.lasting.ready:
-            return self.lasting.step(random)
-        if life.ready and self.serving:
-            return life.step(random)
-        if sandbox is not None and sandbox.to_host:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
         return False
+
+    def _next_tasks(self, chance: float) -> TaskSet | None:
+        if self.control.ready:
+            return self.control
+        life = self.life if self.serving and self.life.ready else None
+        if life is not None and chance < 0.85:
+            return life
+        return self.lasting if self.lasting.ready else life
 
     def lose_sandbox(self, sandbox: Sandbox) -> None:
         """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
@@ -159,7 +158,7 @@ class Node:
         self.world.witness.wrote(self)
         return number
 
-    def log_later(self, write: Callable[[], None]) -> None:
+    def log_later(self, write: Callable[[], object]) -> None:
         """Queue what was just decided in memory: rows are written in the order of the decisions, some time later."""
         if not self.queue:
             self.lasting.add(self._write_queue())
@@ -177,7 +176,7 @@ class Node:
         self.wake(ON_LOGGED)
 
     def set_status(self, status: SessionStatus) -> None:
-        self.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, status))
+        self.append((kinds.SESSION_STATUS, self.incarnation, None, None, status))
         self.db.fsync()
         self.wake(ON_STATUS_CHANGE)
 
@@ -260,16 +259,18 @@ class Node:
 
         It names a call only if the log has it by then: one that is still to be written comes after the cut.
         """
+        all_calls = not self.world.rules.cut_names_logged_calls_only
         streams: list[OpenStream] = []
         for status in statuses:
             if status.end is not None:
                 continue
             known = self.gateway.streams.get(status.sid)
+            named = known is not None and (all_calls or known.call_id in self.db.calls)
             streams.append(
                 OpenStream(
                     stream=StreamId(status.sid),
                     port=4100,
-                    call_id=known.call_id if known is not None and known.call_id in self.db.calls else None,
+                    call_id=known.call_id if known is not None and named else None,
                     read=status.read,
                     acknowledged=status.acknowledged,
                     taken=status.taken,
@@ -284,7 +285,7 @@ class Node:
             streams=tuple(streams),
             output=self.gateway.output.position,
             pending=self.redo.pending,
-            joinable=tuple(call_id for call_id in self.redo.joinable if call_id in self.db.calls),
+            joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
 
     def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
@@ -296,9 +297,9 @@ class Node:
             snapshot.synced = True
             yield
         cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
-        self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
+        self.append((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut))
         self.db.fsync()
-        self.world.count("checkpoints")
+        self.world.committed()
         if self.cutting == number:
             self.cutting = 0
         self.wake(ON_COMMIT)
@@ -331,8 +332,7 @@ class Node:
             self.world.destroy(self.sandbox)
             self.sandbox = None
             self.forget_incarnation()
-            if self.db.status is SessionStatus.WAKING:
-                self.wake_up()
+            self.resolved()
         else:
             self.set_status(SessionStatus.RUNNING)
             self.resume(number)
@@ -368,9 +368,9 @@ class Node:
         rest = self.gateway.output.finish()
         rows: list[Row] = []
         if rest.differs_at is not None and rules.missing_output_counts:
-            rows.append((OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
-        rows.append((Kind.AGENT_EXITED.value, self.incarnation, None, None, code))
-        rows.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, SessionStatus.SUCCEEDED))
+            rows.append((kinds.OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
+        rows.append((kinds.AGENT_EXITED, self.incarnation, None, None, code))
+        rows.append((kinds.SESSION_STATUS, self.incarnation, None, None, SessionStatus.SUCCEEDED))
         if not rules.exit_commits_before_telling:
             self.world.witness.told_exit(self, code, 0)
             yield

@@ -10,7 +10,9 @@ from torpor.testing.simulator.agent import Agent, Op, Thread
 HORIZON = 140
 """Steps in which most schedules do most of their work; what happens to them is drawn from here."""
 
-KILLS = ("kill node", "kill sandbox", "kill both", "power cut", "silence node")
+SOON = 40
+
+KILLS = ("kill node", "kill node", "kill sandbox", "kill both", "power cut", "silence node")
 OTHERS = ("message", "message", "checkpoint", "hibernate", "rewind", "damage")
 KINDS = ("llm", "llm", "llm", "llm", "effect", "effect", "read", "barrier", "receive", "receive")
 
@@ -21,6 +23,7 @@ class Plan:
     Attributes:
         cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
         happenings: (step, what), the next one last.
+        kills_after_commit: further kills, each within `SOON` steps of a commit, when there is something to restore.
         messages: how many messages people have to say.
         sleepy: how often the node puts the session to sleep when nothing else is to be done.
     """
@@ -30,6 +33,7 @@ class Plan:
         "cluster",
         "fickle",
         "happenings",
+        "kills_after_commit",
         "messages",
         "patience",
         "programs",
@@ -43,16 +47,17 @@ class Plan:
         random = rng.random
         self.cluster = random() < 0.2
         self.fickle = random() < 0.25
-        self.patience = 0.06 if random() < 0.5 else 0.0
+        self.patience = (0.0, 0.0, 0.06, 0.06, 0.25)[int(random() * 5)]
         self.truncation_rate = 0.15 if random() < 0.25 else 0.0
         self.checkpoint_rate = 0.2 + 0.6 * random()
         self.programs = _programs(random)
         self.messages = sum(op.kind == "receive" for ops in self.programs for op in ops)
+        self.kills_after_commit = int(random() * 4)
         self.sleepy = int(random() * 3)
         self.happenings = self._happenings(random)
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
-        drawn = [(int(random() * HORIZON), KILLS[int(random() * len(KILLS))]) for _ in range(int(random() * 5))]
+        drawn = [(int(random() * HORIZON), kill(random)) for _ in range(int(random() * 3))]
         if random() < 0.6:
             drawn += [(int(random() * HORIZON), OTHERS[int(random() * len(OTHERS))]) for _ in range(int(random() * 4))]
         return sorted(drawn, reverse=True)
@@ -62,6 +67,10 @@ class Plan:
         return Agent([Thread(ops) for ops in self.programs], fickle=self.fickle, patience=self.patience)
 
 
+def kill(random: Callable[[], float]) -> str:
+    return KILLS[int(random() * len(KILLS))]
+
+
 def _programs(random: Callable[[], float]) -> list[tuple[Op, ...]]:
     """One to three threads with two to five operations in all; often some ask the same on purpose."""
     threads = (1, 1, 2, 2, 3)[int(random() * 5)]
@@ -69,7 +78,7 @@ def _programs(random: Callable[[], float]) -> list[tuple[Op, ...]]:
     programs: list[tuple[Op, ...]] = []
     for _ in range(threads):
         ops: list[Op] = []
-        for _ in range(1 + int(random() * (4 - threads))):
+        for _ in range(1 + int(random() * (5 - threads))):
             kind = KINDS[int(random() * len(KINDS))]
             ops.append(same if same is not None and random() < 0.6 else Op(kind, int(random() * 8), random() < 0.3))
         programs.append(tuple(ops))

@@ -19,6 +19,7 @@ from torpor.core.ids import CallId, NodeId, SessionId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.redo import RedoEntry
 from torpor.core.session import ENDED, SessionStatus, check_transition
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.guest import Guest
 from torpor.testing.simulator.rules import Rules
@@ -28,9 +29,6 @@ ROOT_SEQ = 1
 
 Row: TypeAlias = tuple[str, int, CallId | None, int | None, Any]
 """(kind, incarnation, call, parent_seq, data)"""
-
-# Rows that are no events: pieces of answers and output, which the log refers to.
-HEAD, CHUNK, OUTPUT = "head", "chunk", "output"
 
 
 class AttemptRow:
@@ -170,7 +168,7 @@ class Database:
         self.synced = 0
         self.call_count = 0
         self._empty()
-        self.append(0, (Kind.SESSION_CREATED.value, 0, None, None, None))
+        self.append(0, (kinds.SESSION_CREATED, 0, None, None, None))
         self.fsync()
 
     def _empty(self) -> None:
@@ -199,8 +197,7 @@ class Database:
         if token is not None and self.lease is not None and self.rules.check_owner_token:
             check_owner_token(SESSION, presented=token, current=self.lease.owner_token)
         self.transactions.append((token or 0, rows))
-        for row in rows:
-            self._apply(row)
+        self._fold(rows)
         return len(self.transactions)
 
     def fsync(self) -> None:
@@ -212,8 +209,7 @@ class Database:
         self.synced = keep
         self._empty()
         for _, rows in self.transactions:
-            for row in rows:
-                self._apply(row)
+            self._fold(rows)
 
     @property
     def head(self) -> int:
@@ -223,16 +219,13 @@ class Database:
         self.call_count += 1
         return CallId(f"c{self.call_count}")
 
-    def call(self, call_id: CallId) -> Call:
-        return self.calls[call_id].as_call()
-
     def all_calls(self) -> dict[CallId, Call]:
         return {call_id: row.as_call() for call_id, row in self.calls.items()}
 
     def free_message(self) -> int | None:
         """The oldest message that no receiving call of this timeline was answered with.
 
-        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer, and its message.
+        A call is the timeline's by its beginning: one that was open at a rewind's cut keeps its answer and message.
         """
         holds = self.timeline.holds
         taken = {row.message for row in self.calls.values() if row.message is not None and holds(row.intended_seq)}
@@ -266,12 +259,13 @@ class Database:
             previous = event.hash
         return events
 
-    def _apply(self, row: Row) -> None:
-        if row[0] not in _NO_EVENTS:
-            self.events.append(row)
-        fold = _FOLDS.get(row[0])
-        if fold is not None:
-            fold(self, row)
+    def _fold(self, rows: tuple[Row, ...]) -> None:
+        for row in rows:
+            kind = row[0]
+            if kind not in kinds.NO_EVENTS:
+                self.events.append(row)
+            if kind in _FOLDS:
+                _FOLDS[kind](self, row)
 
 
 def _fold_status(db: Database, row: Row) -> None:
@@ -369,27 +363,24 @@ def _call(db: Database, row: Row) -> CallRow:
     return db.calls[row[2]]
 
 
-MESSAGE_ACCEPTED = Kind.WAITPOINT_RESOLVED.value
-
-_NO_EVENTS = frozenset({HEAD, CHUNK, OUTPUT})
 _FOLDS: dict[str, Callable[[Database, Row], None]] = {
-    Kind.SESSION_STATUS.value: _fold_status,
-    Kind.LEASE_ACQUIRED.value: _fold_lease,
-    Kind.INCARNATION_STARTED.value: _fold_incarnation,
-    Kind.CALL_INTENDED.value: _fold_intended,
-    Kind.CALL_REPEATED.value: _fold_repeated,
-    Kind.CALL_SENT.value: _fold_sent,
-    HEAD: _fold_head,
-    CHUNK: _fold_chunk,
-    Kind.CALL_COMPLETED.value: _fold_completed,
-    Kind.CALL_FAILED.value: _fold_failed,
-    Kind.CALL_TORN.value: _fold_torn,
-    Kind.CALL_UNKNOWN.value: _fold_torn,
-    Kind.CHECKPOINT_COMMITTED.value: _fold_checkpoint,
-    MESSAGE_ACCEPTED: _fold_message,
-    OUTPUT: _fold_output,
-    Kind.SESSION_REWOUND.value: _fold_rewound,
-    Kind.AGENT_EXITED.value: _fold_exited,
+    kinds.SESSION_STATUS: _fold_status,
+    kinds.LEASE_ACQUIRED: _fold_lease,
+    kinds.INCARNATION_STARTED: _fold_incarnation,
+    kinds.CALL_INTENDED: _fold_intended,
+    kinds.CALL_REPEATED: _fold_repeated,
+    kinds.CALL_SENT: _fold_sent,
+    kinds.HEAD: _fold_head,
+    kinds.CHUNK: _fold_chunk,
+    kinds.CALL_COMPLETED: _fold_completed,
+    kinds.CALL_FAILED: _fold_failed,
+    kinds.CALL_TORN: _fold_torn,
+    kinds.CALL_UNKNOWN: _fold_torn,
+    kinds.CHECKPOINT_COMMITTED: _fold_checkpoint,
+    kinds.WAITPOINT_RESOLVED: _fold_message,
+    kinds.OUTPUT: _fold_output,
+    kinds.SESSION_REWOUND: _fold_rewound,
+    kinds.AGENT_EXITED: _fold_exited,
 }
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, holds_barrier
-from torpor.core.events import Kind
 from torpor.core.ids import CallId
+from torpor.testing.simulator import kinds
 
 if TYPE_CHECKING:
     from torpor.testing.simulator.asks import Ask
@@ -112,6 +112,17 @@ class Witness:
         for row in self.world.db.calls.values():
             if row.state is not CallState.ANSWERED and row.state is not CallState.FAILED:
                 self._deaths[row.call_id] += 1
+
+    def after_kill(self) -> None:
+        """What must hold at any instant, whoever just died."""
+        db = self.world.db
+        for call_id, sends in self._sends.items():
+            self.check(1, sends <= 1 + self._deaths[call_id], f"{call_id} was sent {sends} times")
+        for sandbox in self.world.sandboxes[-1:]:
+            for stream in sandbox.guest.streams.values():
+                self._is_prefix(stream)
+        last = db.events[-1]
+        self.check(10, last[3] is None or last[3] < len(db.events), f"event {len(db.events)} is its own ancestor")
 
     # --- the agent's sockets -----------------------------------------------------------------------------------------
 
@@ -283,7 +294,7 @@ class Witness:
 
     def _finish_log(self) -> None:
         db = self.world.db
-        intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == Kind.CALL_INTENDED.value}
+        intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == kinds.CALL_INTENDED}
         for seq, row in enumerate(db.events, start=1):
             if row[3] is not None:
                 self.check(10, row[3] < seq and row[3] in intended, f"event {seq} has parent {row[3]}")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Hashable
 from random import Random
 
-from torpor.core.call import CallState
 from torpor.core.errors import TorporError
 from torpor.core.events import Kind
 from torpor.core.session import SessionStatus
+from torpor.testing.simulator.faults import HAPPENINGS, decide_unknown, hibernate, send_message
 from torpor.testing.simulator.guest import Guest, Sandbox
 from torpor.testing.simulator.node import Node, make_checkpoint
 from torpor.testing.simulator.recovery import Recovery
 from torpor.testing.simulator.rules import Rules
-from torpor.testing.simulator.scheduler import Plan
-from torpor.testing.simulator.store import MESSAGE_ACCEPTED, Database, SnapshotStore
+from torpor.testing.simulator.scheduler import SOON, Plan, kill
+from torpor.testing.simulator.store import Database, SnapshotStore
 from torpor.testing.simulator.tasks import TaskSet
 from torpor.testing.simulator.upstream import Upstream
 from torpor.testing.simulator.witness import Violation, Witness
@@ -145,6 +144,13 @@ class World:
             return True
         return bool(self.people.ready) and self.people.step(self.random)
 
+    def _happen(self, what: str) -> None:
+        if self.trace is not None:
+            self.note(f"=== {what}")
+        if HAPPENINGS[what](self):
+            self.stats[what] += 1
+            self.witness.after_kill()
+
     def _unstick(self) -> bool:
         """Everything waits for somebody outside: let the world do what it would do in time."""
         if self.node is None:
@@ -153,143 +159,17 @@ class World:
             self.needs_person = False
             self.below_floor_allowed = True
             self.node.wake("person")
-        elif self._decide_unknown(self.node):
+        elif decide_unknown(self, self.node):
             return True
-        elif self.plan.sleepy and self.db.status is SessionStatus.RUNNING and self._hibernate():
+        elif self.plan.sleepy and self.db.status is SessionStatus.RUNNING and hibernate(self):
             self.plan.sleepy -= 1
         elif self.sent_messages < self.plan.messages:
-            self._send_message()
+            send_message(self)
         elif self.plan.cluster and self.silent:
             self.silent.pop()
         else:
             return False
         return True
-
-    # --- what happens ----------------------------------------------------------------------------------------------
-
-    def _happen(self, what: str) -> None:
-        if self.trace is not None:
-            self.note(f"=== {what}")
-        done = _HAPPENINGS[what](self)
-        if done is not False:
-            self.stats[what] += 1
-
-    def _kill_node(self) -> bool:
-        if self.node is None:
-            return False
-        self.stop_node(self.node)
-        return True
-
-    def _kill_sandbox(self) -> bool:
-        if self.sandbox is None or not self.sandbox.alive:
-            return False
-        self.sandbox.alive = False
-        return True
-
-    def _kill_both(self) -> bool:
-        return self._kill_node() | self._kill_sandbox()
-
-    def _power_cut(self) -> bool:
-        self._kill_both()
-        for other in self.silent:
-            self.destroy(other.sandbox)
-            self.witness.node_stopped()
-        self.silent.clear()
-        kept = self.db.synced + int(self.random() * (len(self.db.transactions) - self.db.synced + 1))
-        self.db.lose(kept)
-        self.store.lose_unsynced()
-        self.people.clear()
-        for message in range(1, self.sent_messages + 1):
-            if message not in self.witness.confirmed:
-                self.people.add(self._say(message))
-        self.boot_id = f"boot-{self.steps}"
-        return True
-
-    def _silence_node(self) -> bool:
-        """The owner stops answering; who replaces it is on another machine in a cluster, else on this one."""
-        node = self.node
-        if node is None or node.token == 0:
-            return False
-        self.node = None
-        self.silent.append(node)
-        if self.plan.cluster:
-            if self.sandbox is not None and self.rules.watchdog_pauses:
-                self.sandbox.stopped = True
-            self.sandbox = None
-        return True
-
-    def _send_message(self) -> bool:
-        if self.sent_messages == self.plan.messages:
-            return False
-        self.sent_messages += 1
-        self.people.add(self._say(self.sent_messages))
-        return True
-
-    def _say(self, message: int) -> Generator[Hashable | None, None, None]:
-        """A person's message, or a resolved waitpoint: written with its wake request in one transaction."""
-        rules = self.rules
-        yield
-        if message in self.db.messages:
-            # A power cut lost the confirmation, not the message; saying it again is the same message.
-            self.witness.told_message(message, self.db.synced)
-            return
-        rows = [(MESSAGE_ACCEPTED, 0, None, None, message)]
-        if self.db.status is SessionStatus.ASLEEP and rules.wake_with_the_message:
-            rows.append((Kind.SESSION_STATUS.value, 0, None, None, SessionStatus.WAKING))  # pyright: ignore[reportArgumentType]
-        written = self.db.append(None, *rows)
-        if rules.fsync_before_telling:
-            self.db.fsync()
-        yield
-        self.witness.told_message(message, written)
-        if self.node is not None:
-            self.node.resolved()
-
-    def _checkpoint(self) -> bool:
-        node = self.node
-        if node is None or not node.serving:
-            return False
-        node.life.add(node.checkpoint())
-        return True
-
-    def _hibernate(self) -> bool:
-        node = self.node
-        if node is None or not node.serving:
-            return False
-        node.life.add(node.hibernate())
-        return True
-
-    def _rewind(self) -> bool:
-        """A person goes back to some checkpoint of the present timeline."""
-        node = self.node
-        if node is None or not node.serving or self.db.status is not SessionStatus.RUNNING:
-            return False
-        points = [point for point in self.db.checkpoints if self.db.timeline.holds(point.seq)]
-        point = points[int(self.random() * len(points))]
-        if self.store.snapshots[point.snapshot_id].damaged:
-            return False
-        node.control.clear()
-        node.control.add(self.recovery.rewind(node, point))
-        return True
-
-    def _damage(self) -> bool:
-        """A bit flips in the newest snapshot, never in the workspace at the start: that one has copies."""
-        if len(self.db.checkpoints) < 2:
-            return False
-        snapshot = self.store.snapshots[self.db.checkpoints[-1].snapshot_id]
-        snapshot.damaged = True
-        self.damaged.add(snapshot.name)
-        return True
-
-    def _decide_unknown(self, node: Node) -> bool:
-        """A person decides about an effect of unknown outcome: it did not happen."""
-        for row in self.db.calls.values():
-            if row.state is CallState.UNKNOWN and node.serving:
-                node.append((Kind.CALL_FAILED.value, node.incarnation, row.call_id, None, None))
-                self.db.fsync()
-                node.wake(row.call_id)
-                self.count("unknown, decided by a person")
-                return True
-        return False
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
@@ -353,23 +233,18 @@ class World:
     def chance(self, probability: float) -> bool:
         return probability > 0 and self.random() < probability
 
+    def committed(self) -> None:
+        """A checkpoint was committed: from now on a kill takes the session back to it."""
+        self.stats["checkpoints"] += 1
+        plan = self.plan
+        if plan.kills_after_commit and self.random() < 0.6:
+            plan.kills_after_commit -= 1
+            plan.happenings.append((self.steps + int(self.random() * SOON), kill(self.random)))
+            plan.happenings.sort(reverse=True)
+
     def count(self, what: str) -> None:
         self.stats[what] += 1
 
     def note(self, text: str) -> None:
         if self.trace is not None:
             self.trace.append(f"{self.steps:4}  {text}")
-
-
-_HAPPENINGS = {
-    "kill node": World._kill_node,
-    "kill sandbox": World._kill_sandbox,
-    "kill both": World._kill_both,
-    "power cut": World._power_cut,
-    "silence node": World._silence_node,
-    "message": World._send_message,
-    "checkpoint": World._checkpoint,
-    "hibernate": World._hibernate,
-    "rewind": World._rewind,
-    "damage": World._damage,
-}

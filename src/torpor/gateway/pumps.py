@@ -1,0 +1,126 @@
+"""The answers of a session's calls: those that are arriving, which outlive every stream, and those in the log.
+
+Owns the tasks of all pumps. When a model call is on its way the runtime is told once, and no stream gets a byte of the
+answer before it is done with that: the agent is blocked anyway, so it is the moment for a checkpoint.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from torpor.core.call import Call
+from torpor.core.ids import CallId
+from torpor.gateway.delivery import Recording
+from torpor.gateway.intake import Intake, from_log
+from torpor.gateway.pump import Pump
+from torpor.gateway.record import Recorder, needs_sending
+from torpor.gateway.upstream import UpstreamClient
+
+OnCall = Callable[[CallId], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A call with the rows of its answer, as far as they are written.
+
+    Attributes:
+        released: set when they may be delivered.
+    """
+
+    call: Call
+    recording: Recording
+    released: asyncio.Event
+
+
+class Pumps:
+    """Every pump of one session on this node; `run` it in a TaskGroup."""
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        upstreams: UpstreamClient,
+        on_call: OnCall,
+        on_failed: Callable[[CallId], None],
+    ) -> None:
+        self._recorder = recorder
+        self._upstreams = upstreams
+        self._on_call = on_call
+        self._on_failed = on_failed
+        self._group: asyncio.TaskGroup | None = None
+        self._running = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._pumps: dict[CallId, Pump] = {}
+        self._held: dict[CallId, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Own the tasks until `close`.
+
+        Raises:
+            ExceptionGroup: a pump could not write the log (Superseded, or the database's own failures).
+        """
+        async with self._upstreams, asyncio.TaskGroup() as group:
+            self._group = group
+            self._running.set()
+            await self._closing.wait()
+            for task in self._tasks:
+                task.cancel()
+
+    def close(self) -> None:
+        """Abandon what is arriving: those calls are torn for the next owner."""
+        self._closing.set()
+
+    def alive(self, call_id: CallId) -> bool:
+        """Whether an answer is arriving here."""
+        return call_id in self._pumps
+
+    async def ready(self) -> None:
+        """Wait until `run` runs."""
+        await self._running.wait()
+
+    def start(self, call: Call, intake: Intake, *, announce: bool) -> Answer:
+        """Send a call, or send it again, as its next attempt."""
+        pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
+        self._pumps[call.call_id] = pump
+        self._spawn(self._run(pump))
+        if announce and call.is_llm:
+            self._held[call.call_id] = asyncio.Event()
+            self._spawn(self._announce(pump))
+        return self._answer(call, pump.recording)
+
+    async def revive(self, call_id: CallId, *, announce: bool) -> Answer:
+        """The answer of a call that is in the log: arriving, written, or that of a new attempt."""
+        pump = self._pumps.get(call_id)
+        if pump is not None:
+            return self._answer(pump.call, pump.recording)
+        call = await self._recorder.load(call_id)
+        if needs_sending(call):
+            head, body = await self._recorder.load_request(call_id)
+            return self.start(call, from_log(head, body), announce=announce)
+        return self._answer(call, await self._recorder.replay(call))
+
+    def _answer(self, call: Call, recording: Recording) -> Answer:
+        released = self._held.get(call.call_id)
+        if released is None:
+            released = asyncio.Event()
+            released.set()
+        return Answer(call=call, recording=recording, released=released)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._group is not None, "`ready` was awaited"
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, pump: Pump) -> None:
+        await pump.run()
+        del self._pumps[pump.call.call_id]
+        if pump.failed:
+            self._on_failed(pump.call.call_id)
+
+    async def _announce(self, pump: Pump) -> None:
+        await pump.sent.wait()
+        await self._on_call(pump.call.call_id)
+        self._held.pop(pump.call.call_id).set()

@@ -1,0 +1,171 @@
+"""The main job as a user sees it: run, kill -9, resume; what is kept, what is shown, what stays hidden."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.crash.witness import check_attempts, check_nothing_left
+from tests.stage import REAL_KEY, Stage
+
+pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
+COUNTERS = ("memory", "mapped", "sqlite", "subprocess")
+RUN_AGENT = ("run", "--name", "one", "--", sys.executable, "agent.py")
+
+
+def report_of(stage: Stage) -> dict[str, object]:
+    return json.loads(stage.torpor("output", "one").stdout.rpartition("[report] ")[2])
+
+
+def test_run_streams_output_and_exits_with_the_agents_status(quick: Stage) -> None:
+    finished = quick.torpor("run", "--", "bash", "-c", "echo out; echo err >&2; exit 7", check=False)
+    assert finished.returncode == 7
+    assert finished.stdout == "out\n"
+    assert "err" in finished.stderr
+    assert finished.stderr.startswith("session ses_")
+    assert quick.rows("ls")[0]["status"] == "failed"
+    check_nothing_left(quick)
+
+
+def test_a_killed_sandbox_is_restored_in_mid_answer_without_a_second_call(slow: Stage) -> None:
+    node = slow.node(*RUN_AGENT)
+    log = slow.follow("one")
+    log.wait("call.answering", 3)
+    slow.kill_sandbox()
+    assert node.wait(300) == 0
+    log.close()
+    events = slow.events("one")
+    assert sum(event["kind"] == "recovery.chosen" for event in events) == 2
+    assert check_attempts(slow, events, node_kills=0) == {"calls": 6, "sent": 6, "torn": 0, "asked": 6}
+    assert report_of(slow) == {**dict.fromkeys(COUNTERS, 5), "background": {"ticker": None}}
+    check_nothing_left(slow)
+
+
+def test_a_killed_node_costs_one_reported_attempt_and_nothing_else(slow: Stage) -> None:
+    node = slow.node(*RUN_AGENT)
+    log = slow.follow("one")
+    log.wait("call.answering", 3)
+    node.kill()
+    node.wait()
+    assert slow.sandbox_pids(), "the sandbox outlives its node"
+    resumed = slow.node("resume", "one")
+    assert resumed.wait(300) == 0
+    log.close()
+    counted = check_attempts(slow, slow.events("one"), node_kills=1)
+    assert counted == {"calls": 6, "sent": 7, "torn": 1, "asked": 7}
+    assert report_of(slow)["memory"] == 5
+
+
+def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick: Stage) -> None:
+    script = "echo begin; while [ ! -e /workspace/gate ]; do sleep 0.1; done; echo end; exit 4"
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", script)
+    log = quick.follow("one")
+    log.wait("session.status")
+    node.kill()
+    node.wait()
+    workspace = next((quick.home / "sessions").glob("*/incarnations/1/workspace"))
+    (workspace / "gate").write_text("go\n")
+    finished = quick.torpor("resume", "one", check=False)
+    log.close()
+    assert finished.returncode == 4
+    assert quick.torpor("output", "one").stdout == "begin\nend\n"
+
+
+def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
+    node = lasting.node(*RUN_AGENT)
+    log = lasting.follow("one")
+    log.wait("call.delivered")
+    lasting.torpor("stop", "one")
+    node.wait(300)
+    assert lasting.rows("ls")[0]["status"] == "asleep"
+    assert lasting.sandbox_pids() == []
+    resumed = lasting.node("resume", "one")
+    assert resumed.wait(300) == 0
+    log.close()
+    assert report_of(lasting) == {**dict.fromkeys(COUNTERS, 10), "background": {"ticker": None}}
+
+
+def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
+    script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done"
+    node = quick.start("run", "--name", "one", "--", "bash", "-c", script, stdout=subprocess.PIPE)
+    assert node.stdout is not None
+    assert node.stdout.readline() == "ready\n"
+    node.send_signal(signal.SIGINT)
+    assert node.wait(120) == 9
+    assert node.stdout.readline() == "caught\n"
+    node.stdout.close()
+
+
+def test_detached_sessions_can_be_watched_checkpointed_and_killed(lasting: Stage) -> None:
+    session = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py").stdout.strip()
+    assert session.startswith("ses_")
+    log = lasting.follow("one")
+    log.wait("call.delivered")
+    made = json.loads(lasting.torpor("checkpoint", "one", "--json").stdout)
+    assert made["freeze_ns"] > 0
+    assert made["number"] in [row["number"] for row in lasting.rows("checkpoints", "one")]
+    lasting.torpor("kill", "one")
+    log.wait("session.status", 2)
+    log.close()
+    assert lasting.rows("ls")[0]["status"] == "cancelled"
+    check_nothing_left(lasting)
+
+
+def test_the_workspace_is_a_copy_that_diff_shows_and_pull_brings_back(quick: Stage) -> None:
+    (quick.project / "kept.txt").write_text("old\n")
+    (quick.project / "gone.txt").write_text("x")
+    quick.torpor("run", "--name", "one", "--", "bash", "-c", "echo new > kept.txt; rm gone.txt; mkdir d; echo 1 > d/f")
+    assert (quick.project / "kept.txt").read_text() == "old\n"
+    changes = {row["path"]: row["what"] for row in quick.rows("diff", "one")}
+    assert changes["kept.txt"] == "changed"
+    assert changes["gone.txt"] == "removed"
+    assert changes["d/f"] == "added" or changes["d"] == "added"
+    quick.torpor("pull", "one", str(quick.directory / "back"))
+    assert (quick.directory / "back/kept.txt").read_text() == "new\n"
+    assert (quick.directory / "back/d/f").read_text() == "1\n"
+
+
+def test_a_secret_in_the_home_directory_is_not_visible_inside(quick: Stage) -> None:
+    secret = "planted-secret-7d1f"
+    home = quick.directory / "user"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/id_rsa").write_text(secret)
+    (Path.home() / ".torpor-planted").write_text(secret)
+    try:
+        look = f"grep -rs {secret} /root /home /etc /var /tmp /run /workspace {home} ~ | head; ls -a /root; env"
+        shown = quick.torpor("run", "--", "bash", "-c", look, HOME=str(Path.home())).stdout
+    finally:
+        (Path.home() / ".torpor-planted").unlink()
+    assert secret not in shown
+    assert REAL_KEY not in shown
+    assert "OPENAI_BASE_URL=http://127.0.0.1:4100" in shown
+
+
+def test_the_real_key_is_nowhere_in_the_home(quick: Stage) -> None:
+    quick.torpor(*RUN_AGENT)
+    found = subprocess.run(
+        ["grep", "-rlF", REAL_KEY, quick.home, "/dev/shm"], capture_output=True, text=True, check=False
+    )
+    assert found.stdout == ""
+
+
+def test_a_root_file_system_can_be_the_image(quick: Stage) -> None:
+    root = quick.directory / "root"
+    for name in ("bin", "lib", "lib64", "usr"):
+        link = Path("/", name)
+        if link.is_symlink():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).symlink_to(link.readlink())
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "usr/lib/x86_64-linux-gnu").mkdir(parents=True)
+    (root / "usr/lib64").mkdir()
+    for file in ("/usr/bin/dash", "/usr/lib/x86_64-linux-gnu/libc.so.6"):
+        (root / file.lstrip("/")).write_bytes(Path(file).read_bytes())
+        (root / file.lstrip("/")).chmod(0o755)
+    loader = Path("/lib64/ld-linux-x86-64.so.2").resolve()
+    (root / "usr/lib64/ld-linux-x86-64.so.2").write_bytes(loader.read_bytes())
+    (root / "usr/lib64/ld-linux-x86-64.so.2").chmod(0o755)
+    shown = quick.torpor("run", "--image", str(root), "--", "/bin/dash", "-c", "echo /usr/bin/*").stdout
+    assert shown == "/usr/bin/dash\n"
