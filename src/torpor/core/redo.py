@@ -85,7 +85,10 @@ class RedoSet:
         self._attached[entry.call_id] = entry
 
     def ended(self, call_id: CallId, end: StreamEnd) -> None:
-        """The stream attached to a call ended: the answer is consumed, or waits for the client's retry."""
+        """The stream attached to a call ended: the answer is consumed, or waits for the client's retry.
+
+        Say it once for each stream, before any later request is matched, and only of the stream that got the call last.
+        """
         entry = self._attached.pop(call_id, None)
         if entry is not None and may_join(end):
             self._offer(entry)

@@ -15,13 +15,11 @@ SCHEDULES = 3000
 SEEDS_UNTIL_NOTICED = 3000
 
 NOTICED_AT = {
-    "ack-forgets-close": 295,
-    "below-the-barrier": 339,
-    "cut-names-unlogged": 1671,
-    "damage-unseen": 259,
-    "missing-output-kept": 672,
-    "pending-forgotten": 239,
-    "seq-of-the-commit": 409,
+    "ack-forgets-close": 730,
+    "cut-names-unlogged": 1537,
+    "pending-forgotten": 150,
+    "redo-by-path": 397,
+    "seq-of-the-commit": 216,
 }
 """Seeds that are tried first, for rules that few schedules touch."""
 

@@ -103,8 +103,6 @@ class Agent:
 
     def step(self, sandbox: Sandbox) -> bool:
         """Let one thread act, if any can."""
-        if not self.unfinished:
-            return False
         threads = self.threads
         if len(threads) == 1:
             return self._thread_step(threads[0], sandbox)

@@ -39,6 +39,7 @@ class Node:
     """
 
     __slots__ = (
+        "_all_tasks",
         "control",
         "cut_count",
         "cutting",
@@ -75,6 +76,7 @@ class Node:
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
+        self._all_tasks = (self.life, self.lasting, self.control)
         self.cut_count = 0
         self.restored_from = 0
         self.forget_incarnation()
@@ -100,33 +102,34 @@ class Node:
         """One step of this process; a write that is refused as superseded ends it."""
         try:
             sandbox = self.sandbox
-            if sandbox is not None and not sandbox.alive:
-                self.lose_sandbox(sandbox)
-                return True
-            random = self.world.random
-            chance = random()
-            if sandbox is not None and sandbox.to_host and chance < 0.5:
-                self.gateway.receive(sandbox.to_host.popleft())
-                return True
-            tasks = self._next_tasks(chance)
-            if tasks is not None:
-                return tasks.step(random)
-            if sandbox is not None and sandbox.to_host:
-                self.gateway.receive(sandbox.to_host.popleft())
-                return True
+            chance = self.world.random()
+            if sandbox is not None:
+                if not sandbox.alive:
+                    self.lose_sandbox(sandbox)
+                    return True
+                frames = sandbox.to_host
+                if frames and (chance < 0.5 or not self._has_task()):
+                    self.gateway.receive(frames.popleft())
+                    if frames and chance < 0.3:
+                        self.gateway.receive(frames.popleft())
+                    return True
+            return self._step_task(chance)
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)
             return True
-        return False
 
-    def _next_tasks(self, chance: float) -> TaskSet | None:
+    def _has_task(self) -> bool:
+        return bool(self.lasting.ready or self.control.ready or (self.serving and self.life.ready))
+
+    def _step_task(self, chance: float) -> bool:
+        """Let a task of this process go on; recovery before all, and the incarnation's only once it is served."""
+        random = self.world.random
         if self.control.ready:
-            return self.control
-        life = self.life if self.serving and self.life.ready else None
-        if life is not None and chance < 0.85:
-            return life
-        return self.lasting if self.lasting.ready else life
+            return self.control.step(random)
+        if self.serving and self.life.ready and (chance < 0.85 or not self.lasting.ready):
+            return self.life.step(random)
+        return self.lasting.step(random)
 
     def lose_sandbox(self, sandbox: Sandbox) -> None:
         """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
@@ -181,9 +184,9 @@ class Node:
         self.wake(ON_STATUS_CHANGE)
 
     def wake(self, key: Hashable) -> None:
-        self.life.wake(key)
-        self.lasting.wake(key)
-        self.control.wake(key)
+        for tasks in self._all_tasks:
+            if key in tasks.parked:
+                tasks.wake(key)
 
     def send(self, kind: str, sid: int = 0, arg: int = 0, payload: object = None) -> None:
         """One frame to the guest, kept back while a cut holds delivery."""

@@ -59,6 +59,7 @@ class CallRow:
         "spelling",
         "state",
         "stream",
+        "value",
     )
 
     def __init__(self, call_id: CallId, ask: Ask, spelling: int, incarnation: int, stream: int, seq: int) -> None:
@@ -71,6 +72,7 @@ class CallRow:
         self.ended_seq: int | None = None
         self.state = CallState.INTENDED
         self.attempts: list[AttemptRow] = []
+        self.value: Call | None = None
         self.message: int | None = None
         """The message that answered it, for a call that receives one."""
 
@@ -78,6 +80,12 @@ class CallRow:
         return new_entry(self.call_id, self.ask, self.spelling, self.intended_seq)
 
     def as_call(self) -> Call:
+        """The call as it is now; made once for each state."""
+        if self.value is None:
+            self.value = self._make_call()
+        return self.value
+
+    def _make_call(self) -> Call:
         ask = self.ask
         return Call(
             call_id=self.call_id,
@@ -112,6 +120,7 @@ class CallRow:
         if state not in CALL_TRANSITIONS[self.state]:
             raise AssertionError(f"{self.call_id}: {state} does not follow {self.state}")
         self.state = state
+        self.value = None
 
 
 class Incarnation:
@@ -307,11 +316,15 @@ def _fold_sent(db: Database, row: Row) -> None:
 
 
 def _fold_head(db: Database, row: Row) -> None:
-    _call(db, row).attempts[-1].head = row[4]
+    call = _call(db, row)
+    call.attempts[-1].head = row[4]
+    call.value = None
 
 
 def _fold_chunk(db: Database, row: Row) -> None:
-    _call(db, row).attempts[-1].chunks.append(row[4])
+    call = _call(db, row)
+    call.attempts[-1].chunks.append(row[4])
+    call.value = None
 
 
 def _fold_completed(db: Database, row: Row) -> None:
