@@ -1,7 +1,7 @@
 """A small but real coding agent: the public openai SDK, a tool loop, and state of every kind that a crash would lose.
 
-It knows nothing of Torpor. It keeps in memory a list of what it did, at the end of a pipe a process that counts, in an
-open SQLite connection a journal of its steps, in a mapped file a counter, and in the background whatever the model asked it to start.
+It knows nothing of Torpor. It keeps a list of what it did in memory, a counter in a mapped file, a journal of its steps
+in an open SQLite connection, a process that counts at the end of a pipe, and whatever the model asked it to start.
 """
 
 import json

@@ -102,8 +102,13 @@ class Node:
     def link(self) -> Link:
         return self.lives[-1].link
 
-    async def live(self, incarnation: int, redo: RedoSet | None = None) -> Life:
-        """Adopt the sandbox if this incarnation is known, else begin it; then serve every new stream."""
+    async def live(
+        self, incarnation: int, redo: RedoSet | None = None, cut: Mapping[StreamId, OpenCall] | None = None
+    ) -> Life:
+        """Adopt the sandbox if this incarnation is known, else begin it; then serve every new stream.
+
+        With `cut`, go on as after a restore: it is what the checkpoint says of the streams in the image.
+        """
         adopted = any(event.incarnation == incarnation for event in await self.events())
         if not adopted:
             await self._begin(incarnation)
@@ -116,7 +121,8 @@ class Node:
         by_id = {call.call_id: call for call in await self.calls()}
         for status in life.link.status.streams:
             if status.kind == "call":
-                self._inherit(life, status, claimed.get(StreamId(status.stream)), by_id, incarnation)
+                held = (cut or claimed).get(StreamId(status.stream))
+                self._inherit(life, status, held, by_id, incarnation)
         life.tasks.append(self.group.create_task(self._accept(life, incarnation)))
         return life
 
@@ -242,7 +248,13 @@ class Stage:
             writer.close()
 
     @asynccontextmanager
-    async def node(self, *, incarnation: int = 1, redo: RedoSet | None = None) -> AsyncGenerator[Node]:
+    async def node(
+        self,
+        *,
+        incarnation: int = 1,
+        redo: RedoSet | None = None,
+        cut: Mapping[StreamId, OpenCall] | None = None,
+    ) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
         database = WatchedDatabase(await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK))
         try:
@@ -260,7 +272,7 @@ class Stage:
                 await gateway.recover()
                 node = Node(gateway, database, self.session_id, token, self.directory, group)
                 try:
-                    await node.live(incarnation, redo)
+                    await node.live(incarnation, redo, cut)
                     yield node
                 finally:
                     gateway.close()

@@ -218,3 +218,47 @@ async def test_a_retry_without_streaming_gets_the_streamed_answer_in_one_piece(t
         assert stage.model.witness.requests == 1
         [joined] = await node.events(Kind.CALL_JOINED)
         assert joined.data["shape"] == "message"
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+async def test_a_joined_stream_gets_its_own_shape_from_the_next_node(tmp_path: Path, path: str) -> None:
+    async with gateway_stage(tmp_path, script=slow_at_first) as stage:
+        async with stage.node() as node:
+            async with client(stage, http_request(path, question())) as (reader, _):
+                await reader.readuntil(b"x")
+            await node.logged(Kind.CALL_DELIVERED)
+            connected = client(stage, http_request(path, question(stream=False), {"expect": "100-continue"}))
+            reader, _ = await connected.__aenter__()
+            beginning = await reader.readexactly(25)
+            await node.logged(Kind.CALL_JOINED)
+        async with stage.node() as node:
+            received = beginning + await reader.read(-1)
+            assert list(node.fates.values()) == [StreamFate.RESEND]
+            assert received.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+            assert b"attempt 2" in json.dumps(json.loads(body_of(received.partition(b"\r\n\r\n")[2]))).encode()
+        await connected.__aexit__(None, None, None)
+        assert stage.model.witness.requests == 2
+
+
+async def test_a_restored_stream_is_known_to_the_node_that_adopts_it_later(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path, script=long) as stage:
+        async with stage.node() as node:
+            connected = client(stage, http_request(CHAT, question()))
+            reader, writer = await connected.__aenter__()
+            received = await reader.readexactly(1000)
+            await answered(node)
+            async with node.gateway.quiet():
+                cut = node.gateway.open_streams()
+            [call] = await node.calls()
+        async with stage.node(incarnation=2, redo=RedoSet(attached=[entry_of(call)]), cut=cut) as node:
+            received += await reader.readexactly(1000)
+        async with stage.node(incarnation=2) as node:
+            received += await reader.read(-1)
+            writer.close()
+            assert received == await node.logged_response(call)
+            [end] = await node.logged(Kind.CALL_DELIVERED)
+            assert end.data["end"] == "consumed"
+            new = await stage.raw(http_request(CHAT, question()))
+            assert new != received
+        await connected.__aexit__(None, None, None)
+        assert stage.model.witness.requests == 2

@@ -106,12 +106,14 @@ class Checkpointer:
         """
         asked_before = self._cuts_begun
         async with self._cutting:
-            life = self._life
-            if life is None or self._cuts_begun > asked_before:
+            if self._cuts_begun > asked_before:
                 return
             # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
-            # turns that are quicker than a commit wait for it.
+            # turns that are quicker than a commit wait for it. The sandbox may die meanwhile.
             await self._waiting.join()
+            life = self._life
+            if life is None:
+                return
             self._cuts_begun += 1
             snapshot_id = new_snapshot_id(self._clock.wall_ns())
             self._staged.add(snapshot_id)
@@ -183,8 +185,9 @@ class Checkpointer:
         self._staging.discard(snapshot_id)
 
     async def settle(self) -> None:
-        """Wait until everything that was cut is committed or has failed."""
-        await self._waiting.join()
+        """Wait until everything that was cut, or is being cut, is committed or has failed."""
+        async with self._cutting:
+            await self._waiting.join()
 
     async def _cut(self, life: Incarnation, snapshot_id: SnapshotId, reason: str) -> Cut:
         previous = self._newest

@@ -47,8 +47,8 @@ def test_claude_code_gets_the_rest_of_its_answer(claude: Path, scratch: Path, ru
 
 def test_claude_code_gets_an_answer_of_which_it_had_nothing(claude: Path, scratch: Path, runsc: Path) -> None:
     with claude_session(scratch, runsc, claude) as session:
+        # The first checkpoint is cut by now, and most likely still being committed: the session goes back to it.
         session.log.wait("call.answering", 2)
-        session.await_checkpoint(1)
         session.kill_in_mid_answer()
         assert session.end() == f"{session.model.said[-1]}\n"
         session.check()

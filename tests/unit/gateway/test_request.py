@@ -41,6 +41,7 @@ REQUESTS = {
     "large head": post(LENGTH, f"X: {'y' * HEAD_BYTES_MAX}"),
     "endless head": b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"y" * (2 * HEAD_BYTES_MAX + 100),
     "large body": post("Content-Length: 99999999999"),
+    "continued large body": post("Content-Length: 99999999999", "Expect: 100-continue"),
 }
 
 
@@ -74,6 +75,11 @@ def outcome(request: bytes, cuts: list[int]) -> object:
     if isinstance(taken_in, Intake):
         return (stream.continued, taken_in.key, taken_in.head, taken_in.request.body, taken_in.request.length)
     return taken_in
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_refusal_says_100_continue_only_if_it_was_said(name: str) -> None:
+    outcome(REQUESTS[name], [])
 
 
 @settings(max_examples=60, deadline=None)
