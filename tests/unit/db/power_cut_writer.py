@@ -1,6 +1,6 @@
 """A process that is recorded while it creates a database and writes calls; what it was told is a file beside it.
 
-    python -m tests.unit.db.powercut_writer DIRECTORY [dying]
+    python -m tests.unit.db.power_cut_writer DIRECTORY [dying]
 
 It has several lives, each closing the database in order. Between them another process opens it, writes without a sync,
 and dies: what the next one makes durable must not lean on anything that only the dead one had yet to sync.
