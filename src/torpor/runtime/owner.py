@@ -171,6 +171,7 @@ class Owner:
             return await self._ladder.restore(await self._records.calls(), reason)
         except SandboxFailed as error:
             if error.code == "session_lost":
+                await self._records.set_status(SessionStatus.RECOVERING, reason)
                 await self._records.set_status(SessionStatus.LOST, str(error))
             raise
 
