@@ -1,10 +1,11 @@
 """A small but real coding agent: the public openai SDK, a tool loop, and state of every kind that a crash would lose.
 
-It knows nothing of Torpor. It keeps in memory a list of what it did, at the end of a pipe a process that counts, in an
-open SQLite connection a journal of its steps, and in the background whatever the model asked it to start.
+It knows nothing of Torpor. It keeps a list of what it did in memory, a counter in a mapped file, a journal of its steps
+in an open SQLite connection, a process that counts at the end of a pipe, and whatever the model asked it to start.
 """
 
 import json
+import mmap
 import os
 import sqlite3
 import subprocess
@@ -52,6 +53,10 @@ class Agent:
         self.journal = sqlite3.connect("journal.db", isolation_level=None)
         self.journal.execute("PRAGMA journal_mode=WAL")
         self.journal.execute("CREATE TABLE IF NOT EXISTS step (number INTEGER PRIMARY KEY, tool TEXT)")
+        with open("counter.bin", "wb") as file:
+            file.write(bytes(8))
+        with open("counter.bin", "r+b") as file:
+            self.mapped = mmap.mmap(file.fileno(), 8)
         counter = "import sys\nn = 0\nfor _ in sys.stdin:\n    n += 1\n    print(n, flush=True)\n"
         self.counter = subprocess.Popen(
             [sys.executable, "-c", counter], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -70,7 +75,9 @@ class Agent:
         for process in self.background.values():
             process.terminate()
         steps = self.journal.execute("SELECT count(*) FROM step").fetchone()[0]
-        report = {"memory": len(self.done), "sqlite": steps, "subprocess": self.count, "background": ticks}
+        mapped = int.from_bytes(self.mapped[:], "little")
+        report = {"memory": len(self.done), "mapped": mapped, "sqlite": steps, "subprocess": self.count}
+        report["background"] = ticks
         print(f"[report] {json.dumps(report)}", flush=True)
 
     def ask(self) -> tuple[str, list[dict]]:
@@ -98,6 +105,7 @@ class Agent:
         result = getattr(self, name)(**arguments)
         self.done.append(name)
         self.journal.execute("INSERT INTO step VALUES (?, ?)", (len(self.done), name))
+        self.mapped[:] = len(self.done).to_bytes(8, "little")
         self.counter.stdin.write("one more\n")
         self.counter.stdin.flush()
         self.count = int(self.counter.stdout.readline())

@@ -24,6 +24,7 @@ TORPOR = ROOT / ".venv/bin/torpor"
 PYTHON = ROOT / ".venv/bin/python"
 TURNS = 12
 SLOW_STEP = 6
+COUNTERS = ("memory", "mapped", "sqlite", "subprocess")
 TASK = f"""Build a small project in {TURNS} steps, exactly one tool call a step, and say in a few sentences before each
 call what you do and why. Steps: 1 write plan.md; 2 start a background process (start_process) that writes a number to
 ticks.txt five times a second; 3-6 write small files and run shell commands that append to trail.txt; 7 run the shell
@@ -144,7 +145,7 @@ def report(environment: dict[str, str], witness: Path | None) -> bool:
     once, twice = sum(n == 1 for n in attempts.values()), sum(n == 2 for n in attempts.values())
     restores = [event for event in events if event["kind"] == "recovery.chosen"][1:]
     freezes = sorted(point["freeze_ns"] for point in points if point["freeze_ns"])
-    kept = last.get("memory") == last.get("sqlite") == last.get("subprocess") == tools > 0
+    kept = tools > 0 and all(last.get(name) == tools for name in COUNTERS)
     verified = "is whole" in _output(environment, "log", "demo", "--verify")
 
     table = Table(title="What became of it", show_header=False)
@@ -153,10 +154,8 @@ def report(environment: dict[str, str], witness: Path | None) -> bool:
     if witness:
         lines = [json.loads(line) for line in witness.read_text().splitlines()]
         table.add_row("requests that the model server counted", str(sum(line["event"] == "start" for line in lines)))
-    table.add_row(
-        "agent's memory, SQLite rows, subprocess counter",
-        f"{last.get('memory')}, {last.get('sqlite')}, {last.get('subprocess')} of {tools} tool calls",
-    )
+    counters = ", ".join(str(last.get(name)) for name in COUNTERS)
+    table.add_row("memory, mapped file, SQLite, subprocess", f"{counters} of {tools} tool calls")
     table.add_row(
         "background process",
         "still running at the end" if last.get("background") and None in last["background"].values() else "LOST",

@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,18 @@ class Node:
     async def own(self, session_id: SessionId, watcher: Watcher) -> Outcome:
         """Acquire a session and drive it to its end, or until a signal or another command asks to stop."""
         async with self.runtime.own(session_id, self.holder, wire.answers, watcher) as owner:
+            ended = asyncio.Event()
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
-                "kill": lambda: _ask(owner.ask_to_kill),
-                "stop": lambda: _ask(owner.ask_to_stop),
+                "kill": lambda: _ask(owner.ask_to_kill, ended),
+                "stop": lambda: _ask(owner.ask_to_stop, ended),
             }
             async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
-                return await owner.run()
+                try:
+                    return await owner.run()
+                finally:
+                    ended.set()
 
     async def create(self, request: Request) -> SessionId:
         session = await self.runtime.create(request, os.environ)
@@ -107,8 +111,10 @@ async def _checkpoint(owner: Owner) -> dict[str, Any]:
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
 
 
-async def _ask(request: Any) -> dict[str, Any]:
+async def _ask(request: Callable[[], None], ended: asyncio.Event) -> dict[str, Any]:
+    """Ask the owner to end, and answer when it has ended."""
     request()
+    await ended.wait()
     return {}
 
 

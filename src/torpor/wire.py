@@ -14,6 +14,7 @@ from typing import Any
 from torpor.core.errors import Conflict, TorporError
 
 LINE_BYTES_MAX = 1 << 20
+LAST_ANSWERS_SECONDS = 5
 Verb = Callable[..., Awaitable[dict[str, Any]]]
 
 
@@ -21,12 +22,19 @@ Verb = Callable[..., Awaitable[dict[str, Any]]]
 async def serve(socket: Path, verbs: dict[str, Verb]) -> AsyncGenerator[None]:
     """Answer requests while the context lasts."""
 
+    answering: set[asyncio.Task[None] | None] = set()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        answering.add(task := asyncio.current_task())
+        try:
             line = await reader.readline()
             writer.write(json.dumps(await _perform(verbs, line)).encode() + b"\n")
             await writer.drain()
-        writer.close()
+        except ConnectionError:
+            return  # Whoever asked is gone.
+        finally:
+            writer.close()
+            answering.discard(task)
 
     socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket.unlink(missing_ok=True)
@@ -38,6 +46,9 @@ async def serve(socket: Path, verbs: dict[str, Verb]) -> AsyncGenerator[None]:
         socket.chmod(0o600)
         async with server:
             yield
+            # What was asked while the context ended is answered still.
+            if unanswered := [task for task in answering if task is not None]:
+                await asyncio.wait(unanswered, timeout=LAST_ANSWERS_SECONDS)
     finally:
         os.close(directory)
         socket.unlink(missing_ok=True)

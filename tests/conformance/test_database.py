@@ -296,9 +296,13 @@ async def test_no_gaps_under_two_writers(database_url: str) -> None:
     )
     scene = await new_scene(one)
 
+    def read_and_append(tx: Transaction) -> None:
+        head = sessions.get(tx, scene.session_id).head_seq
+        assert append(tx, scene, NOTE, NOTE) == [head + 1, head + 2]
+
     async def write_many(database: Database) -> None:
         for _ in range(100):
-            await database.write(lambda tx: append(tx, scene, NOTE, NOTE), durable=False)
+            await database.write(read_and_append, durable=False)
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(write_many(one))

@@ -15,6 +15,13 @@ def quick(scratch: Path, runsc: Path) -> Iterator[Stage]:
 
 
 @pytest.fixture
+def lasting(scratch: Path, runsc: Path) -> Iterator[Stage]:
+    """A session that does not end while a test asks things of it: ten turns of two seconds."""
+    with stage(scratch, runsc, ["--turns", "10", "--first-byte-seconds", "0.2", "--chunk-seconds", "0.1"]) as made:
+        yield made
+
+
+@pytest.fixture
 def slow(scratch: Path, runsc: Path) -> Iterator[Stage]:
     """A model whose answers take about two seconds, for five turns."""
     with stage(scratch, runsc, ["--turns", "5", "--first-byte-seconds", "0.2", "--chunk-seconds", "0.1"]) as made:

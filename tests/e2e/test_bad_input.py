@@ -47,7 +47,8 @@ def test_debians_2022_runsc_is_refused(quick: Stage) -> None:
 
 
 def test_a_kernel_that_runsc_cannot_use_is_explained_and_the_session_survives(quick: Stage, runsc: Path) -> None:
-    broken = fake_runsc(quick, "release-20240729.0", "echo 'cannot set up namespaces: operation not permitted' >&2; exit 1")
+    complaint = "echo 'cannot set up namespaces: operation not permitted' >&2; exit 1"
+    broken = fake_runsc(quick, "release-20240729.0", complaint)
     status, code, message = refusal(quick, "run", "--name", "one", "--", "true", TORPOR_RUNSC=broken)
     assert (status, code) == (71, "session_lost")
     assert "cannot recover" in message

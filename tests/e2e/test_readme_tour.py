@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOUR_PORT = "4199"
 EXPECTED = (
     "none: resume it",
-    "torpor: ",
+    "torpor: restored checkpoint ",
     '[report] {"memory": 8, "sqlite": 8, "subprocess": 8, "background": {"ticker": null}}',
     "is whole: chain, numbers, parents, requests and answers agree",
     "+ journal.db",
@@ -64,22 +65,23 @@ def free_port() -> str:
 @pytest.mark.timeout(600)
 def test_the_tour_of_the_readme_works_as_it_is_written(tmp_path: Path) -> None:
     page = (ROOT / "README.md").read_text()
-    home, cwd = tmp_path / "home", tmp_path / "tour"
+    cwd = tmp_path / "tour"
     cwd.mkdir()
     (cwd / "examples").symlink_to(ROOT / "examples")
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "TORPOR_HOME": str(home),
-        "NO_COLOR": "1",
-    }
-    try:
-        output = run_console(page, cwd=cwd, environment=environment, replace={TOUR_PORT: free_port()})
-    finally:
-        for verb in ("kill", "rm"):
-            subprocess.run(["torpor", verb, "tour"], env=environment, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="torpor-tour-", ignore_cleanup_errors=True) as home:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "TORPOR_HOME": home,
+            "NO_COLOR": "1",
+        }
+        try:
+            output = run_console(page, cwd=cwd, environment=environment, replace={TOUR_PORT: free_port()})
+        finally:
+            for verb in ("kill", "rm"):
+                subprocess.run(["torpor", verb, "tour"], env=environment, capture_output=True, check=False)
     for words in EXPECTED:
-        assert words in output
+        assert words in output, output
     assert (cwd / "tour-files/journal.db").exists()
 
 

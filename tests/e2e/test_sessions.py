@@ -11,6 +11,7 @@ from tests.crash.witness import check_attempts, check_nothing_left
 from tests.stage import REAL_KEY, Stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
+COUNTERS = ("memory", "mapped", "sqlite", "subprocess")
 RUN_AGENT = ("run", "--name", "one", "--", sys.executable, "agent.py")
 
 
@@ -38,7 +39,7 @@ def test_a_killed_sandbox_is_restored_in_mid_answer_without_a_second_call(slow: 
     events = slow.events("one")
     assert sum(event["kind"] == "recovery.chosen" for event in events) == 2
     assert check_attempts(slow, events, node_kills=0) == {"calls": 6, "sent": 6, "torn": 0, "asked": 6}
-    assert report_of(slow) == {"memory": 5, "sqlite": 5, "subprocess": 5, "background": {"ticker": None}}
+    assert report_of(slow) == {**dict.fromkeys(COUNTERS, 5), "background": {"ticker": None}}
     check_nothing_left(slow)
 
 
@@ -72,18 +73,18 @@ def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick:
     assert quick.torpor("output", "one").stdout == "begin\nend\n"
 
 
-def test_stop_frees_the_sandbox_and_resume_goes_on(slow: Stage) -> None:
-    node = slow.node(*RUN_AGENT)
-    log = slow.follow("one")
-    log.wait("call.delivered", 2)
-    slow.torpor("stop", "one")
+def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
+    node = lasting.node(*RUN_AGENT)
+    log = lasting.follow("one")
+    log.wait("call.delivered")
+    lasting.torpor("stop", "one")
     node.wait(300)
-    assert slow.rows("ls")[0]["status"] == "asleep"
-    assert slow.sandbox_pids() == []
-    resumed = slow.node("resume", "one")
+    assert lasting.rows("ls")[0]["status"] == "asleep"
+    assert lasting.sandbox_pids() == []
+    resumed = lasting.node("resume", "one")
     assert resumed.wait(300) == 0
     log.close()
-    assert report_of(slow) == {"memory": 5, "sqlite": 5, "subprocess": 5, "background": {"ticker": None}}
+    assert report_of(lasting) == {**dict.fromkeys(COUNTERS, 10), "background": {"ticker": None}}
 
 
 def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
@@ -97,19 +98,19 @@ def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
     node.stdout.close()
 
 
-def test_detached_sessions_can_be_watched_checkpointed_and_killed(slow: Stage) -> None:
-    session = slow.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py").stdout.strip()
+def test_detached_sessions_can_be_watched_checkpointed_and_killed(lasting: Stage) -> None:
+    session = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py").stdout.strip()
     assert session.startswith("ses_")
-    log = slow.follow("one")
+    log = lasting.follow("one")
     log.wait("call.delivered")
-    made = json.loads(slow.torpor("checkpoint", "one", "--json").stdout)
+    made = json.loads(lasting.torpor("checkpoint", "one", "--json").stdout)
     assert made["freeze_ns"] > 0
-    assert made["number"] in [row["number"] for row in slow.rows("checkpoints", "one")]
-    slow.torpor("kill", "one")
+    assert made["number"] in [row["number"] for row in lasting.rows("checkpoints", "one")]
+    lasting.torpor("kill", "one")
     log.wait("session.status", 2)
     log.close()
-    assert slow.rows("ls")[0]["status"] == "cancelled"
-    check_nothing_left(slow)
+    assert lasting.rows("ls")[0]["status"] == "cancelled"
+    check_nothing_left(lasting)
 
 
 def test_the_workspace_is_a_copy_that_diff_shows_and_pull_brings_back(quick: Stage) -> None:

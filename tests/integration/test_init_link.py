@@ -295,9 +295,7 @@ def test_random_frames_of_the_right_link_do_no_harm(binary: Path, tmp_path: Path
                 clients.pop(choice.randrange(20)).close()
             stream = choice.choice([0, 1, 2, *range(10, 16 + len(clients)), round_number // 20])
             payload = choice.randbytes(choice.choice([0, 1, 80, 200, 32768]))
-            host.send(
-                choice.choice(kinds), stream, choice.choice([*numbers, choice.randrange(300_000)]), payload
-            )
+            host.send(choice.choice(kinds), stream, choice.choice([*numbers, choice.randrange(300_000)]), payload)
             host.drop_frames()
         host.close()
         host = guest.connect_host()

@@ -142,6 +142,7 @@ def damaged_specs() -> list[bytes]:
         b"/\0" + b"0\0" + b"0\0",
         b"/\0" + b"99999999999999999999\0true\0" + b"0\0",
         b"/\0" + b"1000000\0true\0" + b"0\0",
+        b"/\0" + b"18446744073709551615\0true\0" + b"0\0",
         b"/\0" + b"-1\0true\0" + b"0\0",
         b"/\0" + b"1\0true\0" + b"4\0A=B\0",
     ]
@@ -333,13 +334,15 @@ def test_hook_that_hangs_is_killed(pair: Pair) -> None:
 def test_next_incarnation_ends_the_hooks_of_the_last(pair: Pair, tmp_path: Path) -> None:
     """The image may have been saved while hooks ran."""
     guest, host = pair
-    gate = tmp_path / "gate"
+    gate, pid = tmp_path / "gate", tmp_path / "pid"
     os.mkfifo(gate)
-    write_hook(guest, "hook", f"[ $TORPOR_INCARNATION = 3 ] || read x < {shlex.quote(str(gate))}")
+    waits = f"echo $$ > {shlex.quote(str(pid))}; read x < {shlex.quote(str(gate))}"
+    write_hook(guest, "hook", f"[ $TORPOR_INCARNATION = 3 ] || {{ {waits}; }}")
     host.restored(2)
-    host.ping()
-    host.restored(3)
-    assert host.expect(ALIVE).arg == 3
+    with gate.open("w"):  # opens when the hook does
+        host.restored(3)
+        assert host.expect(ALIVE).arg == 3
+        wait_until_gone(int(pid.read_text()))
 
 
 def test_run_directory_full_of_traps_stops_nothing(pair: Pair) -> None:
@@ -403,9 +406,7 @@ def test_agent_that_is_never_still_does_not_hide_the_host_that_returns(pair: Pai
 def test_unusable_command_line_is_refused(binary: Path) -> None:
     for options in (["--nonsense", "1"], ["--listen"], ["--listen", "x:1"], ["--listen", "127.0.0.1:65536"],
                     ["--total-bytes-max", "-1"], ["--request-bytes-max", "1k"]):  # fmt: skip
-        ended = subprocess.run(
-            [str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        ended = subprocess.run([str(binary), *options], stdin=subprocess.DEVNULL, capture_output=True, check=False)
         assert (ended.returncode, ended.stdout, b"usage" in ended.stderr) == (2, b"", True), options
 
 

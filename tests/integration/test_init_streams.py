@@ -281,9 +281,7 @@ def test_request_above_its_limit_flows_but_cannot_be_resumed(binary: Path, tmp_p
         assert host.expect(CLOSED).payload[0] == RESET_BY_HOST
 
 
-def test_requests_pause_at_the_total_and_go_on_when_some_are_acknowledged(
-    binary: Path, tmp_path: Path
-) -> None:
+def test_requests_pause_at_the_total_and_go_on_when_some_are_acknowledged(binary: Path, tmp_path: Path) -> None:
     total = 512 * 1024
     with running(binary, tmp_path, "--total-bytes-max", str(total)) as (guest, host):
         clients = [connect(guest) for _ in range(4)]

@@ -276,9 +276,7 @@ async def test_at_a_cut_both_fifos_are_empty_and_positions_agree(init: NativeIni
 
 
 @pytest.mark.parametrize("acknowledged_part", [0, 0.5, 1])
-async def test_adoption_in_a_request_loses_and_doubles_nothing(
-    init: NativeInit, acknowledged_part: float
-) -> None:
+async def test_adoption_in_a_request_loses_and_doubles_nothing(init: NativeInit, acknowledged_part: float) -> None:
     async with asyncio.TaskGroup() as group:
         async with running(await open_link(init)) as dying:
             client = group.create_task(request(init, large(1)))

@@ -95,12 +95,8 @@ async def test_a_lie_ends_the_link(fifos: FifoPair, guest: HostileGuest, lie: li
         await link.wait_exit()
 
 
-@pytest.mark.parametrize(
-    "status", [b"", status_record(version=2), status_record((16, 1, 0, 0, 0, 1, 0, 0, 0))]
-)
-async def test_a_lie_in_the_status_ends_the_handshake(
-    fifos: FifoPair, guest: HostileGuest, status: bytes
-) -> None:
+@pytest.mark.parametrize("status", [b"", status_record(version=2), status_record((16, 1, 0, 0, 0, 1, 0, 0, 0))])
+async def test_a_lie_in_the_status_ends_the_handshake(fifos: FifoPair, guest: HostileGuest, status: bytes) -> None:
     with pytest.raises(ExceptionGroup) as failed:
         await open_link(fifos, guest, status)
     assert failed.group_contains(SandboxFailed, match="cannot trust")
@@ -202,9 +198,7 @@ async def test_silence_is_noticed(fifos: FifoPair, guest: HostileGuest) -> None:
     assert (await guest.expect(ToGuest.PING)).type == ToGuest.PING
 
 
-async def test_a_node_that_stood_still_does_not_call_the_guest_silent(
-    fifos: FifoPair, guest: HostileGuest
-) -> None:
+async def test_a_node_that_stood_still_does_not_call_the_guest_silent(fifos: FifoPair, guest: HostileGuest) -> None:
     clock = SteppingClock(3600)
     async with running(await open_link(fifos, guest, clock=clock, heartbeat_seconds=0.01)) as link:
         await clock.looked_at(20)
@@ -231,9 +225,7 @@ async def answered_cut(link: Link, guest: HostileGuest, *streams: tuple[int, ...
     async with asyncio.TaskGroup() as group:
         group.create_task(link.cut(10))
         barrier = await guest.expect(ToGuest.BARRIER)
-        await guest.say(
-            FromGuest.BARRIER_ACK, arg=barrier.arg, payload=status_record(*streams, next_stream=100)
-        )
+        await guest.say(FromGuest.BARRIER_ACK, arg=barrier.arg, payload=status_record(*streams, next_stream=100))
     return barrier.arg
 
 
@@ -290,9 +282,7 @@ async def test_nothing_is_sent_between_barrier_and_release(fifos: FifoPair, gues
         assert (await guest.expect(ToGuest.SIGNAL)).stream == 10
 
 
-async def test_a_cut_that_is_cancelled_or_late_leaves_the_link_as_it_was(
-    fifos: FifoPair, guest: HostileGuest
-) -> None:
+async def test_a_cut_that_is_cancelled_or_late_leaves_the_link_as_it_was(fifos: FifoPair, guest: HostileGuest) -> None:
     async with running(await open_link(fifos, guest)) as link:
         async with asyncio.TaskGroup() as group:
             cutting = group.create_task(link.cut(10))
@@ -341,9 +331,7 @@ async def test_an_agent_is_started_once(fifos: FifoPair, guest: HostileGuest) ->
             await link.start(AGENT, incarnation=1, wall_ns=1, entropy=ENTROPY)
 
 
-async def test_nothing_is_delivered_before_the_restored_guest_is_alive(
-    fifos: FifoPair, guest: HostileGuest
-) -> None:
+async def test_nothing_is_delivered_before_the_restored_guest_is_alive(fifos: FifoPair, guest: HostileGuest) -> None:
     status = status_record((16, 80, 0, 1, 3, 0, 2, 1, 0), next_stream=17)
     async with running(await open_link(fifos, guest, status)) as link, asyncio.TaskGroup() as group:
         stream = link.inherit(16, position=0, acknowledged=0)
@@ -410,9 +398,7 @@ async def test_credit_follows_what_the_owner_took(fifos: FifoPair, guest: Hostil
         assert (await guest.expect(ToGuest.CREDIT)).arg == WINDOW_BYTES + 65_536
 
 
-async def test_a_stream_that_was_reset_is_forgotten_whatever_it_says(
-    fifos: FifoPair, guest: HostileGuest
-) -> None:
+async def test_a_stream_that_was_reset_is_forgotten_whatever_it_says(fifos: FifoPair, guest: HostileGuest) -> None:
     async with running(await open_link(fifos, guest)) as link:
         await guest.say(FromGuest.OPEN, 16, 80)
         stream = await link.accept()
@@ -429,9 +415,7 @@ async def test_a_stream_that_was_reset_is_forgotten_whatever_it_says(
             await stream.send(0, b"x")
 
 
-async def test_what_came_before_the_client_left_is_still_received(
-    fifos: FifoPair, guest: HostileGuest
-) -> None:
+async def test_what_came_before_the_client_left_is_still_received(fifos: FifoPair, guest: HostileGuest) -> None:
     async with running(await open_link(fifos, guest)) as link:
         await guest.say(FromGuest.OPEN, 16, 80)
         await guest.say(FromGuest.DATA, 16, 0, b"a request")

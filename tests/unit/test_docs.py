@@ -164,6 +164,15 @@ def test_the_readme_names_every_command() -> None:
     assert {name for name in commands() if f"`torpor {name}" not in table} == set()
 
 
+def test_the_readme_names_every_package_that_set_up_installs() -> None:
+    script = page("scripts/setup")
+    packages = set(re.findall(r"^need \S+ (\S+)$", script, re.MULTILINE)) | set(
+        re.findall(r"missing\+=\(([a-z][a-z0-9-]*)\)", script)
+    )
+    assert packages
+    assert {name for name in packages if f"`{name}`" not in page("README.md")} == set()
+
+
 def test_every_configuration_field_is_documented() -> None:
     table = rows(section(page("docs/configuration.md"), "Model providers"))
     upstream_fields = set(config._UpstreamFields.__struct_fields__)

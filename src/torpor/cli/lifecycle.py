@@ -9,6 +9,7 @@ from torpor import wire
 from torpor.cli.printer import human_bytes, milliseconds, out, print_json
 from torpor.core.errors import Conflict
 from torpor.node import Node, open_node, socket_of
+from torpor.runtime.leasing import wait_until_free
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 JSON = typer.Option("--json", help="Print the result as JSON.")
@@ -38,9 +39,11 @@ def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     async def work() -> None:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = socket_of(node.runtime.home.lock(found.session_id))
+            lock = node.runtime.home.lock(found.session_id)
+            socket = socket_of(lock)
             if socket is not None:
                 await wire.ask(socket, "kill", deadline_seconds=NODE_DEADLINE_SECONDS)
+                await wait_until_free(lock)
             else:
                 await node.runtime.cancel(found.session_id, node.holder, wire.answers)
 
@@ -51,9 +54,17 @@ def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
 
 def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Checkpoint a running session, free its sandbox and end its node; `torpor resume` goes on from there."""
-    asyncio.run(_ask_node(session, "stop"))
+
+    async def work() -> None:
+        async with open_node() as node:
+            socket = await _socket(node, session)
+            await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
+            found = await node.runtime.session(session)
+            await wait_until_free(node.runtime.home.lock(found.session_id))
+
+    asyncio.run(work())
     if json:
-        print_json({"stopping": session})
+        print_json({"stopped": session})
 
 
 def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:

@@ -85,7 +85,10 @@ class RedoSet:
         self._attached[entry.call_id] = entry
 
     def ended(self, call_id: CallId, end: StreamEnd) -> None:
-        """The stream attached to a call ended: the answer is consumed, or waits for the client's retry."""
+        """The stream attached to a call ended: the answer is consumed, or waits for the client's retry.
+
+        Say it once for each stream, before any later request is matched, and only of the stream that got the call last.
+        """
         entry = self._attached.pop(call_id, None)
         if entry is not None and may_join(end):
             self._offer(entry)
@@ -190,7 +193,7 @@ def follow(redo: RedoSet, events: Iterable[Event], calls: Mapping[CallId, Call])
         if event.kind in _ATTACHING:
             redo.attach(entry_of(call))
             holders[call.call_id] = call.stream if event.kind is Kind.CALL_INTENDED else stream
-        elif event.kind is Kind.CALL_DELIVERED and holders.get(call.call_id) in {None, stream}:
+        elif event.kind is Kind.CALL_DELIVERED and (stream is None or holders.get(call.call_id) in {None, stream}):
             redo.ended(call.call_id, StreamEnd(event.data["end"]))
         elif event.kind is Kind.CALL_FAILED:
             redo.failed(call.call_id)

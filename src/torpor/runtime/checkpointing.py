@@ -19,6 +19,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
 import asyncio
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
@@ -105,12 +106,14 @@ class Checkpointer:
         """
         asked_before = self._cuts_begun
         async with self._cutting:
-            life = self._life
-            if life is None or self._cuts_begun > asked_before:
+            if self._cuts_begun > asked_before:
                 return
             # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
-            # turns that are quicker than a commit wait for it.
+            # turns that are quicker than a commit wait for it. The sandbox may die meanwhile.
             await self._waiting.join()
+            life = self._life
+            if life is None:
+                return
             self._cuts_begun += 1
             snapshot_id = new_snapshot_id(self._clock.wall_ns())
             self._staged.add(snapshot_id)
@@ -182,8 +185,9 @@ class Checkpointer:
         self._staging.discard(snapshot_id)
 
     async def settle(self) -> None:
-        """Wait until everything that was cut is committed or has failed."""
-        await self._waiting.join()
+        """Wait until everything that was cut, or is being cut, is committed or has failed."""
+        async with self._cutting:
+            await self._waiting.join()
 
     async def _cut(self, life: Incarnation, snapshot_id: SnapshotId, reason: str) -> Cut:
         previous = self._newest
@@ -242,10 +246,17 @@ class Checkpointer:
             crash_point("checkpoint.paused")
             await life.sandbox.save_image(self._staging.image(snapshot_id))
             crash_point("checkpoint.imaged")
-            return await asyncio.to_thread(capture, life.plan.workspace, self._staging.changes(snapshot_id), self._tree)
+            return await asyncio.to_thread(self._capture, life, self._staging.changes(snapshot_id))
         finally:
             thaw = asyncio.ensure_future(_thaw(life))
             await asyncio.shield(thaw)
+
+    def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
+        """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
+        mapped = life.sandbox.open_for_writing()
+        if mapped is None:
+            return capture(life.plan.workspace, changes)
+        return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
 
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()

@@ -73,6 +73,12 @@ def is_held(path: Path) -> bool:
     return False
 
 
+async def wait_until_free(path: Path) -> None:
+    """Wait for a holder that is about to let go."""
+    with path.open("rb") as file:
+        await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_SH)
+
+
 async def acquire_lock(
     session_id: SessionId, path: Path, me: Holder, *, answers: HolderAnswers, deadline_seconds: float = 10
 ) -> SessionLock:

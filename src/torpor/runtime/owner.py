@@ -156,6 +156,9 @@ class Owner:
                 )
             await self._records.set_status(SessionStatus.RECOVERING, "the sandbox died")
             await rung.life.sandbox.kill()
+            # What was cut before the death is committed first: it is the newest point to go back to, and a commit amid
+            # the next life would take that life's checkpoint number and leave it the wrong workspace to compare with.
+            await self._checkpointer.settle()
             reason, rung = "the sandbox died", None
 
     async def _climb(self, reason: str) -> Rung:
@@ -168,6 +171,7 @@ class Owner:
             return await self._ladder.restore(await self._records.calls(), reason)
         except SandboxFailed as error:
             if error.code == "session_lost":
+                await self._records.set_status(SessionStatus.RECOVERING, reason)
                 await self._records.set_status(SessionStatus.LOST, str(error))
             raise
 
@@ -183,11 +187,15 @@ class Owner:
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
                 tasks.create_task(self._prepare_slot(life.number + 1))
-                ending = await self._wait_for_ending(life, tasks)
-                await self._conclude(ending, life, outputs)
-                _end_tasks()
+                while True:
+                    ending = await self._wait_for_ending(life, tasks)
+                    if await self._conclude(ending, life, outputs):
+                        _end_tasks()
         except* _LifeOver:
             pass
+        except* InvalidInput:
+            await life.sandbox.kill()
+            raise
         except* SandboxFailed as failures:
             ending = Ending.LOST
             reason = str(innermost(failures))
@@ -207,16 +215,22 @@ class Owner:
         ending = done.pop().result()
         return self._wanted or ending if ending is Ending.STOPPED else ending
 
-    async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> None:
-        """What has to happen while the link is still open."""
+    async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> bool:
+        """What has to happen while the link is still open; False when the session has to run on after all."""
         if ending is Ending.EXITED:
             await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
             await self._finish(life)
         elif ending is Ending.STOPPED:
             await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
             committed = await self._checkpointer.take_and_commit("stop")
-            if committed is not None:
-                await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+            if committed is None:
+                self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
+                await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
+                self._wanted = None
+                self._asked.clear()
+                return False
+            await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+        return True
 
     async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start or wake the agent and give every open stream what it gets; nothing is delivered before ALIVE."""
@@ -228,7 +242,7 @@ class Owner:
             try:
                 await life.link.start(arguments, incarnation=life.number, wall_ns=wall_ns, entropy=fresh_entropy())
             except InvalidInput as error:
-                await self._could_not_start(life, error)
+                await self._records.set_status(SessionStatus.FAILED, str(error), exit_status=127)
                 raise
         elif rung.mode == "restore":
             await life.link.restored(
@@ -339,10 +353,6 @@ class Owner:
         await self._records.end(status, code, final, describe_exit(wait_status))
         crash_point("exit.committed")
         life.link.acknowledge_exit()
-
-    async def _could_not_start(self, life: Incarnation, error: InvalidInput) -> None:
-        await self._records.set_status(SessionStatus.FAILED, str(error), exit_status=127)
-        await life.sandbox.kill()
 
     async def _note_end(self, number: int, reason: str) -> None:
         draft = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=number, data={"reason": reason})

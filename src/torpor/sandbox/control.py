@@ -6,6 +6,7 @@ One JSON request and one JSON answer a connection, files passed as SCM_RIGHTS. O
 
 import array
 import json
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def control_call(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(deadline_seconds)
         try:
-            connection.connect(socket_path)
+            _connect(connection, socket_path)
             request = json.dumps({"method": method, "arg": argument}).encode()
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
             connection.sendmsg([request], rights)
@@ -57,10 +58,20 @@ def answers(socket_path: str, *, deadline_seconds: float = 1.0) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(deadline_seconds)
         try:
-            connection.connect(socket_path)
+            _connect(connection, socket_path)
         except OSError:
             return False
     return True
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Connect through the open directory: TORPOR_HOME may lie deeper than a socket address is long."""
+    directory, _, name = path.rpartition("/")
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(f"/proc/self/fd/{descriptor}/{name}")
+    finally:
+        os.close(descriptor)
 
 
 def _read_object(connection: socket.socket) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,19 @@ class GvisorSandbox:
             options = {"Metadata": {"compression": "none"}, "have_pages_file": True, "Resume": True}
             await self._control("containerManager.Checkpoint", options, descriptors)
 
+    def open_for_writing(self) -> frozenset[bytes] | None:
+        state = self._state()
+        if state is None:
+            return None
+        workspace = os.fsencode(self._plan.workspace) + b"/"
+        found: set[bytes] = set()
+        try:
+            for pid in (state["sandbox"]["pid"], state["goferPid"]):
+                found.update(_open_for_writing(Path(f"/proc/{pid}"), workspace))
+        except PermissionError:
+            return None
+        return frozenset(path.removeprefix(workspace) for path in found)
+
     def alive(self) -> bool:
         state = self._state()
         return state is not None and control.answers(state["sandbox"]["controlSocketPath"])
@@ -273,6 +286,20 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     files.callback(os.close, descriptor)
     return descriptor
+
+
+def _open_for_writing(process_directory: Path, below: bytes) -> Iterator[bytes]:
+    """Paths below a directory that a process holds open with write access."""
+    for entry in os.scandir(process_directory / "fd"):
+        try:
+            target = os.fsencode(Path(entry.path).readlink())
+            if not target.startswith(below):
+                continue
+            flags = (process_directory / "fdinfo" / entry.name).read_text().partition("flags:")[2].split()[0]
+        except FileNotFoundError:
+            continue  # Closed meanwhile.
+        if int(flags, 8) & os.O_ACCMODE:
+            yield target
 
 
 def _kill_if_ours(pid: int, sandbox_id: str) -> None:

@@ -191,4 +191,5 @@ def script_named(name: str, *, turns: int, slow_step: int = -1, slow_seconds: fl
     Raises:
         KeyError: there is none.
     """
-    return {"plain": plain, "leaky": leaky, "long": long, "coding": coding(turns, slow_step=slow_step, slow_seconds=slow_seconds)}[name]
+    task = coding(turns, slow_step=slow_step, slow_seconds=slow_seconds)
+    return {"plain": plain, "leaky": leaky, "long": long, "coding": task}[name]

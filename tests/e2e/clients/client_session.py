@@ -1,4 +1,4 @@
-"""One session of a real client, from `torpor run` through a kill -9 of its sandbox to its exit, and what is claimed of it.
+"""One session of a real client: from `torpor run` through a kill -9 of its sandbox to its exit, and what is claimed.
 
 Everything is seen from outside: the agent's output, the command's events, and what the model's witness counted.
 """
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.clients.held_model import HeldModel, held_model
+from tests.e2e.clients.key_search import files_with
 from tests.stage import PATIENCE_SECONDS, REAL_KEY, Followed, Stage
+
+from torpor.config import FAKE_KEY
 
 TURNS = 3
 HELD_TURN = 2
 NAME = "client"
-UNWANTED = ("call.torn", "call.failed", "call.diverged", "stream.reset", "output.differed")
+UNWANTED = ("call.torn", "call.failed", "call.diverged", "stream.reset")
 
 
 class Output:
@@ -71,6 +74,10 @@ class ClientSession:
     output: Output
     log: Followed
 
+    def await_checkpoint(self, number: int) -> None:
+        """Wait until checkpoint `number` is durable; the one of the seeded workspace has number 0."""
+        self.log.wait("checkpoint.committed", number + 1)
+
     def kill_in_mid_answer(self) -> None:
         """kill -9 of the sandbox; the rest of the answer comes when the node has restored it."""
         assert self.stage.sandbox_pids(), "there is no sandbox to kill"
@@ -92,17 +99,33 @@ class ClientSession:
     def events(self) -> list[dict[str, Any]]:
         return self.stage.events(NAME)
 
-    def check(self) -> None:
-        """Each turn was asked for once and answered whole; the log is whole and tells of no trouble."""
+    def check(self, *, output_differs: bool = False) -> None:
+        """Each turn was asked for once and answered whole, each tool ran once, and the log is whole."""
         tries = self.model.tries()
         assert [one["attempt"] for one in tries] == [1] * len(tries), tries
         assert {one["outcome"] for one in tries} == {"complete"}, tries
-        assert [one["tool_results"] for one in tries if one["tool_results"]] == [1, 2, 3], tries
+        assert [one["tool_results"] for one in tries] == list(range(TURNS + 1)), tries
         kinds = [event["kind"] for event in self.events()]
-        assert kinds.count("call.sent") == kinds.count("call.completed"), kinds
+        assert kinds.count("call.sent") == kinds.count("call.completed") == len(tries), kinds
         assert not [kind for kind in kinds if kind in UNWANTED], kinds
+        assert ("output.differed" in kinds) == output_differs
         assert "is whole" in self.stage.torpor("log", NAME, "--verify").stdout
         assert self.stage.sandbox_pids() == []
+        self._check_workspace()
+        self._check_keys()
+
+    def _check_workspace(self) -> None:
+        """Step 3 of the task adds a line to a file: there is one."""
+        pulled = self.stage.directory / "pulled"
+        self.stage.torpor("pull", NAME, str(pulled))
+        assert (pulled / "trail.txt").read_text() == "2\n"
+        assert "# Plan" in (pulled / "plan.md").read_text()
+
+    def _check_keys(self) -> None:
+        """The model server took the real key alone, and it is nowhere in TORPOR_HOME; the fake one is, in memory."""
+        assert {request.credential for request in self.model.requests} == {REAL_KEY}
+        assert files_with(REAL_KEY, self.stage.home) == []
+        assert any(name.startswith("store/packs/") for name in files_with(FAKE_KEY, self.stage.home))
 
 
 @contextmanager

@@ -49,7 +49,6 @@ def test_a_waiting_sdk_gets_its_answer(sdk: str, mode: str, scratch: Path, runsc
     with client_session(scratch, runsc, command=command, files=[AGENT]) as session:
         session.log.wait("call.sent", 2)
         if mode == "async":
-            # Sync clients are killed at once, where the newest checkpoint may be of the turn before.
-            session.log.wait("checkpoint.committed", 2)
+            session.await_checkpoint(2)  # So it is restored in this turn, the sync client in the one before.
         session.kill_in_mid_answer()
         check_transcript(session, session.end())

@@ -185,6 +185,30 @@ def test_an_adopting_node_finds_the_redo_set_as_the_dead_one_left_it(make):
     assert found.joinable == ("lost", "new")
 
 
+def test_the_late_end_of_an_earlier_stream_does_not_free_a_call_that_a_retry_holds(make):
+    call = make.call("c", 20, stream=16)
+    drafts = [
+        EventDraft(kind=Kind.CALL_INTENDED, incarnation=1, call_id="c"),
+        EventDraft(kind=Kind.CALL_DELIVERED, incarnation=1, call_id="c", data={"end": "gone", "stream": 16}),
+        EventDraft(kind=Kind.CALL_JOINED, incarnation=1, call_id="c", data={"stream": 17}),
+        EventDraft(kind=Kind.CALL_DELIVERED, incarnation=1, call_id="c", data={"end": "gone", "stream": 16}),
+    ]
+    events = [
+        seal(session_id=SessionId("s"), seq=n, draft=d, wall_ns=0, prev_hash="") for n, d in enumerate(drafts, 20)
+    ]
+    assert follow(RedoSet(), events, {"c": call}).match(make.key("same")) is None
+    late = EventDraft(kind=Kind.CALL_DELIVERED, incarnation=1, call_id="c", data={"end": "gone", "stream": 17})
+    events.append(seal(session_id=SessionId("s"), seq=30, draft=late, wall_ns=0, prev_hash=""))
+    assert follow(RedoSet(), events, {"c": call}).match(make.key("same")) == "c"
+
+
+def test_across_a_rewind_a_model_is_asked_anew_and_the_rest_stays(make):
+    calls = [make.call("llm", 5, "a"), make.call("inbox", 6, "b", is_llm=False)]
+    point = make.checkpoint(10, joinable=("llm", "inbox"))
+    assert redo_set_after_recovery(calls, point, Timeline().rewound(to_seq=10, at_seq=20)).joinable == ("inbox",)
+    assert redo_set_after_recovery(calls, point, Timeline()).joinable == ("llm", "inbox")
+
+
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.randoms(use_true_random=False))
 def test_the_same_requests_in_any_order_find_every_call_once(make, texts: list[str], rng):
     redo = RedoSet(entries(make, *[(f"c{n}", text) for n, text in enumerate(texts)]))

@@ -5,8 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torpor.core.branch import ContextTree, Timeline
-from torpor.core.call import CONTINUE, CallState, ResponseHead, response_bytes
-from torpor.core.checkpoint import StreamFate, every_stream_goes_on, restore_order, stream_fate
+from torpor.core.call import CONTINUE, CallState, ResponseHead, response_bytes, state_without_pump
+from torpor.core.checkpoint import (
+    StreamFate,
+    every_stream_goes_on,
+    holds_barrier,
+    recovery_floor,
+    restore_order,
+    stream_fate,
+    stream_fate_after_rewind,
+)
 from torpor.core.delivery import Tape, untouched_bytes
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.ids import NodeId, SessionId
@@ -143,6 +151,13 @@ def test_the_first_difference_is_marked_once():
     assert run(OutputTrack(100, b"hello world"), [b"hel", b"p wor", b"ld"]) == (b"p world", [103])
 
 
+def test_output_that_was_not_written_again_is_superseded_at_the_end():
+    track = OutputTrack(100, b"hello")
+    assert track.take(b"he").fresh == b""
+    assert track.finish().differs_at == 102
+    assert OutputTrack(100, b"").finish().differs_at is None
+
+
 @given(st.binary(max_size=30), st.lists(st.binary(max_size=8), max_size=8), st.integers(0, 50))
 def test_record_and_fresh_output_make_the_output_of_the_last_incarnation(recorded: bytes, pieces, position: int):
     track, shown = OutputTrack(position, recorded), recorded
@@ -208,6 +223,47 @@ def test_bytes_of_an_attempt_that_was_given_up_are_never_continued_by_the_next(m
     assert stream_fate(make.stream("c", taken=5), call, pump_alive=False) is StreamFate.RESET
     assert stream_fate(make.stream("c", taken=0), call, pump_alive=False) is StreamFate.DELIVER
     assert stream_fate(make.stream("c", taken=5, attempt=2), call, pump_alive=False) is StreamFate.DELIVER
+
+
+def test_an_effect_of_unknown_outcome_waits_for_a_person_and_a_mere_reading_does_not(make):
+    for method, expected in [("POST", StreamFate.ASK), ("GET", StreamFate.RESEND)]:
+        call = make.call("c", 5, state=CallState.SENT, is_llm=False, method=method)
+        assert stream_fate(make.stream("c"), call, pump_alive=False) is expected
+    held = make.call("c", 5, state=CallState.INTENDED, is_llm=False, barrier=True, attempts=())
+    assert stream_fate(make.stream("c"), held, pump_alive=False) is StreamFate.RESEND, "held is safe to send"
+
+
+def test_a_call_without_its_pump_is_torn_or_unknown(make):
+    sent = make.call("c", 5, state=CallState.SENT)
+    assert state_without_pump(sent) is CallState.TORN
+    assert state_without_pump(make.call("c", 5, state=CallState.SENT, is_llm=False)) is CallState.UNKNOWN
+    assert state_without_pump(make.call("c", 5, state=CallState.SENT, barrier=True)) is CallState.UNKNOWN
+    assert state_without_pump(make.call("c", 5)) is CallState.ANSWERED
+
+
+def test_a_rewind_asks_a_model_anew_but_not_the_outside(make):
+    for changes, expected in [({}, StreamFate.RESAMPLE), ({"is_llm": False}, StreamFate.DELIVER)]:
+        call = make.call("c", 5, **changes)
+        assert stream_fate_after_rewind(make.stream("c"), call, pump_alive=False) is expected
+    assert (
+        stream_fate_after_rewind(make.stream("c", taken=5), make.call("c", 5), pump_alive=False) is StreamFate.DELIVER
+    )
+
+
+def test_recovery_stays_above_the_last_barrier_call_that_was_sent(make):
+    calls = [
+        make.call("sent", 7, barrier=True),
+        make.call("held", 9, barrier=True, attempts=(), state=CallState.INTENDED),
+        make.call("plain", 11),
+    ]
+    assert recovery_floor(calls, Timeline()) == 7
+    assert recovery_floor(calls, Timeline().rewound(to_seq=5, at_seq=20)) == 0
+
+
+def test_a_barrier_call_may_be_sent_once_a_cut_holds_its_untouched_stream(make):
+    assert holds_barrier(make.checkpoint(9, make.stream("c")), "c")
+    assert not holds_barrier(make.checkpoint(9, make.stream("c", taken=3)), "c")
+    assert not holds_barrier(make.checkpoint(9), "c")
 
 
 def test_a_request_that_is_not_complete_is_received_further(make):

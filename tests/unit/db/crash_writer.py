@@ -7,6 +7,7 @@ Lines: `event SEQ` (durable) and `chunk CALL_ID NUMBER` (written, not synced), e
 
 import asyncio
 import sys
+from collections.abc import Callable
 
 from tests.unit.db.scene import HEAD, NOW, Scene, acquire, conversation
 
@@ -23,10 +24,10 @@ async def main(url: str, session_id: SessionId) -> None:
     scene = Scene(database, session_id, token)
     await database.write(lambda tx: calls.tear_open(tx, **scene.owner, wall_ns=NOW), durable=True)
     for turn in range(10_000):
-        await one_call(scene, turn)
+        await one_call(scene, turn, say)
 
 
-async def one_call(scene: Scene, turn: int) -> None:
+async def one_call(scene: Scene, turn: int, say: Callable[[str], None]) -> None:
     call = await scene.write(lambda tx: scene.intend(tx, conversation(turn)), durable=True)
     say(f"event {call.intended_seq}")
     call_id = call.call_id

@@ -17,7 +17,8 @@ from torpor.core.ids import CallId
 from torpor.db import bodies, calls, manifests, requests
 from torpor.db.bodies import PIECE_BYTES, PIECES_MAX
 from torpor.db.database import Transaction, open_database
-from torpor.db.manifests import DIGEST_BYTES
+from torpor.db.manifests import CHAIN_LENGTH_MIN, DIGEST_BYTES
+from torpor.db.requests import PreparedBody
 from torpor.testing.clock import FakeClock
 
 LONG = "x" * 2000
@@ -63,8 +64,9 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     await database.close()
 
 
-async def intend(scene: Scene, body: bytes) -> CallId:
-    prepared, call = requests.prepare(body), scene.new_call()
+async def intend(scene: Scene, body: bytes | PreparedBody) -> CallId:
+    prepared = requests.prepare(body) if isinstance(body, bytes) else body
+    call = scene.new_call()
     await scene.write(
         lambda tx: calls.intend(tx, **scene.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
     )
@@ -178,6 +180,18 @@ async def test_rewound_conversation_comes_back(scene: Scene) -> None:
         assert await body_of(scene, call_id) == conversation(turn)
 
 
+async def test_short_list_is_written_anew_before_its_chain_is_long(scene: Scene) -> None:
+    lengths: set[int] = set()
+    for turn in range(3 * CHAIN_LENGTH_MIN):
+        call_id = await intend(scene, json.dumps({"messages": [LONG, turn]}).encode())
+        request = await scene.read(lambda tx, call_id=call_id: requests.find(tx, call_id))
+        assert request is not None
+        digest = request.manifest
+        manifest = await scene.read(lambda tx, at=digest: requests.read_manifest(tx, scene.session_id, at))
+        lengths.add(manifest.chain_length)
+    assert lengths == set(range(CHAIN_LENGTH_MIN + 1))
+
+
 async def test_missing_request_is_not_found_and_damaged_block_is_named(scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         await body_of(scene, CallId("call_none"))
@@ -196,7 +210,8 @@ async def test_thousand_turns_are_stored_linearly_and_come_back(scene: Scene, tm
     for turn in range(1, 1001):
         body = conversation(turn)
         raw += len(body)
-        ids[turn] = await intend(scene, body)
+        prepared = requests.prepare(body)
+        ids[turn] = (await intend(scene, prepared), prepared.digests)
         if turn % 250 == 0:
             sizes[turn] = count(tmp_path, "SELECT SUM(length(data)) FROM block")
             lists = count(tmp_path, MANIFEST_BYTES)
@@ -206,11 +221,11 @@ async def test_thousand_turns_are_stored_linearly_and_come_back(scene: Scene, tm
     pages = count(tmp_path, "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
     print(f"database {pages / 1e6:.2f} MB; the longest body has {len(body) / 1e6:.2f} MB")
     assert sizes[1000] < 4 * sizes[250]
-    for turn, call_id in ids.items():
+    for turn, (call_id, digests_then) in ids.items():
         if turn % 20 == 0 or turn > 990:
             assert await body_of(scene, call_id) == conversation(turn)
         else:  # equal digests of pieces that are checked by their digests
-            assert await list_of(scene, call_id) == requests.prepare(conversation(turn)).digests
+            assert await list_of(scene, call_id) == digests_then
 
 
 async def list_of(scene: Scene, call_id: CallId) -> bytes:

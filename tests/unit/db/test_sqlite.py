@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -123,6 +124,15 @@ def test_each_statement_is_used() -> None:
     folder = Path(sqlite.__file__).parent
     text = "\n".join(file.read_text() for file in folder.glob("*.py"))
     assert [name for name in statements() if f'"{name}"' not in text] == []
+
+
+def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Path) -> None:
+    through_all_sessions = {"session/find_by_prefix", "session/list_newest", "session/list_of_node"}
+    with closing(sqlite3.connect(tmp_path / "torpor.db")) as connection:
+        for name, text in statements().items():
+            values = dict.fromkeys(re.findall(r":([a-z_]+)", text))
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+            assert name in through_all_sessions or not any("SCAN" in step for step in plan), (name, plan)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

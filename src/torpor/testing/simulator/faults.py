@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torpor.core.call import CallState
-from torpor.core.events import Kind
 from torpor.core.session import SessionStatus
-from torpor.testing.simulator.store import MESSAGE_ACCEPTED, Row
+from torpor.testing.simulator import kinds
+from torpor.testing.simulator.store import Row
 from torpor.testing.simulator.tasks import Task
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def say(world: World, message: int) -> Task:
         # A power cut lost the confirmation, not the message; saying it again is the same message.
         world.witness.told_message(message, world.db.synced)
         return
-    rows: list[Row] = [(MESSAGE_ACCEPTED, 0, None, None, message)]
+    rows: list[Row] = [(kinds.WAITPOINT_RESOLVED, 0, None, None, message)]
     if world.db.status is SessionStatus.ASLEEP and rules.wake_with_the_message:
-        rows.append((Kind.SESSION_STATUS.value, 0, None, None, SessionStatus.WAKING))
+        rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.WAKING))
     written = world.db.append(None, *rows)
     if rules.fsync_before_telling:
         world.db.fsync()
@@ -137,7 +137,7 @@ def decide_unknown(world: World, node: Node) -> bool:
     """A person decides about an effect of unknown outcome: it did not happen."""
     for row in world.db.calls.values():
         if row.state is CallState.UNKNOWN and node.serving:
-            node.append((Kind.CALL_FAILED.value, node.incarnation, row.call_id, None, None))
+            node.append((kinds.CALL_FAILED, node.incarnation, row.call_id, None, None))
             world.db.fsync()
             node.wake(row.call_id)
             world.count("unknown, decided by a person")

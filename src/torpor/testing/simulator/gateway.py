@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torpor.core.call import CallState
 from torpor.core.delivery import Tape
-from torpor.core.events import Kind
 from torpor.core.join import StreamEnd
 from torpor.core.output import OutputTrack
 from torpor.core.session import SessionStatus
-from torpor.testing.simulator.store import CHUNK, HEAD, OUTPUT, CallRow, Row, new_entry
+from torpor.testing.simulator import kinds
+from torpor.testing.simulator.store import CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
 from torpor.testing.simulator.tasks import Task
 
@@ -80,11 +80,11 @@ class Gateway:
         taken = self.output.take(piece)
         if not node.world.rules.suppress_repeated_output:
             taken = OutputTrack(offset).take(piece)
-            node.append((OUTPUT, node.incarnation, None, None, (len(node.db.output), taken.fresh)))
+            node.append((kinds.OUTPUT, node.incarnation, None, None, (len(node.db.output), taken.fresh)))
         elif taken.fresh:
-            rows: list[Row] = [(OUTPUT, node.incarnation, None, None, (taken.offset, taken.fresh))]
+            rows: list[Row] = [(kinds.OUTPUT, node.incarnation, None, None, (taken.offset, taken.fresh))]
             if taken.differs_at is not None:
-                rows.append((Kind.OUTPUT_DIFFERED.value, node.incarnation, None, None, taken.differs_at))
+                rows.append((kinds.OUTPUT_DIFFERED, node.incarnation, None, None, taken.differs_at))
             node.append(*rows)
         node.send("ACK", STDOUT, self.output.position)
 
@@ -95,7 +95,10 @@ class Gateway:
             stream.end = self.node.world.rules.stream_end(end)
             if stream.call_id is not None:
                 self._ended(stream)
-        self.node.log_later(lambda: self.node.send("RESET", sid))
+        if self.node.world.rules.close_logged_before_forgotten:
+            self.node.log_later(lambda: self.node.send("RESET", sid))
+        else:
+            self.node.send("RESET", sid)
 
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
@@ -104,7 +107,7 @@ class Gateway:
         assert call_id is not None
         assert end is not None
         node.redo.ended(call_id, end)
-        node.log_later(lambda: node.write((Kind.CALL_DELIVERED.value, node.incarnation, call_id, None, (end, sid))))
+        node.log_later(lambda: node.write((kinds.CALL_DELIVERED, node.incarnation, call_id, None, (end, sid))))
         node.wake(call_id)
 
     # --- requests ------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ class Gateway:
         node = self.node
         assert stream.call_id is not None
         stream.logged = True
-        node.write((Kind.CALL_REPEATED.value, node.incarnation, stream.call_id, None, stream.sid))
+        node.write((kinds.CALL_REPEATED, node.incarnation, stream.call_id, None, stream.sid))
         node.tree.reach(node.db.calls[stream.call_id].intended_seq)
         node.world.count("repeated")
 
@@ -152,12 +155,12 @@ class Gateway:
         node = self.node
         rows: list[Row] = []
         if newly_diverged:
-            rows.append((Kind.CALL_DIVERGED.value, node.incarnation, None, None, None))
+            rows.append((kinds.CALL_DIVERGED, node.incarnation, None, None, None))
             node.world.count("diverged")
         stream.logged = True
         parent = node.tree.hang(node.db.head + len(rows) + 1)
         data = (stream.ask, stream.spelling, stream.sid, None)
-        rows.append((Kind.CALL_INTENDED.value, node.incarnation, stream.call_id, parent, data))
+        rows.append((kinds.CALL_INTENDED, node.incarnation, stream.call_id, parent, data))
         node.write(*rows)
         node.db.fsync()
         node.world.witness.intended(node, node.db.calls[rows[-1][2]])  # pyright: ignore[reportArgumentType]
@@ -213,23 +216,23 @@ class Gateway:
         node = self.node
         world = node.world
         yield
-        sent = node.append((Kind.CALL_SENT.value, node.incarnation, row.call_id, None, None))
+        sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
         if world.rules.fsync_before_send:
             node.db.fsync()
         yield
         served = world.upstream.request(node, row, sent)
         yield
-        node.append((HEAD, node.incarnation, row.call_id, None, served.head))
+        node.append((kinds.HEAD, node.incarnation, row.call_id, None, served.head))
         node.wake(row.call_id)
         for chunk in served.chunks:
             yield
-            node.append((CHUNK, node.incarnation, row.call_id, None, chunk))
+            node.append((kinds.CHUNK, node.incarnation, row.call_id, None, chunk))
             node.wake(row.call_id)
         yield
         served.finished = not served.truncated
         ends_well = served.finished or not world.rules.truncation_resets
-        kind = Kind.CALL_COMPLETED if ends_well else Kind.CALL_FAILED
-        node.append((kind.value, node.incarnation, row.call_id, None, None))
+        kind = kinds.CALL_COMPLETED if ends_well else kinds.CALL_FAILED
+        node.append((kind, node.incarnation, row.call_id, None, None))
         node.db.fsync()
         del node.pumps[row.call_id]
         node.wake(row.call_id)
@@ -245,10 +248,10 @@ class Gateway:
         served = node.world.upstream.local(message)
         inc, call_id = node.incarnation, row.call_id
         node.append(
-            (Kind.CALL_SENT.value, inc, call_id, None, None),
-            (HEAD, inc, call_id, None, served.head),
-            (CHUNK, inc, call_id, None, served.chunks[0]),
-            (Kind.CALL_COMPLETED.value, inc, call_id, None, message),
+            (kinds.CALL_SENT, inc, call_id, None, None),
+            (kinds.HEAD, inc, call_id, None, served.head),
+            (kinds.CHUNK, inc, call_id, None, served.chunks[0]),
+            (kinds.CALL_COMPLETED, inc, call_id, None, message),
         )
         node.db.fsync()
         del node.pumps[row.call_id]
@@ -301,7 +304,7 @@ class Gateway:
         node = self.node
         # It stays known: a cut that finds it before the RESET arrives still has to name its call.
         stream.end = StreamEnd.RESET
-        node.append((Kind.STREAM_RESET.value, node.incarnation, stream.call_id, None, stream.sid))
+        node.append((kinds.STREAM_RESET, node.incarnation, stream.call_id, None, stream.sid))
         assert stream.call_id is not None
         if node.db.calls[stream.call_id].state is CallState.FAILED:
             node.redo.failed(stream.call_id)

@@ -120,34 +120,44 @@ class Sandbox:
         """One step of the agent or of init."""
         if not self.alive or self.paused or self.stopped:
             return False
-        if self.world.random() < 0.4:
-            return self._agent_step() or self._init_step()
-        return self._init_step() or self._agent_step()
-
-    def _agent_step(self) -> bool:
-        """The agent runs from its START on; a restored one runs on at once, before anybody spoke to it."""
-        return self.guest.incarnation > 0 and self.guest.agent.step(self)
-
-    def _init_step(self) -> bool:
-        if not self.to_guest:
-            return self._serve_sockets()
-        if self.world.random() < 0.6 or not self._serve_sockets():
-            self._receive(self.to_guest.popleft())
-        return True
+        guest, to_guest, chance = self.guest, self.to_guest, self.world.random()
+        if to_guest and chance < 0.5:
+            self._receive(to_guest.popleft())
+            if to_guest and chance < 0.3:
+                self._receive(to_guest.popleft())
+            return True
+        # The agent runs from its START on; a restored one runs on at once, before anybody spoke to it.
+        agent = guest.agent if guest.incarnation and guest.agent.unfinished else None
+        if agent is not None and chance > 0.7 and agent.step(self):
+            return True
+        if self._serve_sockets():
+            return True
+        if to_guest:
+            self._receive(to_guest.popleft())
+            return True
+        return agent is not None and chance <= 0.7 and agent.step(self)
 
     def _serve_sockets(self) -> bool:
         """Hand response bytes to sockets; outside of a barrier also notice closes and read requests and output."""
         guest = self.guest
+        readable = None
         for stream in guest.streams.values():
-            if stream.written < len(stream.taken) and stream.end is None and not stream.reset:
-                stream.written = len(stream.taken)
-                return True
+            if stream.end is None and not stream.reset:
+                if stream.written < len(stream.taken):
+                    stream.written = len(stream.taken)
+                    return True
+                if stream.read < stream.length and not stream.quiet:
+                    readable = stream
         if guest.barrier or not guest.nonce:
             return False
         if guest.closing and (self.world.rules.close_goes_first or self.world.random() < 0.2):
             # A retry must not overtake the close that caused it, or the host takes it for a second call on purpose.
             return self._tell_close(guest.closing[0])
-        return self._read_request() or self._read_output()
+        if readable is not None:
+            readable.read += 1
+            self.send("DATA", readable.sid, readable.read - 1, (readable.ask, readable.spelling, 1))
+            return True
+        return self._read_output()
 
     def _tell_close(self, sid: int) -> bool:
         guest = self.guest
@@ -164,14 +174,6 @@ class Sandbox:
             stream.told = True
             self.send("CLOSED", sid, stream.written, stream.end)
         return True
-
-    def _read_request(self) -> bool:
-        for stream in self.guest.streams.values():
-            if stream.read < stream.ask.length and stream.end is None and not stream.quiet and not stream.reset:
-                stream.read += 1
-                self.send("DATA", stream.sid, stream.read - 1, (stream.ask, stream.spelling, 1))
-                return True
-        return False
 
     def _read_output(self) -> bool:
         guest = self.guest

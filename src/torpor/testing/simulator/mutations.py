@@ -169,6 +169,12 @@ MUTATIONS: dict[str, Mutation] = {
         "an acknowledgement under way makes init forget a close that nobody heard of",
         _flag("close_outlives_acknowledgement"),
     ),
+    "forgotten-before-logged": _mutation(
+        "2.5", {5, 6}, "init may forget a close before it is logged", _flag("close_logged_before_forgotten")
+    ),
+    "cut-names-unlogged": _mutation(
+        "3", {6, 8, 0}, "a cut names calls that the log has only after it", _flag("cut_names_logged_calls_only")
+    ),
     "barrier-sent-again": _mutation(
         "7", {7}, "a barrier call of unknown outcome is sent again", _with(state_without_pump=_torn_even_if_unsafe)
     ),

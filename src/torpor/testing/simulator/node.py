@@ -13,14 +13,14 @@ from torpor.core.branch import ContextTree
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
 from torpor.core.errors import Superseded
-from torpor.core.events import Kind
 from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
 from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
-from torpor.testing.simulator.store import OUTPUT, ROOT_SEQ, SESSION, Incarnation, Row
+from torpor.testing.simulator.store import ROOT_SEQ, SESSION, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
 from torpor.testing.simulator.tasks import Task, TaskSet
 
@@ -39,6 +39,7 @@ class Node:
     """
 
     __slots__ = (
+        "_all_tasks",
         "control",
         "cut_count",
         "cutting",
@@ -75,6 +76,7 @@ class Node:
         self.life = TaskSet()
         self.lasting = TaskSet()
         self.control = TaskSet()
+        self._all_tasks = (self.life, self.lasting, self.control)
         self.cut_count = 0
         self.restored_from = 0
         self.forget_incarnation()
@@ -99,35 +101,35 @@ class Node:
     def step(self) -> bool:
         """One step of this process; a write that is refused as superseded ends it."""
         try:
-            return self._step()
+            sandbox = self.sandbox
+            chance = self.world.random()
+            if sandbox is not None:
+                if not sandbox.alive:
+                    self.lose_sandbox(sandbox)
+                    return True
+                frames = sandbox.to_host
+                if frames and (chance < 0.5 or not self._has_task()):
+                    self.gateway.receive(frames.popleft())
+                    if frames and chance < 0.3:
+                        self.gateway.receive(frames.popleft())
+                    return True
+            return self._step_task(chance)
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)
             return True
 
-    def _step(self) -> bool:
-        sandbox = self.sandbox
-        if sandbox is not None and not sandbox.alive:
-            self.lose_sandbox(sandbox)
-            return True
+    def _has_task(self) -> bool:
+        return bool(self.lasting.ready or self.control.ready or (self.serving and self.life.ready))
+
+    def _step_task(self, chance: float) -> bool:
+        """Let a task of this process go on; recovery before all, and the incarnation's only once it is served."""
         random = self.world.random
-        life = self.life
-        chance = random()
-        if sandbox is not None and sandbox.to_host and chance < 0.5:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
         if self.control.ready:
             return self.control.step(random)
-        if life.ready and self.serving and chance < 0.85:
-            return life.step(random)
-        if self.lasting.ready:
-            return self.lasting.step(random)
-        if life.ready and self.serving:
-            return life.step(random)
-        if sandbox is not None and sandbox.to_host:
-            self.gateway.receive(sandbox.to_host.popleft())
-            return True
-        return False
+        if self.serving and self.life.ready and (chance < 0.85 or not self.lasting.ready):
+            return self.life.step(random)
+        return self.lasting.step(random)
 
     def lose_sandbox(self, sandbox: Sandbox) -> None:
         """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
@@ -177,14 +179,14 @@ class Node:
         self.wake(ON_LOGGED)
 
     def set_status(self, status: SessionStatus) -> None:
-        self.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, status))
+        self.append((kinds.SESSION_STATUS, self.incarnation, None, None, status))
         self.db.fsync()
         self.wake(ON_STATUS_CHANGE)
 
     def wake(self, key: Hashable) -> None:
-        self.life.wake(key)
-        self.lasting.wake(key)
-        self.control.wake(key)
+        for tasks in self._all_tasks:
+            if key in tasks.parked:
+                tasks.wake(key)
 
     def send(self, kind: str, sid: int = 0, arg: int = 0, payload: object = None) -> None:
         """One frame to the guest, kept back while a cut holds delivery."""
@@ -260,16 +262,18 @@ class Node:
 
         It names a call only if the log has it by then: one that is still to be written comes after the cut.
         """
+        all_calls = not self.world.rules.cut_names_logged_calls_only
         streams: list[OpenStream] = []
         for status in statuses:
             if status.end is not None:
                 continue
             known = self.gateway.streams.get(status.sid)
+            named = known is not None and (all_calls or known.call_id in self.db.calls)
             streams.append(
                 OpenStream(
                     stream=StreamId(status.sid),
                     port=4100,
-                    call_id=known.call_id if known is not None and known.call_id in self.db.calls else None,
+                    call_id=known.call_id if known is not None and named else None,
                     read=status.read,
                     acknowledged=status.acknowledged,
                     taken=status.taken,
@@ -284,7 +288,7 @@ class Node:
             streams=tuple(streams),
             output=self.gateway.output.position,
             pending=self.redo.pending,
-            joinable=tuple(call_id for call_id in self.redo.joinable if call_id in self.db.calls),
+            joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
 
     def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
@@ -296,7 +300,7 @@ class Node:
             snapshot.synced = True
             yield
         cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
-        self.append((Kind.CHECKPOINT_COMMITTED.value, cut.incarnation, None, None, cut))
+        self.append((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut))
         self.db.fsync()
         self.world.committed()
         if self.cutting == number:
@@ -367,9 +371,9 @@ class Node:
         rest = self.gateway.output.finish()
         rows: list[Row] = []
         if rest.differs_at is not None and rules.missing_output_counts:
-            rows.append((OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
-        rows.append((Kind.AGENT_EXITED.value, self.incarnation, None, None, code))
-        rows.append((Kind.SESSION_STATUS.value, self.incarnation, None, None, SessionStatus.SUCCEEDED))
+            rows.append((kinds.OUTPUT, self.incarnation, None, None, (rest.differs_at, b"")))
+        rows.append((kinds.AGENT_EXITED, self.incarnation, None, None, code))
+        rows.append((kinds.SESSION_STATUS, self.incarnation, None, None, SessionStatus.SUCCEEDED))
         if not rules.exit_commits_before_telling:
             self.world.witness.told_exit(self, code, 0)
             yield

@@ -14,6 +14,7 @@ from torpor.core.lease import TakeOver, next_owner_token
 from torpor.core.output import OutputTrack
 from torpor.core.redo import RedoEntry, RedoSet, follow
 from torpor.core.session import ENDED, SessionStatus
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.guest import Sandbox
 from torpor.testing.simulator.store import ROOT_SEQ, SESSION, Incarnation, Row
 from torpor.testing.simulator.streams import STDOUT, HostStream, StreamStatus
@@ -48,7 +49,7 @@ class Recovery:
                 world.kill_silent_owner()
             yield
         node.token = next_owner_token(db.lease)
-        db.append(None, (Kind.LEASE_ACQUIRED.value, 0, None, None, (node.token, node.name, world.boot_id)))
+        db.append(None, (kinds.LEASE_ACQUIRED, 0, None, None, (node.token, node.name, world.boot_id)))
         db.fsync()
         world.witness.acquired(node)
         yield
@@ -62,7 +63,7 @@ class Recovery:
         db = node.db
         rows = self._settle_calls(node)
         if db.status is SessionStatus.RUNNING or db.status is SessionStatus.HIBERNATING:
-            rows.append((Kind.SESSION_STATUS.value, 0, None, None, SessionStatus.RECOVERING))
+            rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.RECOVERING))
         if rows:
             node.append(*rows)
             db.fsync()
@@ -88,8 +89,8 @@ class Recovery:
         for row in node.db.calls.values():
             if row.state is CallState.SENT and row.call_id not in node.pumps:
                 state = self.world.rules.state_without_pump(row.as_call())
-                kind = Kind.CALL_TORN if state is CallState.TORN else Kind.CALL_UNKNOWN
-                rows.append((kind.value, node.incarnation, row.call_id, None, state))
+                kind = kinds.CALL_TORN if state is CallState.TORN else kinds.CALL_UNKNOWN
+                rows.append((kind, node.incarnation, row.call_id, None, state))
         return rows
 
     def _make_checkpoint_zero(self, node: Node) -> Task:
@@ -133,7 +134,7 @@ class Recovery:
         if call_id is not None and self.world.rules.status_tells_how_closed:
             assert status.end is not None
             end = self.world.rules.stream_end(status.end)
-            node.append((Kind.CALL_DELIVERED.value, sandbox.incarnation, call_id, None, (end, status.sid)))
+            node.append((kinds.CALL_DELIVERED, sandbox.incarnation, call_id, None, (end, status.sid)))
         node.send("RESET", status.sid)
 
     def _rebuild(self, node: Node) -> tuple[RedoSet, ContextTree]:
@@ -151,9 +152,9 @@ class Recovery:
             if incarnation != node.incarnation or kind not in _OF_A_CALL:
                 continue
             events.append(_event(seq, kind, call_id, data))
-            if kind == Kind.CALL_INTENDED.value:
+            if kind == kinds.CALL_INTENDED:
                 tree.rewind(seq)
-            elif kind == Kind.CALL_REPEATED.value and call_id is not None:
+            elif kind == kinds.CALL_REPEATED and call_id is not None:
                 tree.reach(db.calls[call_id].intended_seq)
         return follow(redo, events, db.all_calls()), tree
 
@@ -170,7 +171,7 @@ class Recovery:
                 started = yield from self._start_from(node, point)
                 if started:
                     return
-                node.append((Kind.RECOVERY_REJECTED.value, 0, None, None, point.number))
+                node.append((kinds.RECOVERY_REJECTED, 0, None, None, point.number))
                 yield
             world.needs_person = True
             yield "person"
@@ -195,7 +196,7 @@ class Recovery:
             cursor=point.cursor_seq,
             point=point.number,
         )
-        node.append((Kind.INCARNATION_STARTED.value, incarnation, None, None, first))
+        node.append((kinds.INCARNATION_STARTED, incarnation, None, None, first))
         db.fsync()
         yield
         sandbox = world.spawn(node, Sandbox(world, guest, snapshot.workspace, incarnation))
@@ -230,9 +231,9 @@ class Recovery:
         db = node.db
         tree = self._tree(node, ROOT_SEQ)
         for seq, (kind, _, call_id, _, _) in enumerate(db.events, start=1):
-            if kind == Kind.CALL_INTENDED.value:
+            if kind == kinds.CALL_INTENDED:
                 tree.rewind(seq)
-            elif kind == Kind.CALL_REPEATED.value and call_id is not None:
+            elif kind == kinds.CALL_REPEATED and call_id is not None:
                 tree.reach(db.calls[call_id].intended_seq)
         path = set(tree.ancestors())
         return {call_id: call for call_id, call in db.all_calls().items() if call.intended_seq in path}
@@ -240,7 +241,7 @@ class Recovery:
     def _tree(self, node: Node, cursor: int) -> ContextTree:
         tree = ContextTree(ROOT_SEQ)
         for seq, (kind, _, _, parent, _) in enumerate(node.db.events, start=1):
-            if kind == Kind.CALL_INTENDED.value and parent is not None:
+            if kind == kinds.CALL_INTENDED and parent is not None:
                 tree.load(seq, parent)
         tree.rewind(cursor)
         return tree
@@ -304,7 +305,7 @@ class Recovery:
         yield
         point = db.streams_at(point)
         output = point.stdout_bytes
-        rows: list[Row] = [(Kind.SESSION_REWOUND.value, 0, None, None, (point.seq, output))]
+        rows: list[Row] = [(kinds.SESSION_REWOUND, 0, None, None, (point.seq, output))]
         for stream in point.open_streams:
             old = db.calls.get(stream.call_id) if stream.call_id is not None else None
             if old is None:
@@ -313,7 +314,7 @@ class Recovery:
             if fate is StreamFate.RESAMPLE:
                 parent = db.events[old.intended_seq - 1][3]
                 data = (old.ask, old.spelling, old.stream, old.call_id)
-                rows.append((Kind.CALL_INTENDED.value, 0, db.next_call_id(), parent, data))
+                rows.append((kinds.CALL_INTENDED, 0, db.next_call_id(), parent, data))
         node.append(*rows)
         db.fsync()
         self.world.witness.rewound(point.seq)
@@ -339,11 +340,11 @@ def _entries(node: Node, ids: Any) -> list[RedoEntry]:
 def _event(seq: int, kind: str, call_id: CallId | None, row_data: Any) -> Event:
     """A row as the event that `follow` reads."""
     data: dict[str, Any] = {}
-    if kind == Kind.CALL_INTENDED.value:
+    if kind == kinds.CALL_INTENDED:
         data["stream"] = row_data[2]
-    elif kind == Kind.CALL_REPEATED.value:
+    elif kind == kinds.CALL_REPEATED:
         data["stream"] = row_data
-    elif kind == Kind.CALL_DELIVERED.value:
+    elif kind == kinds.CALL_DELIVERED:
         data["end"], data["stream"] = row_data
     return Event(
         session_id=SESSION,
@@ -361,12 +362,5 @@ def _event(seq: int, kind: str, call_id: CallId | None, row_data: Any) -> Event:
 
 
 _OF_A_CALL = frozenset(
-    kind.value
-    for kind in (
-        Kind.CALL_INTENDED,
-        Kind.CALL_REPEATED,
-        Kind.CALL_DELIVERED,
-        Kind.CALL_DIVERGED,
-        Kind.CALL_FAILED,
-    )
+    {kinds.CALL_INTENDED, kinds.CALL_REPEATED, kinds.CALL_DELIVERED, kinds.CALL_DIVERGED, kinds.CALL_FAILED}
 )

@@ -69,4 +69,6 @@ class Rules:
     status_tells_how_closed: bool = True
     close_goes_first: bool = True
     close_outlives_acknowledgement: bool = True
+    close_logged_before_forgotten: bool = True
+    cut_names_logged_calls_only: bool = True
     missing_output_counts: bool = True

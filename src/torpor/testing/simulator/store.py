@@ -19,6 +19,7 @@ from torpor.core.ids import CallId, NodeId, SessionId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.redo import RedoEntry
 from torpor.core.session import ENDED, SessionStatus, check_transition
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
 from torpor.testing.simulator.guest import Guest
 from torpor.testing.simulator.rules import Rules
@@ -28,9 +29,6 @@ ROOT_SEQ = 1
 
 Row: TypeAlias = tuple[str, int, CallId | None, int | None, Any]
 """(kind, incarnation, call, parent_seq, data)"""
-
-# Rows that are no events: pieces of answers and output, which the log refers to.
-HEAD, CHUNK, OUTPUT = "head", "chunk", "output"
 
 
 class AttemptRow:
@@ -61,6 +59,7 @@ class CallRow:
         "spelling",
         "state",
         "stream",
+        "value",
     )
 
     def __init__(self, call_id: CallId, ask: Ask, spelling: int, incarnation: int, stream: int, seq: int) -> None:
@@ -73,6 +72,7 @@ class CallRow:
         self.ended_seq: int | None = None
         self.state = CallState.INTENDED
         self.attempts: list[AttemptRow] = []
+        self.value: Call | None = None
         self.message: int | None = None
         """The message that answered it, for a call that receives one."""
 
@@ -80,6 +80,12 @@ class CallRow:
         return new_entry(self.call_id, self.ask, self.spelling, self.intended_seq)
 
     def as_call(self) -> Call:
+        """The call as it is now; made once for each state."""
+        if self.value is None:
+            self.value = self._make_call()
+        return self.value
+
+    def _make_call(self) -> Call:
         ask = self.ask
         return Call(
             call_id=self.call_id,
@@ -114,6 +120,7 @@ class CallRow:
         if state not in CALL_TRANSITIONS[self.state]:
             raise AssertionError(f"{self.call_id}: {state} does not follow {self.state}")
         self.state = state
+        self.value = None
 
 
 class Incarnation:
@@ -170,7 +177,7 @@ class Database:
         self.synced = 0
         self.call_count = 0
         self._empty()
-        self.append(0, (Kind.SESSION_CREATED.value, 0, None, None, None))
+        self.append(0, (kinds.SESSION_CREATED, 0, None, None, None))
         self.fsync()
 
     def _empty(self) -> None:
@@ -199,8 +206,7 @@ class Database:
         if token is not None and self.lease is not None and self.rules.check_owner_token:
             check_owner_token(SESSION, presented=token, current=self.lease.owner_token)
         self.transactions.append((token or 0, rows))
-        for row in rows:
-            self._apply(row)
+        self._fold(rows)
         return len(self.transactions)
 
     def fsync(self) -> None:
@@ -212,8 +218,7 @@ class Database:
         self.synced = keep
         self._empty()
         for _, rows in self.transactions:
-            for row in rows:
-                self._apply(row)
+            self._fold(rows)
 
     @property
     def head(self) -> int:
@@ -263,12 +268,13 @@ class Database:
             previous = event.hash
         return events
 
-    def _apply(self, row: Row) -> None:
-        if row[0] not in _NO_EVENTS:
-            self.events.append(row)
-        fold = _FOLDS.get(row[0])
-        if fold is not None:
-            fold(self, row)
+    def _fold(self, rows: tuple[Row, ...]) -> None:
+        for row in rows:
+            kind = row[0]
+            if kind not in kinds.NO_EVENTS:
+                self.events.append(row)
+            if kind in _FOLDS:
+                _FOLDS[kind](self, row)
 
 
 def _fold_status(db: Database, row: Row) -> None:
@@ -310,11 +316,15 @@ def _fold_sent(db: Database, row: Row) -> None:
 
 
 def _fold_head(db: Database, row: Row) -> None:
-    _call(db, row).attempts[-1].head = row[4]
+    call = _call(db, row)
+    call.attempts[-1].head = row[4]
+    call.value = None
 
 
 def _fold_chunk(db: Database, row: Row) -> None:
-    _call(db, row).attempts[-1].chunks.append(row[4])
+    call = _call(db, row)
+    call.attempts[-1].chunks.append(row[4])
+    call.value = None
 
 
 def _fold_completed(db: Database, row: Row) -> None:
@@ -366,27 +376,24 @@ def _call(db: Database, row: Row) -> CallRow:
     return db.calls[row[2]]
 
 
-MESSAGE_ACCEPTED = Kind.WAITPOINT_RESOLVED.value
-
-_NO_EVENTS = frozenset({HEAD, CHUNK, OUTPUT})
 _FOLDS: dict[str, Callable[[Database, Row], None]] = {
-    Kind.SESSION_STATUS.value: _fold_status,
-    Kind.LEASE_ACQUIRED.value: _fold_lease,
-    Kind.INCARNATION_STARTED.value: _fold_incarnation,
-    Kind.CALL_INTENDED.value: _fold_intended,
-    Kind.CALL_REPEATED.value: _fold_repeated,
-    Kind.CALL_SENT.value: _fold_sent,
-    HEAD: _fold_head,
-    CHUNK: _fold_chunk,
-    Kind.CALL_COMPLETED.value: _fold_completed,
-    Kind.CALL_FAILED.value: _fold_failed,
-    Kind.CALL_TORN.value: _fold_torn,
-    Kind.CALL_UNKNOWN.value: _fold_torn,
-    Kind.CHECKPOINT_COMMITTED.value: _fold_checkpoint,
-    MESSAGE_ACCEPTED: _fold_message,
-    OUTPUT: _fold_output,
-    Kind.SESSION_REWOUND.value: _fold_rewound,
-    Kind.AGENT_EXITED.value: _fold_exited,
+    kinds.SESSION_STATUS: _fold_status,
+    kinds.LEASE_ACQUIRED: _fold_lease,
+    kinds.INCARNATION_STARTED: _fold_incarnation,
+    kinds.CALL_INTENDED: _fold_intended,
+    kinds.CALL_REPEATED: _fold_repeated,
+    kinds.CALL_SENT: _fold_sent,
+    kinds.HEAD: _fold_head,
+    kinds.CHUNK: _fold_chunk,
+    kinds.CALL_COMPLETED: _fold_completed,
+    kinds.CALL_FAILED: _fold_failed,
+    kinds.CALL_TORN: _fold_torn,
+    kinds.CALL_UNKNOWN: _fold_torn,
+    kinds.CHECKPOINT_COMMITTED: _fold_checkpoint,
+    kinds.WAITPOINT_RESOLVED: _fold_message,
+    kinds.OUTPUT: _fold_output,
+    kinds.SESSION_REWOUND: _fold_rewound,
+    kinds.AGENT_EXITED: _fold_exited,
 }
 
 

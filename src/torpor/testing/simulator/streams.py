@@ -34,6 +34,7 @@ class GuestStream:
         "ask",
         "end",
         "fin",
+        "length",
         "quiet",
         "read",
         "reset",
@@ -47,6 +48,7 @@ class GuestStream:
     def __init__(self, sid: int, ask: Ask, spelling: int) -> None:
         self.sid = sid
         self.ask = ask
+        self.length = ask.length
         self.spelling = spelling
         self.read = 0
         self.acknowledged = 0
@@ -62,6 +64,7 @@ class GuestStream:
         other = GuestStream.__new__(GuestStream)
         other.sid = self.sid
         other.ask = self.ask
+        other.length = self.length
         other.spelling = self.spelling
         other.read = self.read
         other.acknowledged = self.acknowledged

@@ -12,42 +12,45 @@ Task: TypeAlias = Generator[Hashable | None, None, None]
 class TaskSet:
     """Tasks that live and die together."""
 
-    __slots__ = ("_parked", "ready")
+    __slots__ = ("parked", "ready")
 
     def __init__(self) -> None:
         self.ready: list[Task] = []
-        self._parked: dict[Hashable, list[Task]] = {}
+        self.parked: dict[Hashable, list[Task]] = {}
 
     def add(self, task: Task) -> None:
         self.ready.append(task)
 
     def wake(self, key: Hashable) -> None:
-        if self._parked:
-            self.ready += self._parked.pop(key, ())
+        if key in self.parked:
+            self.ready += self.parked.pop(key)
 
     def clear(self) -> None:
         """Drop every task where it stands."""
         self.ready.clear()
-        self._parked.clear()
+        self.parked.clear()
 
     @property
     def busy(self) -> bool:
-        return bool(self.ready or self._parked)
+        return bool(self.ready or self.parked)
 
     def step(self, random: Callable[[], float]) -> bool:
-        """Let one ready task, chosen by chance, go on to its next yield."""
+        """Let one ready task, chosen by chance, go on to its next yield, or to the one after it."""
         ready = self.ready
         if not ready:
             return False
-        task = ready[int(random() * len(ready))]
+        chance = random()
+        task = ready[int(chance * len(ready))]
         try:
             key = next(task)
+            if key is None and 0.2 < chance < 0.6 and task in ready:
+                key = next(task)
         except StopIteration:
             self._leave(task)
             return True
         if key is not None:
             self._leave(task)
-            self._parked.setdefault(key, []).append(task)
+            self.parked.setdefault(key, []).append(task)
         return True
 
     def _leave(self, task: Task) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, holds_barrier
-from torpor.core.events import Kind
 from torpor.core.ids import CallId
+from torpor.testing.simulator import kinds
 
 if TYPE_CHECKING:
     from torpor.testing.simulator.asks import Ask
@@ -294,7 +294,7 @@ class Witness:
 
     def _finish_log(self) -> None:
         db = self.world.db
-        intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == Kind.CALL_INTENDED.value}
+        intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == kinds.CALL_INTENDED}
         for seq, row in enumerate(db.events, start=1):
             if row[3] is not None:
                 self.check(10, row[3] < seq and row[3] in intended, f"event {seq} has parent {row[3]}")

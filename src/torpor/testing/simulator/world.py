@@ -100,37 +100,30 @@ class World:
 
     def _run(self) -> None:
         self.start_node()
-        happenings = self.plan.happenings
-        while not self.db.ended or (self.sandbox is not None and self.sandbox.alive):
+        random, db, happenings = self.random, self.db, self.plan.happenings
+        while not db.ended or (self.sandbox is not None and self.sandbox.alive):
             self.steps += 1
             if happenings and happenings[-1][0] <= self.steps:
                 self._happen(happenings.pop()[1])
-            elif not self._progress() and not self._unstick():
+                continue
+            node, sandbox, chance = self.node, self.sandbox, random()
+            if node is None:
+                moved = sandbox is not None and chance > 0.1 and sandbox.step()
+                if not moved:
+                    self.start_node()
+                    continue
+            elif chance > 0.9 and self.silent and self._progress_of_silent():
+                continue
+            elif sandbox is None:
+                moved = node.step()
+            elif chance < 0.5:
+                moved = sandbox.step() or node.step()
+            else:
+                moved = node.step() or sandbox.step()
+            if not moved and not self._progress_of_others() and not self._unstick():
                 raise Violation(5, "nothing moves any more, and the session has not ended")
             if self.steps > STEPS_MAX:
                 raise Violation(5, f"the session has not ended after {STEPS_MAX} steps")
-
-    def _progress(self) -> bool:
-        """One step of anyone, chosen by chance."""
-        random = self.random
-        chance = random()
-        sandbox, node = self.sandbox, self.node
-        if node is None and chance < 0.1:
-            self.start_node()
-            return True
-        if chance > 0.9 and self.silent and self._progress_of_silent():
-            return True
-        if chance < 0.5:
-            if sandbox is not None and sandbox.step():
-                return True
-            if node is not None and node.step():
-                return True
-        else:
-            if node is not None and node.step():
-                return True
-            if sandbox is not None and sandbox.step():
-                return True
-        return self._progress_of_others()
 
     def _progress_of_silent(self) -> bool:
         """In a cluster a silent owner may go on, not knowing that it was replaced."""

@@ -123,7 +123,7 @@ CREATE TABLE redo (
     session_id    TEXT NOT NULL REFERENCES session (session_id),
     incarnation   INTEGER NOT NULL,
     position      INTEGER NOT NULL,
-    call_id       TEXT NOT NULL REFERENCES call (call_id),
+    call_id       TEXT NOT NULL,
     role          TEXT NOT NULL,               -- pending, joinable or attached
     consumed_seq  INTEGER,                     -- the log head when it was consumed, null while it is pending
     PRIMARY KEY (session_id, incarnation, position),

@@ -1,0 +1,28 @@
+"""Kinds of rows, as plain strings: hashing an enum member is a call into Python, and the simulator hashes millions."""
+
+from torpor.core.events import Kind
+
+AGENT_EXITED = Kind.AGENT_EXITED.value
+CALL_COMPLETED = Kind.CALL_COMPLETED.value
+CALL_DELIVERED = Kind.CALL_DELIVERED.value
+CALL_DIVERGED = Kind.CALL_DIVERGED.value
+CALL_FAILED = Kind.CALL_FAILED.value
+CALL_INTENDED = Kind.CALL_INTENDED.value
+CALL_REPEATED = Kind.CALL_REPEATED.value
+CALL_SENT = Kind.CALL_SENT.value
+CALL_TORN = Kind.CALL_TORN.value
+CALL_UNKNOWN = Kind.CALL_UNKNOWN.value
+CHECKPOINT_COMMITTED = Kind.CHECKPOINT_COMMITTED.value
+INCARNATION_STARTED = Kind.INCARNATION_STARTED.value
+LEASE_ACQUIRED = Kind.LEASE_ACQUIRED.value
+OUTPUT_DIFFERED = Kind.OUTPUT_DIFFERED.value
+RECOVERY_REJECTED = Kind.RECOVERY_REJECTED.value
+SESSION_CREATED = Kind.SESSION_CREATED.value
+SESSION_REWOUND = Kind.SESSION_REWOUND.value
+SESSION_STATUS = Kind.SESSION_STATUS.value
+STREAM_RESET = Kind.STREAM_RESET.value
+WAITPOINT_RESOLVED = Kind.WAITPOINT_RESOLVED.value
+
+# Rows that are no events: pieces of answers and of output, which the log refers to.
+HEAD, CHUNK, OUTPUT = "head", "chunk", "output"
+NO_EVENTS = frozenset({HEAD, CHUNK, OUTPUT})

@@ -1,0 +1,99 @@
+"""The crash rules hold in every random schedule, and the witness notices each rule that is broken on purpose."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from torpor.testing.simulator.mutations import MUTATIONS
+from torpor.testing.simulator.run import Report, first_caught, run_schedules, trace_of
+from torpor.testing.simulator.witness import INVARIANTS
+
+SCHEDULES = 3000
+SEEDS_UNTIL_NOTICED = 3000
+
+NOTICED_AT = {
+    "ack-forgets-close": 730,
+    "cut-names-unlogged": 1537,
+    "pending-forgotten": 150,
+    "redo-by-path": 397,
+    "seq-of-the-commit": 216,
+}
+"""Seeds that are tried first, for rules that few schedules touch."""
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return run_schedules(range(SCHEDULES))
+
+
+def test_every_invariant_holds_in_every_schedule(report: Report):
+    assert report.schedules == SCHEDULES
+    assert report.violations == []
+
+
+def test_every_invariant_was_checked(report: Report):
+    assert report.never_checked == []
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("kill node", "kill sandbox", "kill both", "power cut", "silence node", "damage"),
+        *("adopted", "restored: newest", "restored: older", "streams reset"),
+        *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person"),
+    ],
+)
+def test_every_kind_of_crash_and_every_rung_was_tried(report: Report, what: str):
+    assert report.happened[what] > 0
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_rule_is_noticed(name: str):
+    first = [NOTICED_AT[name]] if name in NOTICED_AT else []
+    caught = first_caught(name, [*first, *range(SEEDS_UNTIL_NOTICED)])
+    assert caught is not None, "the witness is blind to this rule"
+    assert caught[1].invariant in MUTATIONS[name].caught_by
+
+
+def test_every_invariant_has_a_rule_whose_breaking_it_notices():
+    assert set(INVARIANTS) <= set().union(*(mutation.caught_by for mutation in MUTATIONS.values()))
+
+
+def test_a_seed_is_always_the_same_schedule():
+    assert trace_of(7) == trace_of(7)
+    assert trace_of(7)[0] != trace_of(8)[0]
+
+
+def test_a_trace_ends_with_what_went_wrong():
+    lines, violation = trace_of(0, "no-join")
+    assert violation is not None
+    assert violation.invariant == 6
+    assert any("call.intended" in line for line in lines)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torpor.testing.simulator", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+
+
+def test_the_command_reports_as_json_over_workers():
+    done = run_command("--schedules", "450", "--workers", "2", "--json")
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["passed"], result["schedules"]) == (0, True, 450)
+    assert result["violations"] == []
+
+
+def test_the_command_fails_when_a_check_never_ran():
+    done = run_command("--schedules", "1", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["never_checked"]
+
+
+def test_the_command_succeeds_when_a_broken_rule_is_noticed():
+    done = run_command("--schedules", "50", "--break", "no-join")
+    assert done.returncode == 0
+    assert "a retry is a new call" in " ".join(done.stdout.split())
