@@ -305,3 +305,24 @@ async def test_a_retry_joins_while_the_first_stream_is_only_known_to_have_ended_
         # Whichever of the two ended last: the answer was consumed, so the next equal request is a new call.
         await stage.raw(http_request(CHAT, question()))
         assert stage.model.witness.requests == 2
+
+
+async def test_equal_requests_one_after_the_other_are_new_calls_however_fast_they_come(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        answers = {await stage.raw(http_request(CHAT, question())) for _ in range(20)}
+        assert len(answers) == 20
+        assert stage.model.witness.requests == 20
+        assert await node.events(Kind.CALL_JOINED) == []
+
+
+async def test_a_client_that_half_closed_and_waits_gets_its_answer(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        async with client(stage, http_request(CHAT, question())) as (reader, writer):
+            writer.write_eof()
+            received = await reader.read(-1)
+        [call] = await node.calls()
+        assert received == await node.logged_response(call)
+        # It has consumed its answer, so the next one is a new call.
+        await node.logged(Kind.CALL_DELIVERED)
+        await stage.raw(http_request(CHAT, question()))
+        assert stage.model.witness.requests == 2

@@ -252,6 +252,7 @@ async def test_a_restored_stream_is_known_to_the_node_that_adopts_it_later(tmp_p
             [call] = await node.calls()
         async with stage.node(incarnation=2, redo=RedoSet(attached=[entry_of(call)]), cut=cut) as node:
             received += await reader.readexactly(1000)
+            await node.logged(Kind.CALL_JOINED)
         async with stage.node(incarnation=2) as node:
             received += await reader.read(-1)
             writer.close()

@@ -32,6 +32,11 @@ class Answer:
     recording: Recording
     released: asyncio.Event
 
+    @property
+    def complete(self) -> bool:
+        """All of it is there and may be delivered, so a stream that gets it ends by itself before long."""
+        return self.recording.finished is not None and self.released.is_set()
+
 
 class Pumps:
     """Every pump of one session on this node; `run` it in a TaskGroup."""

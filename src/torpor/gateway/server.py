@@ -7,8 +7,8 @@ Pumps belong to `run` and outlive every stream and every sandbox.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 from torpor.config import Upstream
 from torpor.core.branch import ContextTree
@@ -29,6 +29,8 @@ from torpor.gateway.record import Claim, Recorder
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
 
+SETTLE_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenCall:
@@ -46,6 +48,12 @@ class _Attachment:
     stream: Stream
     claim: Claim
     answer: Answer
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it is known, and logged, how the stream ended."""
+
+    def may_have_left(self, intake: Intake) -> bool:
+        """Whether a request is equal to this stream's, whose client has closed its end of the connection."""
+        return self.stream.half_closed and self.answer.call.key.logical == intake.key.logical
 
 
 class Gateway:
@@ -185,11 +193,11 @@ class Gateway:
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
         await self._pumps.ready()
+        await self._settle(intake)
         async with self._turnstile:
             self._check_current(stream, incarnation)
             expected = self._redo.pending
-            self._give_up_left_streams(intake)
-            call_id = self._redo.match(intake.key)
+            call_id = self._match(intake)
             if call_id is None:
                 attachment = await self._new_call(stream, intake, incarnation, expected)
             else:
@@ -199,21 +207,35 @@ class Gateway:
             stream.acknowledge(intake.request.length)
             return attachment
 
-    def _give_up_left_streams(self, intake: Intake) -> None:
-        """An equal request, while the client of an earlier one has closed its end: that is its retry, so it joins.
+    async def _settle(self, intake: Intake) -> None:
+        """Wait, not for long, until it is known how the client of an equal request left that is getting its answer."""
+        for attachment in list(self._open.values()):
+            if attachment.may_have_left(intake) and attachment.answer.complete:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(SETTLE_SECONDS):
+                        await attachment.ended.wait()
+
+    def _match(self, intake: Intake) -> CallId | None:
+        """The call in the log that a request gets, among them those whose client has closed its end unanswered.
 
         TCP does not tell a client that left from one that only ended its request until bytes are sent to it, and a
         client that timed out before the first byte would be paid for twice. Clients that wait for an answer on a
         connection that they half closed are rare; if one asks twice at once, both get the one answer.
         """
-        for attachment in self._open.values():
-            same = attachment.answer.call.key.logical == intake.key.logical
-            if (
-                same
-                and attachment.stream.half_closed
-                and self._holds(attachment.claim.stream, attachment.claim.call_id)
-            ):
-                self._redo.ended(attachment.claim.call_id, StreamEnd.GONE)
+        left = [
+            attachment.answer.call
+            for attachment in self._open.values()
+            if attachment.may_have_left(intake)
+            and not attachment.answer.complete
+            and self._holds(attachment.claim.stream, attachment.claim.call_id)
+        ]
+        for call in left:
+            self._redo.ended(call.call_id, StreamEnd.GONE)
+        found = self._redo.match(intake.key)
+        for call in left:
+            if call.call_id != found:
+                self._redo.attach(entry_of(call))
+        return found
 
     async def _new_call(
         self, stream: Stream, intake: Intake, incarnation: int, expected: tuple[CallId, ...]
@@ -279,7 +301,9 @@ class Gateway:
                 return
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
             await self._recorder.note(Kind.CALL_DELIVERED, incarnation, call_id, data)
-            self._open.pop(number, None)
+            attachment = self._open.pop(number, None)
+            if attachment is not None:
+                attachment.ended.set()
             if self._holds(number, call_id):
                 self._redo.ended(call_id, end)
 
