@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.crash.witness import check_nothing_left
 from tests.e2e.clients.held_model import HeldModel, held_model
 from tests.e2e.clients.key_search import files_with
 from tests.stage import PATIENCE_SECONDS, REAL_KEY, Followed, Stage
@@ -30,7 +31,7 @@ class Output:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._pieces: list[str] = []
+        self._bytes = b""
         self._arrived = threading.Condition()
         self._ended = False
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -38,7 +39,7 @@ class Output:
 
     @property
     def text(self) -> str:
-        return "".join(self._pieces)
+        return self._bytes.decode(errors="replace")
 
     def wait_for(self, text: str) -> None:
         with self._arrived:
@@ -49,15 +50,18 @@ class Output:
         """Everything, once the process has ended."""
         self._process.wait(PATIENCE_SECONDS)
         self._thread.join(PATIENCE_SECONDS)
+        return self.text
+
+    def close(self) -> None:
+        self._thread.join(PATIENCE_SECONDS)
         assert self._process.stdout is not None
         self._process.stdout.close()
-        return self.text
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         while piece := os.read(self._process.stdout.fileno(), 65536):
             with self._arrived:
-                self._pieces.append(piece.decode())
+                self._bytes += piece
                 self._arrived.notify_all()
         with self._arrived:
             self._ended = True
@@ -80,8 +84,9 @@ class ClientSession:
 
     def kill_in_mid_answer(self) -> None:
         """kill -9 of the sandbox; the rest of the answer comes when the node has restored it."""
+        self.log.wait("call.sent", HELD_TURN)
+        assert self.log.count("call.completed") == HELD_TURN - 1, "the answer is complete already"
         assert self.stage.sandbox_pids(), "there is no sandbox to kill"
-        assert self.log.count("call.completed") == self.log.count("call.sent") - 1, "the answer is complete already"
         self.stage.kill_sandbox()
         chosen = self.log.wait("recovery.chosen", 2)
         assert chosen["data"]["mode"] == "restore"
@@ -110,7 +115,7 @@ class ClientSession:
         assert not [kind for kind in kinds if kind in UNWANTED], kinds
         assert ("output.differed" in kinds) == output_differs
         assert "is whole" in self.stage.torpor("log", NAME, "--verify").stdout
-        assert self.stage.sandbox_pids() == []
+        check_nothing_left(self.stage)
         self._check_workspace()
         self._check_keys()
 
@@ -145,19 +150,16 @@ def client_session(
     witness = directory / "witness.jsonl"
     with held_model(turns=TURNS, held_turn=HELD_TURN, key=REAL_KEY, witness_path=witness) as model:
         made = Stage(directory=directory, environment=_environment(directory, runsc, model.url))
-        try:
-            with (directory / "node.log").open("w") as notices:
-                node = made.start(
-                    *("run", "--name", NAME, *options, "--", *command), stdout=subprocess.PIPE, stderr=notices
-                )
-            output, log = Output(node), made.follow(NAME)
-            try:
-                yield ClientSession(stage=made, model=model, node=node, output=output, log=log)
-            finally:
-                log.close()
-        finally:
-            made.close()
-            made.kill_sandbox()
+        with ExitStack() as undo:
+            notices = undo.enter_context((directory / "node.log").open("w"))
+            run = ("run", "--name", NAME, *options, "--", *command)
+            node = made.start(*run, stdout=subprocess.PIPE, stderr=notices)
+            output = Output(node)
+            undo.callback(output.close)
+            undo.callback(made.close)
+            log = made.follow(NAME)
+            undo.callback(log.close)
+            yield ClientSession(stage=made, model=model, node=node, output=output, log=log)
 
 
 def _environment(directory: Path, runsc: Path, url: str) -> dict[str, str]:
