@@ -337,9 +337,10 @@ def open_streams(status: GuestStatus, gateway: Gateway) -> tuple[OpenStream, ...
     known = gateway.open_streams()
     found: list[OpenStream] = []
     for stream in status.streams:
-        if stream.kind != "call" or stream.gone:
-            continue
         attached = known.get(StreamId(stream.stream))
+        if stream.kind != "call" or (stream.gone and attached is None):
+            # A client that left keeps its stream here until its end is logged: its retry must find the call.
+            continue
         found.append(
             OpenStream(
                 stream=StreamId(stream.stream),

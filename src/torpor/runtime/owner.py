@@ -279,6 +279,10 @@ class Owner:
             position = opened.read if call is not None else opened.acknowledged
             stream = rung.life.link.inherit(opened.stream, position=position, acknowledged=opened.acknowledged)
             tasks.create_task(self._gateway.inherit(stream, opened, fate, incarnation=rung.life.number))
+        inherited = {opened.stream for opened in rung.streams}
+        for listed in rung.life.link.status.streams if rung.mode != "boot" else ():
+            if listed.kind == "call" and listed.stream not in inherited:
+                rung.life.link.refuse(listed.stream)
 
     async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         life = rung.life

@@ -128,9 +128,9 @@ def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tuple[
     """The streams of a living sandbox: positions from the guest, who has the last word, calls from the log."""
     found: list[OpenStream] = []
     for stream in status.streams:
-        if stream.kind != "call":
-            continue
         logged = known.get(StreamId(stream.stream))
+        if stream.kind != "call" or (stream.gone and logged is None):
+            continue
         found.append(
             OpenStream(
                 stream=StreamId(stream.stream),
