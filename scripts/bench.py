@@ -61,8 +61,7 @@ def measure(runsc: Runsc, heap_mb: int, rounds: int) -> dict[str, Any]:
     try:
         with stage(scratch, runsc.path, ["--script", "plain", "--first-byte-seconds", "1.5"]) as made:
             shutil.copy(ROOT / "scripts/bench_agent.py", made.project / "agent.py")
-            turns = 6 * rounds + 12
-            run = ("run", "--name", "bench", "--", sys.executable, "agent.py", str(heap_mb), str(turns))
+            run = ("run", "--name", "bench", "--", sys.executable, "agent.py", str(heap_mb), "1000")
             node = made.node(*run)
             log = made.follow("bench")
             log.wait("checkpoint.committed", 3 + rounds)
