@@ -91,6 +91,7 @@ class Incarnations:
             Damaged: the snapshot's bytes are not what was stored.
             SandboxFailed: the driver refused the image, or init did not answer.
         """
+        await asyncio.to_thread(self._check_pins, checkpoint)
         image = self._staging.cached(checkpoint.snapshot_id)
         async with asyncio.TaskGroup() as both:
             rebuilt = both.create_task(self._rebuild(checkpoint)) if image is None else None
@@ -100,6 +101,17 @@ class Incarnations:
             tree = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
             return await self._connect(number, sandbox, tree)
+
+    def _check_pins(self, checkpoint: Checkpoint) -> None:
+        """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
+        pinned = self._store.read_manifest(checkpoint.snapshot_id, checkpoint.manifest_digest).pins
+        for name, value in self._driver.pins.items():
+            if pinned.get(name, value) != value:
+                raise SandboxFailed(
+                    "image_of_other_driver",
+                    f"cannot restore checkpoint {checkpoint.number}: its {name} is {pinned[name]}, here it is {value}",
+                    hint="Set TORPOR_RUNSC to the runsc that made it; fetched ones are kept below TORPOR_HOME/bin.",
+                )
 
     async def adopt(self, number: int) -> Incarnation | None:
         """The living sandbox of that number with a new link; None when there is none to speak to."""
