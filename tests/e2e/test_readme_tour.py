@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ TOUR_PORT = "4199"
 EXPECTED = (
     "none: resume it",
     "torpor: restored checkpoint ",
-    '[report] {"memory": 8, "sqlite": 8, "subprocess": 8, "background": {"ticker": null}}',
+    '[report] {"memory": 8, "mapped": 8, "sqlite": 8, "subprocess": 8, "background": {"ticker": null}}',
     "is whole: chain, numbers, parents, requests and answers agree",
     "+ journal.db",
     "files written to tour-files",
@@ -35,23 +36,25 @@ def run_console(page: str, *, cwd: Path, environment: dict[str, str], replace: d
     script = "\n".join(["set -e", *console_commands(page)])
     for old, new in replace.items():
         script = script.replace(old, new)
-    shell = subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
-    try:
-        output, _ = shell.communicate(timeout=500)
-    finally:
-        # The model server of a tour that failed half-way is in the shell's group.
-        if shell.poll() is None or shell.returncode:
-            os.killpg(shell.pid, signal.SIGKILL)
-            shell.communicate()
-    assert shell.returncode == 0, output
+    # A file, not a pipe: the model server of a tour that failed half-way would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as seen:
+        shell = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=cwd,
+            env=environment,
+            stdout=seen,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = shell.wait(timeout=500)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
+        seen.seek(0)
+        output = seen.read()
+    assert status == 0, output
     return output
 
 
@@ -63,7 +66,7 @@ def free_port() -> str:
 
 @pytest.mark.runsc
 @pytest.mark.timeout(600)
-def test_the_tour_of_the_readme_works_as_it_is_written(tmp_path: Path) -> None:
+def test_the_tour_of_the_readme_works_as_it_is_written(tmp_path: Path, runsc: Path) -> None:
     page = (ROOT / "README.md").read_text()
     cwd = tmp_path / "tour"
     cwd.mkdir()
@@ -73,6 +76,7 @@ def test_the_tour_of_the_readme_works_as_it_is_written(tmp_path: Path) -> None:
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TORPOR_HOME": home,
+            "TORPOR_RUNSC": str(runsc),
             "NO_COLOR": "1",
         }
         try:
