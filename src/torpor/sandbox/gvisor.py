@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
 from torpor.sandbox.driver import SandboxPlan
 
+KILL_SECONDS = 10
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
 CAPABILITIES = (
     "CAP_CHOWN",
@@ -208,9 +210,9 @@ class GvisorSandbox:
         if state is None:
             return
         for pid in (state["sandbox"]["pid"], state["goferPid"]):
-            _kill_if_ours(pid, self._plan.sandbox_id)
-        await self._command("delete", "--force", self._plan.sandbox_id, check=False)
-        # `delete` refuses a half-made container's state; nothing of it runs any more, so its files may go.
+            await asyncio.to_thread(_kill_if_ours, pid, self._plan.sandbox_id)
+        # Not `runsc delete`: it waits for zombies that whoever is PID 1 here may take seconds to reap. Nothing runs any
+        # more, and what is left of a container without cgroups and network is its state files.
         for leftover in self.driver.state_directory.glob(f"*{self._plan.sandbox_id}*"):
             leftover.unlink(missing_ok=True)
 
@@ -303,10 +305,16 @@ def _open_for_writing(process_directory: Path, below: bytes) -> Iterator[bytes]:
 
 
 def _kill_if_ours(pid: int, sandbox_id: str) -> None:
-    """SIGKILL a pid of a state file, unless the number belongs to another process by now."""
+    """SIGKILL a pid of a state file and wait for its end, unless the number belongs to another process by now."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if sandbox_id.encode() in command:
-            os.kill(pid, signal.SIGKILL)
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if sandbox_id.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], KILL_SECONDS)
     except (FileNotFoundError, ProcessLookupError):
         return
+    finally:
+        os.close(descriptor)
