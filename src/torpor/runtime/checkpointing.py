@@ -18,6 +18,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
-from torpor.gateway.server import Gateway
+from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
 from torpor.runtime.staging import Staging
@@ -196,7 +197,7 @@ class Checkpointer:
         try:
             async with self._gateway.quiet():
                 seq, cursor_seq = await self._records.position()
-                streams = open_streams(status, self._gateway)
+                streams = open_streams(status, self._gateway.open_streams())
                 pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
             crash_point("checkpoint.cut")
             cut_wall_ns = self._clock.wall_ns()
@@ -332,9 +333,8 @@ def files_checkpoint(
     )
 
 
-def open_streams(status: GuestStatus, gateway: Gateway) -> tuple[OpenStream, ...]:
-    """Join what the guest and the gateway know of each open stream at a cut."""
-    known = gateway.open_streams()
+def open_streams(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tuple[OpenStream, ...]:
+    """Join what the guest says of its open streams, who has the last word on positions, with their calls."""
     found: list[OpenStream] = []
     for stream in status.streams:
         attached = known.get(StreamId(stream.stream))

@@ -16,12 +16,13 @@ from torpor.core.checkpoint import Checkpoint, OpenStream, every_stream_goes_on,
 from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import CallId, StreamId
+from torpor.core.ids import CallId
 from torpor.core.redo import RedoSet, redo_set_after_recovery
-from torpor.gateway.server import Gateway, OpenCall
+from torpor.gateway.server import Gateway
+from torpor.runtime.checkpointing import open_streams
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
-from torpor.sandbox.frames import GuestStatus, Phase
+from torpor.sandbox.frames import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class Ladder:
         if status.incarnation != life.number or status.phase not in (Phase.RUNNING, Phase.EXITED):
             return f"its sandbox never came to life as incarnation {life.number}", None
         redo, known = await self._gateway.load_incarnation(life.number)
-        streams = _open_now(status, known)
+        streams = open_streams(status, known)
         if any(stream.call_id is None and stream.acknowledged for stream in streams):
             return "the last node died before it had taken over its streams", None
         if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
@@ -122,25 +123,3 @@ class Ladder:
         data = {"mode": mode, "checkpoint": checkpoint.number if checkpoint else None, "reason": reason}
         draft = EventDraft(kind=Kind.RECOVERY_REJECTED, incarnation=number, data=data)
         await self._records.append(draft)
-
-
-def _open_now(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tuple[OpenStream, ...]:
-    """The streams of a living sandbox: positions from the guest, who has the last word, calls from the log."""
-    found: list[OpenStream] = []
-    for stream in status.streams:
-        logged = known.get(StreamId(stream.stream))
-        if stream.kind != "call" or (stream.gone and logged is None):
-            continue
-        found.append(
-            OpenStream(
-                stream=StreamId(stream.stream),
-                port=stream.port,
-                call_id=logged.call_id if logged else None,
-                read=stream.read,
-                acknowledged=stream.acknowledged,
-                taken=stream.taken,
-                untouched_bytes=logged.untouched_bytes if logged else 0,
-                attempt=logged.attempt if logged else 1,
-            )
-        )
-    return tuple(found)
