@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,7 +212,3 @@ class Incarnations:
 def fresh_entropy() -> bytes:
     """64 bytes for the guest's kernel and its after-restore hooks."""
     return os.urandom(64)
-
-
-Notice = Callable[[str], None]
-"""Tells a person, in one line, what is going on."""

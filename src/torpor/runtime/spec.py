@@ -4,7 +4,6 @@ from pathlib import Path
 
 import msgspec
 
-from torpor.core.errors import Damaged
 from torpor.core.ids import SessionId
 from torpor.runtime.home import Home
 from torpor.sandbox.driver import SandboxPlan
@@ -44,22 +43,6 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
 def image_spec(image: RootImage) -> ImageSpec:
     mounts = tuple((mount.source, mount.destination) for mount in image.mounts)
     return ImageSpec(name=image.name, root=image.root, mounts=mounts, path=image.path, digest=image.digest)
-
-
-def encode_spec(spec: SessionSpec) -> str:
-    return msgspec.json.encode(spec).decode()
-
-
-def decode_spec(text: str) -> SessionSpec:
-    """Read a stored spec.
-
-    Raises:
-        Damaged: `spec_damaged`.
-    """
-    try:
-        return msgspec.json.decode(text, type=SessionSpec)
-    except msgspec.DecodeError as error:
-        raise Damaged("spec_damaged", f"cannot read the session's spec: {error}") from error
 
 
 def sandbox_id(session_id: SessionId, incarnation: int) -> str:

@@ -9,7 +9,6 @@ from torpor.core.errors import InvalidInput
 
 CREDENTIAL_FILES = frozenset({b".git-credentials", b".netrc", b".pypirc", b".npmrc"})
 CREDENTIAL_PATHS = (b".git/credentials", b".ssh/", b".aws/", b".gnupg/", b".config/gcloud/")
-QUESTION_BYTES = 1 << 30
 
 
 def check_source(source: Path, home_directory: Path, torpor_home: Path) -> Path:
