@@ -13,6 +13,7 @@ CRASH_POINTS: dict[str, str] = {
     "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
     "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
     "call.completed": "a whole answer that was not delivered: delivered from the log",
+    "call.delivered": "a stream whose end is logged and that init still knows: the next node lets it go",
     "checkpoint.cut": "a sandbox that waits at the barrier; the next HELLO ends it",
     "checkpoint.paused": "a paused sandbox with its mark; the next node resumes it",
     "checkpoint.imaged": "a paused sandbox with its mark, and an image in memory that nobody names",

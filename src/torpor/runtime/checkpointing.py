@@ -338,7 +338,7 @@ def open_streams(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tup
     found: list[OpenStream] = []
     for stream in status.streams:
         attached = known.get(StreamId(stream.stream))
-        if stream.kind != "call" or (stream.gone and attached is None):
+        if stream.kind != "call" or (stream.closed and attached is None):
             # A client that left keeps its stream here until its end is logged: its retry must find the call.
             continue
         found.append(

@@ -241,7 +241,8 @@ class Sandbox:
         elif kind == "RESET":
             if stream.end is None:
                 stream.reset = True
-            else:
+        elif kind == "FORGET":
+            if stream.end is not None:
                 del self.guest.streams[stream.sid]
         elif kind == "ACK":
             stream.acknowledged = max(stream.acknowledged, arg)
@@ -251,8 +252,6 @@ class Sandbox:
             stream.quiet = False
             if arg < stream.read:
                 self.send("DATA", stream.sid, arg, (stream.ask, stream.spelling, stream.read - arg))
-            if stream.told:
-                self.send("CLOSED", stream.sid, stream.written, stream.end)
 
     def _receive_for_output(self, kind: str, arg: int) -> None:
         guest = self.guest
