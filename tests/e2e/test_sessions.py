@@ -87,6 +87,56 @@ def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
     assert report_of(lasting) == {**dict.fromkeys(COUNTERS, 10), "background": {"ticker": None}}
 
 
+COUNTING = "for ((i = 1; ; i++)); do echo $i > count; echo $i; sleep 0.005; done"
+
+
+def lines_of(stage: Stage) -> list[int]:
+    return [int(line) for line in stage.torpor("output", "one").stdout.splitlines()]
+
+
+def test_after_the_cut_of_a_stop_the_agent_does_nothing_more(quick: Stage) -> None:
+    """Its counter in the workspace is never behind what it printed: at the cut, and still when all is over."""
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", COUNTING)
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("checkpoint", "one")
+    quick.torpor("stop", "one")
+    node.wait(300)
+    quick.torpor("pull", "one", "pulled")
+    counted = int((quick.project / "pulled/count").read_text())
+    printed = lines_of(quick)
+    assert printed == list(range(1, len(printed) + 1))
+    assert len(printed) <= counted
+
+    resumed = quick.node("resume", "one")
+    log.wait("recovery.chosen", 2)
+    quick.torpor("checkpoint", "one")
+    quick.torpor("kill", "one")
+    resumed.wait(300)
+    log.close()
+    goes_on = lines_of(quick)
+    assert goes_on == list(range(1, len(goes_on) + 1))
+    assert len(goes_on) > counted
+    assert "output.differed" not in {event["kind"] for event in quick.events("one")}
+
+
+def test_a_sandbox_that_outlives_its_stop_is_not_adopted(quick: Stage) -> None:
+    """The node dies when the session is asleep and its sandbox, paused, is not destroyed yet."""
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", COUNTING, TORPOR_CRASH_POINT="session.asleep")
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("stop", "one", check=False)
+    node.wait(300)
+    assert quick.rows("ls")[0]["status"] == "asleep"
+    assert quick.sandbox_pids() != []
+    resumed = quick.node("resume", "one")
+    assert log.wait("recovery.chosen", 2)["data"]["mode"] == "restore"
+    quick.torpor("kill", "one")
+    resumed.wait(300)
+    log.close()
+    check_nothing_left(quick)
+
+
 def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
     script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done"
     node = quick.start("run", "--name", "one", "--", "bash", "-c", script, stdout=subprocess.PIPE)

@@ -357,21 +357,6 @@ async def test_adoption_keeps_how_a_stream_ended(init: NativeInit) -> None:
         await no_streams_left(link)
 
 
-async def test_a_client_that_leaves_while_no_node_listens_is_told_to_the_next(init: NativeInit) -> None:
-    async with running(await open_link(init)) as dying:
-        client = socket.create_connection(("127.0.0.1", init.port))
-        client.sendall(b"please")
-        stream = await dying.accept()
-        assert await stream.receive() == b"please"
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-    closed = None
-    while closed is None:
-        async with running(await open_link(init)) as link:
-            closed = of(link.status, stream).closed
-    assert closed is Closed.GONE
-
-
 async def test_a_refused_stream_is_reset_after_adoption(init: NativeInit) -> None:
     async with asyncio.TaskGroup() as group:
         async with running(await open_link(init)) as dying:

@@ -21,6 +21,7 @@ CRASH_POINTS: dict[str, str] = {
     "checkpoint.stored": "a whole snapshot that no checkpoint names",
     "checkpoint.committed": "a checkpoint; its image is still staged in memory",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
+    "session.asleep": "a paused sandbox of a session that sleeps; the next node kills it and restores",
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",
     "backend.partial_written": "a partial file with bytes, invisible, removed when the store is opened again",
     "backend.linked": "a whole object that nobody was told of, and its partial name",

@@ -222,7 +222,7 @@ class Owner:
             await self._finish(life)
         elif ending is Ending.STOPPED:
             await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
-            committed = await self._checkpointer.take_and_commit("stop")
+            committed = await self._checkpointer.take_last("stop")
             if committed is None:
                 self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
@@ -230,6 +230,7 @@ class Owner:
                 self._asked.clear()
                 return False
             await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+            crash_point("session.asleep")
         return True
 
     async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
@@ -287,17 +288,14 @@ class Owner:
     async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         life = rung.life
         started: list[asyncio.Task[None]] = []
-        for channel, cut_at in ((STDOUT, rung.checkpoint.stdout_bytes), (STDERR, rung.checkpoint.stderr_bytes)):
-            position = 0 if rung.mode == "boot" else cut_at
-            recorded = await self._records.output_after(channel, position)
+        for channel in (STDOUT, STDERR):
             if rung.mode == "boot":
                 stream = life.link.stdout if channel == STDOUT else life.link.stderr
             else:
-                if rung.mode == "adopt":
-                    # Whatever init says was acknowledged is in the log; go on where the log ends.
-                    position += len(recorded)
-                    recorded = b""
-                stream = life.link.inherit(channel, position=position, acknowledged=position)
+                # What was acknowledged is in the log. The rest init sends again, whether the log has it or not: its
+                # last node may have died, or put it to sleep, with output under way.
+                stream = life.link.inherit_output(channel)
+            recorded = await self._records.output_after(channel, stream.acknowledged)
             pump = OutputPump(
                 records=self._records,
                 incarnation=life.number,

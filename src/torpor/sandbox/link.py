@@ -229,6 +229,13 @@ class Link:
             self._outputs[stream] = inherited
         return inherited
 
+    def inherit_output(self, number: int) -> Stream:
+        """Go on with the agent's stdout or stderr behind what was acknowledged."""
+        if number not in self._unclaimed:
+            raise violation(f"it runs an agent without output stream {number}")
+        position = self._unclaimed[number].acknowledged
+        return self.inherit(number, position=position, acknowledged=position)
+
     def refuse(self, stream: int) -> None:
         """Reset a connection that `status` lists and nobody inherits."""
         self._claim(stream)
