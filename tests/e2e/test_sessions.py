@@ -137,6 +137,27 @@ def test_a_sandbox_that_outlives_its_stop_is_not_adopted(quick: Stage) -> None:
     check_nothing_left(quick)
 
 
+def test_output_that_the_last_life_did_not_write_again_is_superseded(quick: Stage) -> None:
+    """After the cut the first life prints more, and dies; the second finds another workspace, and exits instead."""
+    script = "echo begin; until [ -e more ]; do [ -e end ] && exit 0; sleep 0.05; done; echo more; sleep 600"
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", script)
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("checkpoint", "one")
+    lives = next((quick.home / "sessions").glob("*/incarnations"))
+    (lives / "1/workspace/more").write_text("go\n")
+    while quick.torpor("output", "one").stdout != "begin\nmore\n":
+        assert node.poll() is None
+    quick.kill_sandbox()
+    log.wait("recovery.chosen", 2)
+    (lives / "2/workspace/end").write_text("go\n")
+    assert node.wait(300) == 0
+    log.close()
+    assert quick.torpor("output", "one").stdout == "begin\n"
+    [differed] = [event for event in quick.events("one") if event["kind"] == "output.differed"]
+    assert differed["data"] == {"channel": 1, "offset": len("begin\n")}
+
+
 def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
     script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done"
     node = quick.start("run", "--name", "one", "--", "bash", "-c", script, stdout=subprocess.PIPE)

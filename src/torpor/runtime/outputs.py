@@ -39,14 +39,15 @@ class OutputPump:
             while piece := await self._stream.receive():
                 await self._record(self._track.take(piece))
                 self._stream.acknowledge(self._track.position)
+            await self._record(self._track.finish())
 
     async def _record(self, output: Output) -> None:
-        """Log what is new."""
+        """Log what is new. A difference without new bytes is an empty piece, which supersedes the rest as well."""
         if output.differs_at is not None:
             data = {"channel": self._channel, "offset": output.differs_at}
             draft = EventDraft(kind=Kind.OUTPUT_DIFFERED, incarnation=self._incarnation, data=data)
             await self._records.append(draft, durable=False)
-        if output.fresh:
+        if output.fresh or output.differs_at is not None:
             await self._records.append_output(self._channel, output.offset, self._incarnation, output.fresh)
         if output.fresh:
             self._show(self._channel, output.fresh)
