@@ -239,8 +239,8 @@ class Sandbox:
         elif kind == "FIN":
             stream.fin = arg
         elif kind == "RESET":
-            if stream.end is None:
-                stream.reset = True
+            stream.reset = stream.reset or stream.end is None
+            stream.quiet = False  # So that a close that it crossed is told, also right after HELLO.
         elif kind == "FORGET":
             if stream.end is not None:
                 del self.guest.streams[stream.sid]
