@@ -76,7 +76,6 @@ def send_message(world: World) -> bool:
 def say(world: World, message: int) -> Task:
     """A person's message, or a resolved waitpoint: written with its wake request in one transaction."""
     rules = world.rules
-    yield
     if message in world.db.messages:
         # A power cut lost the confirmation, not the message; saying it again is the same message.
         world.witness.told_message(message, world.db.synced)

@@ -120,7 +120,6 @@ class Gateway:
         """
         node = self.node
         assert stream.ask is not None
-        yield
         if stream.end is not None:
             return
         diverged = node.redo.diverged
@@ -215,7 +214,6 @@ class Gateway:
         """Send one attempt and write what comes. Detached from the client: it outlives streams and sandboxes."""
         node = self.node
         world = node.world
-        yield
         sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
         if world.rules.fsync_before_send:
             node.db.fsync()
@@ -286,7 +284,8 @@ class Gateway:
                     piece = piece[half:]
                 if piece:
                     node.send("DATA", stream.sid, tape.position - len(piece), piece)
-                yield
+                has_all = index == len(attempt.chunks) and row.state is CallState.SENT and stream.end is None
+                yield call_id if has_all else None
             elif attempt.finished:
                 rest = tape.finish()
                 if rest:

@@ -168,8 +168,9 @@ class Node:
         self.queue.append(write)
 
     def _write_queue(self) -> Task:
-        yield
         self.flush()
+        return
+        yield
 
     def flush(self) -> None:
         """Write every queued decision."""
@@ -226,7 +227,6 @@ class Node:
         sandbox = self.sandbox
         assert sandbox is not None
         rules = self.world.rules
-        yield
         sandbox.to_guest.append((self.nonce, "BARRIER", 0, number, None))
         _, statuses = yield from self.wait_for("BARRIER_ACK")
         cut = self._note_cut(statuses)
@@ -234,8 +234,8 @@ class Node:
         sandbox.paused = True
         yield
         guest = sandbox.guest.copy()
-        yield
         if not rules.workspace_while_paused:
+            yield
             self.resume(number)
             for _ in range(4):
                 yield
@@ -293,7 +293,6 @@ class Node:
 
     def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
         """Packs first, then the one transaction that makes the snapshot a checkpoint."""
-        yield
         snapshot = self.world.store.stage(guest, workspace)
         yield
         if self.world.rules.packs_before_commit:
@@ -306,8 +305,9 @@ class Node:
         if self.cutting == number:
             self.cutting = 0
         self.wake(ON_COMMIT)
-        yield
-        snapshot.synced = True
+        if not snapshot.synced:
+            yield
+            snapshot.synced = True
 
     def is_covered(self, call_id: CallId) -> bool:
         """Whether a barrier call may be sent: a checkpoint of this life, or the one it came from, holds its stream."""
@@ -325,6 +325,7 @@ class Node:
             return
         number = self._begin_cut()
         self.set_status(SessionStatus.HIBERNATING)
+        yield
         cut, guest, workspace = yield from self._cut(number, stay_paused=True)
         yield from self._commit(number, cut, guest, workspace)
         yield
@@ -365,7 +366,6 @@ class Node:
     def finish(self, code: int) -> Task:
         """The agent ended: its status is committed before init may go (RECOVERY 11)."""
         rules = self.world.rules
-        yield
         while self.db.status is not SessionStatus.RUNNING:
             yield ON_STATUS_CHANGE
         rest = self.gateway.output.finish()

@@ -38,7 +38,6 @@ class Recovery:
     def boot(self, node: Node) -> Task:
         """A new process takes the session over, then does what its status asks for."""
         world, db = self.world, node.db
-        yield
         while True:
             verdict = world.rules.take_over(
                 db.lease, boot_id=world.boot_id, got_flock=world.got_flock(node), owner_answers=False

@@ -1,6 +1,7 @@
 """Tasks of a simulated node: generators that yield wherever a crash may come.
 
 A task yields None to go on later, or a key to wait until that key is woken. Waits are checked again after waking.
+A task that was added and has not begun is such a place as well, so none begins with a `yield`.
 """
 
 from collections.abc import Callable, Generator, Hashable
@@ -46,14 +47,14 @@ class TaskSet:
             if key is None and 0.2 < chance < 0.6 and task in ready:
                 key = next(task)
         except StopIteration:
-            self._leave(task)
+            if task in ready:
+                ready.remove(task)
             return True
-        if key is not None:
-            self._leave(task)
-            self.parked.setdefault(key, []).append(task)
+        # The step may have cleared the set under its own task, which is then dropped where it stands.
+        if key is not None and task in ready:
+            ready.remove(task)
+            if key in self.parked:
+                self.parked[key].append(task)
+            else:
+                self.parked[key] = [task]
         return True
-
-    def _leave(self, task: Task) -> None:
-        # The step may have cleared the set under its own task.
-        if task in self.ready:
-            self.ready.remove(task)
