@@ -81,7 +81,7 @@ def say(world: World, message: int) -> Task:
         world.witness.told_message(message, world.db.synced)
         return
     rows: list[Row] = [(kinds.WAITPOINT_RESOLVED, 0, None, None, message)]
-    if world.db.status is SessionStatus.ASLEEP and rules.wake_with_the_message:
+    if world.db.status is kinds.ASLEEP and rules.wake_with_the_message:
         rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.WAKING))
     written = world.db.append(None, *rows)
     if rules.fsync_before_telling:
@@ -111,7 +111,7 @@ def hibernate(world: World) -> bool:
 def rewind(world: World) -> bool:
     """A person goes back to some checkpoint of the present timeline."""
     node = world.node
-    if node is None or not node.serving or world.db.status is not SessionStatus.RUNNING:
+    if node is None or not node.serving or world.db.status is not kinds.RUNNING:
         return False
     points = [point for point in world.db.checkpoints if world.db.timeline.holds(point.seq)]
     point = points[int(world.random() * len(points))]
@@ -135,7 +135,7 @@ def damage(world: World) -> bool:
 def decide_unknown(world: World, node: Node) -> bool:
     """A person decides about an effect of unknown outcome: it did not happen."""
     for row in world.db.calls.values():
-        if row.state is CallState.UNKNOWN and node.serving:
+        if row.state is kinds.UNKNOWN and node.serving:
             node.append((kinds.CALL_FAILED, node.incarnation, row.call_id, None, None))
             world.db.fsync()
             node.wake(row.call_id)

@@ -182,7 +182,7 @@ class Gateway:
         if row.state in _SETTLED:
             return max(1, len(row.attempts))
         number = len(row.attempts) + 1
-        if row.state is CallState.UNKNOWN:
+        if row.state is kinds.UNKNOWN:
             return number
         if row.ask.kind == "receive":
             node.pumps[row.call_id] = number
@@ -203,7 +203,7 @@ class Gateway:
         """A barrier call waits until a committed checkpoint holds its stream with nothing answered (RECOVERY 7)."""
         node = self.node
         while not node.is_covered(row.call_id):
-            while node.db.status is not SessionStatus.RUNNING:
+            while node.db.status is not kinds.RUNNING:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
@@ -267,7 +267,7 @@ class Gateway:
         while len(row.attempts) < stream.attempt:
             if stream.end is not None:
                 return
-            if row.state is CallState.FAILED:
+            if row.state is kinds.FAILED:
                 self.reset(stream)
                 return
             yield call_id
@@ -284,7 +284,7 @@ class Gateway:
                     piece = piece[half:]
                 if piece:
                     node.send("DATA", stream.sid, tape.position - len(piece), piece)
-                has_all = index == len(attempt.chunks) and row.state is CallState.SENT and stream.end is None
+                has_all = index == len(attempt.chunks) and row.state is kinds.SENT and stream.end is None
                 yield call_id if has_all else None
             elif attempt.finished:
                 rest = tape.finish()
@@ -292,7 +292,7 @@ class Gateway:
                     node.send("DATA", stream.sid, tape.position - len(rest), rest)
                 node.send("FIN", stream.sid, tape.position)
                 return
-            elif row.state is CallState.FAILED:
+            elif row.state is kinds.FAILED:
                 self.reset(stream)
                 return
             else:
@@ -305,7 +305,7 @@ class Gateway:
         stream.end = StreamEnd.RESET
         node.append((kinds.STREAM_RESET, node.incarnation, stream.call_id, None, stream.sid))
         assert stream.call_id is not None
-        if node.db.calls[stream.call_id].state is CallState.FAILED:
+        if node.db.calls[stream.call_id].state is kinds.FAILED:
             node.redo.failed(stream.call_id)
         else:
             self._ended(stream)
