@@ -128,10 +128,11 @@ class Sandbox:
         to_guest, chance = self.to_guest, self.world.random()
         if to_guest and chance < 0.5:
             self._receive(to_guest.popleft())
-            if to_guest and chance < 0.3:
+            while to_guest and chance < 0.3 and self.world.goes_on():
+                chance *= 1.6
                 self._receive(to_guest.popleft())
             return True
-        if chance > 0.7 and not self.agent_waits and self._step_agent():
+        if chance > 0.7 and self._step_agent():
             return True
         if not self.init_waits:
             if self._serve_sockets():
@@ -142,16 +143,19 @@ class Sandbox:
         if to_guest:
             self._receive(to_guest.popleft())
             return True
-        return chance <= 0.7 and not self.agent_waits and self._step_agent()
+        return chance <= 0.7 and self._step_agent()
 
     def _step_agent(self) -> bool:
         """The agent runs from its START on; a restored one runs on at once, before anybody spoke to it."""
         guest = self.guest
         agent = guest.agent
-        if guest.incarnation and agent.unfinished and agent.step(self):
-            self.init_waits = False
+        impatient = agent.patience > 0 and self.world.random() < agent.patience * agent.unfinished
+        if self.agent_waits and not impatient:
+            return False
+        if guest.incarnation and agent.unfinished and agent.step(self, impatient=impatient):
+            self.init_waits = self.agent_waits = False
             return True
-        self.agent_waits = not agent.patience
+        self.agent_waits = True
         return False
 
     def _serve_sockets(self) -> bool:

@@ -109,15 +109,17 @@ class Node:
                 frames = sandbox.to_host
                 if frames and (chance < 0.5 or not self._has_task()):
                     self.gateway.receive(frames.popleft())
-                    if frames and chance < 0.3:
+                    while frames and chance < 0.3 and self.world.goes_on():
+                        chance *= 1.6
                         self.gateway.receive(frames.popleft())
                     return True
             # Recovery before all, and the incarnation's tasks only once it is served.
+            tasks = self.lasting
             if self.control.ready:
-                return self.control.step(random)
-            if self.serving and self.life.ready and (chance < 0.85 or not self.lasting.ready):
-                return self.life.step(random)
-            return self.lasting.step(random)
+                tasks = self.control
+            elif self.serving and self.life.ready and (chance < 0.85 or not tasks.ready):
+                tasks = self.life
+            return tasks.step(random, self.world.goes_on)
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)

@@ -225,7 +225,7 @@ class Database:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.transactions: list[tuple[int, tuple[Row, ...]]] = []
+        self.transactions: list[tuple[Row, ...]] = []
         self.synced = 0
         self.call_count = 0
         self._empty()
@@ -257,7 +257,7 @@ class Database:
         """
         if token is not None and self.lease is not None and self.rules.check_owner_token:
             check_owner_token(SESSION, presented=token, current=self.lease.owner_token)
-        self.transactions.append((token or 0, rows))
+        self.transactions.append(rows)
         self._fold(rows)
         return len(self.transactions)
 
@@ -269,7 +269,7 @@ class Database:
         self.transactions = self.transactions[:keep]
         self.synced = keep
         self._empty()
-        for _, rows in self.transactions:
+        for rows in self.transactions:
             self._fold(rows)
 
     @property

@@ -10,6 +10,10 @@ from typing import TypeAlias
 Task: TypeAlias = Generator[Hashable | None, None, None]
 
 
+GOES_ON = 0.4
+"""The chance that a task which may go on does, before anything else happens."""
+
+
 class TaskSet:
     """Tasks that live and die together."""
 
@@ -35,16 +39,21 @@ class TaskSet:
     def busy(self) -> bool:
         return bool(self.ready or self.parked)
 
-    def step(self, random: Callable[[], float]) -> bool:
-        """Let one ready task, chosen by chance, go on to its next yield, or to the one after it."""
+    def step(self, random: Callable[[], float], goes_on: Callable[[], bool]) -> bool:
+        """Let one ready task, chosen by chance, go on to its next yield, or by the same chance some yields further.
+
+        `goes_on` counts each of them as a step, and says whether nothing else is to happen at it.
+        """
         ready = self.ready
         if not ready:
             return False
-        chance = random()
-        task = ready[int(chance * len(ready))]
+        chance = random() * len(ready)
+        task = ready[int(chance)]
+        chance %= 1
         try:
             key = next(task)
-            if key is None and 0.2 < chance < 0.6 and task in ready:
+            while key is None and chance < GOES_ON and goes_on() and task in ready:
+                chance /= GOES_ON
                 key = next(task)
         except StopIteration:
             if task in ready:

@@ -133,6 +133,12 @@ class World:
             if self.steps > STEPS_MAX:
                 raise Violation(5, f"the session has not ended after {STEPS_MAX} steps")
 
+    def goes_on(self) -> bool:
+        """Count one more step of whoever moves now; False when something happens at it."""
+        self.steps += 1
+        happenings = self.plan.happenings
+        return not happenings or happenings[-1][0] > self.steps
+
     def _progress_of_silent(self) -> bool:
         """In a cluster a silent owner may go on, not knowing that it was replaced."""
         if not self.plan.cluster:
@@ -143,7 +149,7 @@ class World:
     def _progress_of_others(self) -> bool:
         if self.silent and self._progress_of_silent():
             return True
-        return bool(self.people.ready) and self.people.step(self.random)
+        return bool(self.people.ready) and self.people.step(self.random, self.goes_on)
 
     def _happen(self, what: str) -> None:
         if self.trace is not None:
