@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ON_RESOLVED = "resolved"
 ON_COMMIT = "committed"
+ON_SETTLED = "settled"
 ON_LOGGED = "logged"
 ON_STATUS_CHANGE = "status"
 

@@ -17,7 +17,7 @@ from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
-from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
+from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_SETTLED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
 from torpor.testing.simulator.store import ROOT_SEQ, Cut, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
@@ -35,6 +35,7 @@ class Node:
         serving: the incarnation is connected; before that nothing of it is served.
         holding: delivery is held for a cut; `held` is what would have been sent.
         cutting: number of the cut under way, 0 for none.
+        uncommitted: how many cuts are still to be committed.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Node:
         "serving",
         "token",
         "tree",
+        "uncommitted",
         "world",
     )
 
@@ -78,6 +80,7 @@ class Node:
         self._all_tasks = (self.life, self.lasting, self.control)
         self.cut_count = 0
         self.restored_from = 0
+        self.uncommitted = 0
         self.forget_incarnation()
 
     def forget_incarnation(self) -> None:
@@ -94,6 +97,7 @@ class Node:
         if not self.world.rules.pump_outlives_sandbox:
             self.lasting.clear()
             self.pumps.clear()
+            self.uncommitted = 0
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +214,8 @@ class Node:
             return
         number = self._begin_cut()
         cut, guest, workspace = yield from self._cut(number)
-        self.lasting.add(self._commit(number, cut, guest, workspace))
+        self.uncommitted += 1
+        self.lasting.add(self._commit_behind(number, cut, guest, workspace))
 
     def _begin_cut(self) -> int:
         self.cut_count += 1
@@ -286,6 +291,16 @@ class Node:
             pending=self.redo.pending,
             joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
+
+    def _commit_behind(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
+        yield from self._commit(number, cut, guest, workspace)
+        self.uncommitted -= 1
+        self.wake(ON_SETTLED)
+
+    def settle(self) -> Task:
+        """Wait until every cut is committed: amid the next life its output would not be what the log shows by then."""
+        while self.uncommitted and self.world.rules.settle_before_restore:
+            yield ON_SETTLED
 
     def _commit(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
         """Packs first, then the one transaction that makes the snapshot a checkpoint."""

@@ -78,6 +78,7 @@ class Recovery:
         if self.world.rules.destroy_before_restore:
             self.world.destroy(self.world.sandbox_near(node))
         yield
+        yield from node.settle()
         if not db.checkpoints:
             yield from self._make_checkpoint_zero(node)
         yield from self._restore(node)
