@@ -11,7 +11,6 @@ from torpor.core.call import CallState
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
 from torpor.core.output import OutputTrack
-from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.store import CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus

@@ -171,7 +171,7 @@ class Node:
     def _write_queue(self) -> Task:
         self.flush()
         return
-        yield
+        yield  # never reached: it makes this a task
 
     def flush(self) -> None:
         """Write every queued decision."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -77,7 +77,7 @@ def run_schedules(seeds: Iterable[int], broken: str | None = None) -> Report:
 
 
 @contextmanager
-def _few_collections() -> Iterator[None]:
+def _few_collections() -> Generator[None]:
     """A world is one heap of cycles that dies as a whole: look for garbage once in many worlds, not during each."""
     before = gc.get_threshold()
     gc.set_threshold(ALLOCATIONS_PER_COLLECTION)

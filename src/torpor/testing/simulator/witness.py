@@ -104,7 +104,11 @@ class Witness:
         self.check(
             6,
             self._paid[index] <= wished + failed,
-            "{}: request {} is paid {} times, but wished {} times", row.call_id, index, self._paid[index], wished,
+            "{}: request {} is paid {} times, but wished {} times",
+            row.call_id,
+            index,
+            self._paid[index],
+            wished,
         )
 
     def node_stopped(self) -> None:
@@ -270,7 +274,9 @@ class Witness:
             raise Violation(8, "the session ended, and nobody was told")
         agent = final.guest.agent
         self.check(8, db.acknowledged_exit == self._told_exit, "the exit that was told is not the one recorded")
-        self.check(8, agent.counter == self._told_exit, "told exit {}, the agent has {}", self._told_exit, agent.counter)
+        self.check(
+            8, agent.counter == self._told_exit, "told exit {}, the agent has {}", self._told_exit, agent.counter
+        )
         self.check(9, agent.counter == final.workspace, "memory and workspace ended apart")
         self.check(8, db.output == agent.printed, "output shows {!r}, the agent wrote {!r}", db.output, agent.printed)
         consumed = Counter(self.world.upstream.answers[serial].message for serial, _ in agent.answers)

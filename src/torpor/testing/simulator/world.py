@@ -6,7 +6,6 @@ from collections import Counter
 from random import Random
 
 from torpor.core.errors import TorporError
-from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.faults import HAPPENINGS, decide_unknown, hibernate, send_message
 from torpor.testing.simulator.guest import Guest, Sandbox
