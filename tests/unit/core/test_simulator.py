@@ -68,7 +68,7 @@ def test_a_seed_is_always_the_same_schedule():
 
 
 def test_a_trace_ends_with_what_went_wrong():
-    lines, violation = trace_of(0, "no-join")
+    lines, violation = trace_of(1, "no-join")
     assert violation is not None
     assert violation.invariant == 6
     assert any("call.intended" in line for line in lines)
