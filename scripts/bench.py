@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -40,13 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--heap-mb", type=int, nargs="*", default=[0, 230], help="sizes of the agent's heap")
     parser.add_argument("--rounds", type=int, default=5, help="how often each thing is measured")
+    parser.add_argument("--random", action="store_true", help="an agent whose heap nothing compresses")
     parser.add_argument("--json", action="store_true", help="print one object a size")
     options = parser.parse_args()
     runsc = find_runsc(torpor_home(os.environ) / "bin", os.environ, CLOCK)
     if not options.json:
         console.print(f"runsc {runsc.version}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for heap_mb in options.heap_mb:
-        figures = measure(runsc, heap_mb, options.rounds)
+        figures = measure(runsc, heap_mb, options.rounds, ["random"] if options.random else [])
         if options.json:
             print(json.dumps({"heap_mb": heap_mb, **figures}))
         else:
@@ -55,19 +57,19 @@ def main() -> None:
         console.print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 
-def measure(runsc: Runsc, heap_mb: int, rounds: int) -> dict[str, Any]:
+def measure(runsc: Runsc, heap_mb: int, rounds: int, entries: list[str]) -> dict[str, Any]:
     """One session of one size: undisturbed turns, raw commands between them, then restores of each kind."""
     scratch = Path(tempfile.mkdtemp(prefix="torpor-bench-"))
     try:
         with stage(scratch, runsc.path, ["--script", "plain", "--first-byte-seconds", "1.5"]) as made:
             shutil.copy(ROOT / "scripts/bench_agent.py", made.project / "agent.py")
-            run = ("run", "--name", "bench", "--", sys.executable, "agent.py", str(heap_mb), "1000")
+            run = ("run", "--name", "bench", "--", sys.executable, "agent.py", str(heap_mb), "1000", *entries)
             node = made.node(*run)
             log = made.follow("bench")
             log.wait("checkpoint.committed", 3 + rounds)
             raw = [raw_checkpoint(made, runsc, number) for number in range(rounds)]
             image = made.directory / "raw-0"
-            warm = [kill_and_wait(log, made.kill_sandbox) for _ in range(rounds)]
+            warm = [kill_and_wait(log, kill_living(made, runsc, log)) for _ in range(rounds)]
             created = [raw_restore(made, runsc, image) for _ in range(rounds)]
 
             def kill_everything() -> None:
@@ -152,6 +154,20 @@ def raw_restore(made: Stage, runsc: Runsc, image: Path) -> float:
         return asyncio.run(once())
     finally:
         shutil.rmtree(sandbox.plan.directory, ignore_errors=True)
+
+
+def kill_living(made: Stage, runsc: Runsc, log: Followed) -> Callable[[], None]:
+    """kill -9 of the sandbox that runs, and of nothing else: the warm slot beside it is what is measured."""
+
+    def kill() -> None:
+        number = max(event["incarnation"] for event in log.events)
+        slot = sandbox_of(made, runsc, incarnation=number + 1)
+        if not slot.alive():
+            raise SystemExit("bench: there is no warm slot")
+        for pid in sandbox_of(made, runsc, incarnation=number).pids() or ():
+            os.kill(pid, signal.SIGKILL)
+
+    return kill
 
 
 def kill_and_wait(log: Followed, kill: Callable[[], None]) -> float:

@@ -150,9 +150,9 @@ class PackIndex:
 class PackBuilder:
     """Collects frames in memory; `finish` gives the pack's name and bytes."""
 
-    def __init__(self, *, holds_pages: bool) -> None:
+    def __init__(self, *, holds_pages: bool, level: int = 1) -> None:
         self._holds_pages = holds_pages
-        self._compressor = zstandard.ZstdCompressor(level=1, write_content_size=True)
+        self._compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
         self._stored: list[bytes] = []
         self._counts: list[int] = []
         self._lengths: list[int] = []

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from torpor.snapshots.pack import FRAME_BYTES, PAGE_BYTES, PAGE_DIGEST_BYTES, PackIndex, PackRef
+from torpor.snapshots.pack import PAGE_BYTES, PAGE_DIGEST_BYTES, PackIndex, PackRef
 
-PAGES_PER_FRAME = FRAME_BYTES // PAGE_BYTES
+# 1 MiB: a step's changed pages resemble each other, and frames of 256 KiB store a sixth more of them.
+PAGES_PER_FRAME = 256
 PAGES_PER_PACK = 8192
 # A restore decompresses whole frames, and survivors of old images lie in ever sparser ones: after 100 steps
 # of a 78 MB agent it would read six times the frames it needs. Above twice the least number of frames the
