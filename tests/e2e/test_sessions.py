@@ -56,6 +56,10 @@ def test_a_killed_node_costs_one_reported_attempt_and_nothing_else(slow: Stage) 
     counted = check_attempts(slow, slow.events("one"), node_kills=1)
     assert counted == {"calls": 6, "sent": 7, "torn": 1, "asked": 7}
     assert report_of(slow)["memory"] == 5
+    timeline = slow.torpor("log", "one").stdout
+    assert "boot from checkpoint #0: started" in timeline
+    assert timeline.count("call 3: attempt 1 was cut short: its node died") == 1
+    assert timeline.count("call 3: attempt 2\n") == 1
 
 
 def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick: Stage) -> None:

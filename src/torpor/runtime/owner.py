@@ -138,7 +138,8 @@ class Owner:
         calls = await self._records.calls()
         rung = await self._ladder.adopt(calls)
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
-        reason, losses, progress = "resumed", 0, -1
+        is_new = (await self._records.session()).status is SessionStatus.CREATED
+        reason, losses, progress = "started" if is_new else "resumed", 0, -1
         while True:
             if rung is None:
                 rung = await self._climb(reason)
