@@ -18,7 +18,7 @@ def test_a_call_keeps_its_number_whatever_happens_to_it() -> None:
         told(event(Kind.CALL_INTENDED, "a", method="POST", target="/v1/messages", model="m"), calls),
         told(event(Kind.CALL_DIVERGED, "b", pending=["x", "y"]), calls),
         told(event(Kind.CALL_INTENDED, "b", method="POST", target="/v1/messages", model=None), calls),
-        told(event(Kind.CALL_REPEATED, "a", stream=9), calls),
+        told(event(Kind.CALL_REPEATED, "a", stream=9, attempt=1), calls),
         told(event(Kind.CALL_JOINED, "b", stream=5, attempt=1, inherited=True), calls),
         told(event(Kind.CALL_JOINED, "b", stream=7, attempt=1, inherited=False), calls),
         told(event(Kind.CALL_DELIVERED, "a", end="consumed", taken_bytes=3400), calls),
@@ -28,10 +28,10 @@ def test_a_call_keeps_its_number_whatever_happens_to_it() -> None:
         "call 1: POST /v1/messages m",
         "call 2: another one than the log's next, of which 2 were to be repeated",
         "call 2: POST /v1/messages",
-        "call 1: made again on connection 9: the log answers",
+        "call 1: made again on connection 9: it is the same call, attempt 1",
         "call 2: connection 5, open at the cut, goes on with attempt 1",
         "call 2: asked again on connection 7: the same answer, attempt 1",
-        "call 1: the agent has read all of it, 3.4 KB",
+        "call 1: read to its end, 3.4 KB",
         "call 2: upstream_silent",
     ]
 

@@ -147,14 +147,14 @@ def _joined(data: Any) -> str:
 
 
 def _repeated(data: Any) -> str:
-    return f"made again on connection {data.get('stream')}: the log answers"
+    return f"made again on connection {data.get('stream')}: it is the same call, attempt {data.get('attempt')}"
 
 
 def _delivered(data: Any) -> str:
     taken = human_bytes(int(data.get("taken_bytes", 0)))
     endings = {
-        "consumed": f"the agent has read all of it, {taken}",
-        "gone": f"the agent went away after {taken}",
+        "consumed": f"read to its end, {taken}",
+        "gone": f"closed by the agent after {taken}",
         "reset": f"broken off after {taken}",
     }
     return endings.get(str(data.get("end")), "")
