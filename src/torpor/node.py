@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class Node:
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
-                "kill": lambda: _ask(owner.ask_to_kill, ended),
-                "stop": lambda: _ask(owner.ask_to_stop, ended),
+                "kill": lambda: _kill(owner, ended),
+                "stop": lambda: _stop(owner, ended),
             }
             async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
                 try:
@@ -111,10 +111,27 @@ async def _checkpoint(owner: Owner) -> dict[str, Any]:
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
 
 
-async def _ask(request: Callable[[], None], ended: asyncio.Event) -> dict[str, Any]:
-    """Ask the owner to end, and answer when it has ended."""
-    request()
+async def _kill(owner: Owner, ended: asyncio.Event) -> dict[str, Any]:
+    """End the session, and answer when it has ended."""
+    owner.ask_to_kill()
     await ended.wait()
+    return {}
+
+
+async def _stop(owner: Owner, ended: asyncio.Event) -> dict[str, Any]:
+    """Put the session to sleep, and answer when it sleeps or can't."""
+    refused = owner.ask_to_stop()
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(ended.wait()), tasks.create_task(refused.wait())]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+    if not ended.is_set():
+        raise SandboxFailed(
+            "checkpoint_failed",
+            "cannot stop the session: no checkpoint could be made, it runs on",
+            hint="`torpor log SESSION` has the reason.",
+        )
     return {}
 
 

@@ -141,3 +141,21 @@ def test_no_space_left_fails_the_checkpoint_and_not_the_session(scratch: Path, r
             assert "is whole" in made.torpor("log", "one", "--verify").stdout
         finally:
             subprocess.run(["umount", "--lazy", made.home], check=True)
+
+
+def test_a_session_that_cannot_be_checkpointed_is_not_stopped_and_runs_on(scratch: Path, runsc: Path) -> None:
+    with stage(scratch, runsc) as made:
+        made.home.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", made.home], check=True)
+        try:
+            fill = "head -c 20000000 /dev/urandom > /tmp/more; echo full; read -r line"
+            node = made.start("run", "--name", "one", "--", "bash", "-c", f"{fill} < <(sleep 600)", stdout=-1)
+            assert node.stdout is not None
+            assert node.stdout.readline() == "full\n"
+            assert refusal(made, "stop", "one")[:2] == (75, "checkpoint_failed")
+            assert made.rows("ls")[0]["status"] == "running"
+            made.torpor("kill", "one")
+            assert node.wait(120) == 137
+            node.stdout.close()
+        finally:
+            subprocess.run(["umount", "--lazy", made.home], check=True)

@@ -1,6 +1,7 @@
 """The main job as a user sees it: run, kill -9, resume; what is kept, what is shown, what stays hidden."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -81,8 +82,11 @@ def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
     node = lasting.node(*RUN_AGENT)
     log = lasting.follow("one")
     log.wait("call.delivered")
-    lasting.torpor("stop", "one")
-    node.wait(300)
+    stopped = lasting.torpor("stop", "one").stderr
+    newest = lasting.rows("show", "one")[0]["newest_checkpoint"]
+    assert f"stopped at checkpoint #{newest}" in stopped
+    assert node.wait(300) == 79
+    assert "the session was stopped" in (lasting.directory / "node.log").read_text()
     assert lasting.rows("ls")[0]["status"] == "asleep"
     assert lasting.sandbox_pids() == []
     resumed = lasting.node("resume", "one")
@@ -103,18 +107,41 @@ def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
 
 
 def test_detached_sessions_can_be_watched_checkpointed_and_killed(lasting: Stage) -> None:
-    session = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py").stdout.strip()
+    started = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py")
+    session = started.stdout.strip()
     assert session.startswith("ses_")
+    assert "torpor log -f one" in started.stderr
     log = lasting.follow("one")
     log.wait("call.delivered")
     made = json.loads(lasting.torpor("checkpoint", "one", "--json").stdout)
     assert made["freeze_ns"] > 0
     assert made["number"] in [row["number"] for row in lasting.rows("checkpoints", "one")]
-    lasting.torpor("kill", "one")
+    assert f"{session} killed" in lasting.torpor("kill", "one").stderr
     log.wait("session.status", 2)
     log.close()
     assert lasting.rows("ls")[0]["status"] == "cancelled"
     check_nothing_left(lasting)
+    assert f"{session} removed" in lasting.torpor("rm", "one").stderr
+
+
+def test_a_foreground_session_says_that_it_was_killed_from_outside(quick: Stage) -> None:
+    node = quick.start("run", "--name", "one", "--", "sh", "-c", "echo up; sleep 600", stdout=-1, stderr=-1)
+    assert node.stdout is not None
+    assert node.stdout.readline() == "up\n"
+    quick.torpor("kill", "one")
+    _, said = node.communicate(timeout=120)
+    assert node.returncode == 137
+    assert "the session was killed by another command" in said
+
+
+def test_show_has_times_and_sizes_for_people_and_says_nothing_of_nothing(quick: Stage) -> None:
+    quick.torpor("run", "--", "true")
+    session = quick.rows("ls")[0]["session"]
+    shown = dict(line.split("  ", 1) for line in map(str.strip, quick.torpor("show", session).stdout.splitlines()))
+    assert shown["name"].strip() == shown["node"].strip() == "-"
+    assert re.fullmatch(r" *\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d+[sm] ago\)", shown["created"])
+    assert shown["stored bytes"].endswith("B")
+    assert "None" not in "".join(shown.values())
 
 
 def test_the_workspace_is_a_copy_that_diff_shows_and_pull_brings_back(quick: Stage) -> None:

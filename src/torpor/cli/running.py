@@ -16,6 +16,9 @@ from torpor.node import open_node
 from torpor.runtime.owner import Outcome, Watcher
 from torpor.runtime.runtime import Request
 
+EXIT_STOPPED, EXIT_KILLED = 79, 137
+"""What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
+
 
 class TerminalWatcher(Watcher):
     """The agent's output is this process's own; notices go to stderr."""
@@ -75,8 +78,7 @@ def run(
         async with open_node() as node:
             session_id = await node.create(request)
             if detach:
-                _detach(session_id)
-                _print_id(session_id, json)
+                _detach(session_id, name, json)
                 return None
             err.print(f"session {session_id}", markup=False)
             return await node.own(session_id, TerminalWatcher())
@@ -99,8 +101,7 @@ def resume(
         async with open_node() as node:
             found = await node.runtime.session(session)
             if detach:
-                _detach(found.session_id)
-                _print_id(found.session_id, json)
+                _detach(found.session_id, found.name, json)
                 return None
             err.print(f"session {found.session_id}", markup=False)
             return await node.own(found.session_id, TerminalWatcher())
@@ -118,14 +119,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print_id(session_id: SessionId, as_json: bool) -> None:
-    if as_json:
-        print_json({"session": session_id})
-    else:
-        typer.echo(session_id)
-
-
-def _detach(session_id: SessionId) -> None:
+def _detach(session_id: SessionId, name: str | None, as_json: bool) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -140,12 +134,20 @@ def _detach(session_id: SessionId) -> None:
     if not ready:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         raise SandboxFailed("node_not_started", f"cannot start a node for session {session_id}: {last[0]}")
+    notice(f"runs in the background: `torpor log -f {name or session_id}`, `torpor output {name or session_id}`")
+    if as_json:
+        print_json({"session": session_id})
+    else:
+        typer.echo(session_id)
 
 
 def _exit_with(outcome: Outcome | None) -> None:
     if outcome is None:
         return
     if outcome.status is SessionStatus.CANCELLED:
-        notice("the session was killed")
-        raise typer.Exit(137)
+        notice("the session was killed by another command")
+        raise typer.Exit(EXIT_KILLED)
+    if outcome.status is SessionStatus.ASLEEP:
+        notice("the session was stopped, and is asleep at its newest checkpoint; `torpor resume` goes on with it")
+        raise typer.Exit(EXIT_STOPPED)
     raise typer.Exit(outcome.exit_status or 0)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json
+from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json, printable
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Damaged
 from torpor.core.events import Event, Kind
@@ -117,7 +117,7 @@ def _print(event: Event, started_ns: int, calls: CallNumbers) -> None:
     colour = _COLOURS.get(event.kind, "white")
     out.print(f"[dim]{event.seq:>5} {at:>9.3f}s  {event.incarnation:>2}[/dim]  ", end="")
     out.print(f"[{colour}]{event.kind.value:<22}[/{colour}] ", end="")
-    out.print(told(event, calls), markup=False)
+    out.print(printable(told(event, calls)), markup=False)
 
 
 def _status(data: Any) -> str:

@@ -95,6 +95,7 @@ class Owner:
         self._watcher = watcher
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
+        self._stop_refused = asyncio.Event()
         self._life: Incarnation | None = None
         self._signals = 0
 
@@ -113,10 +114,11 @@ class Owner:
             raise innermost(failures) from failures
         return outcome
 
-    def ask_to_stop(self) -> None:
-        """Checkpoint, free the sandbox, leave the session resumable."""
+    def ask_to_stop(self) -> asyncio.Event:
+        """Checkpoint, free the sandbox, leave the session resumable. What is returned is set if that can't be done."""
         self._wanted = self._wanted or Ending.STOPPED
         self._asked.set()
+        return self._stop_refused
 
     def ask_to_kill(self) -> None:
         """End the session for good."""
@@ -229,6 +231,8 @@ class Owner:
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
                 self._wanted = None
                 self._asked.clear()
+                self._stop_refused.set()
+                self._stop_refused = asyncio.Event()
                 return False
             await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
         return True
