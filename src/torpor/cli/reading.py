@@ -211,6 +211,8 @@ def _row(runtime: Runtime, session: sessions.Session) -> dict[str, Any]:
 
 def _shown(name: str, value: Any) -> str:
     """A field of `show` for people."""
-    if value is not None and name.endswith("_ns"):
+    if isinstance(value, int) and name.endswith("_ns"):
         return moment(value, SystemClock().wall_ns())
-    return human_bytes(value) if name.endswith("_bytes") else cell(value)
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return human_bytes(value)
+    return cell(value)
