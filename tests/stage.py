@@ -32,6 +32,7 @@ class Stage:
 
     directory: Path
     environment: dict[str, str]
+    command: Sequence[str] = tuple(TORPOR)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -50,7 +51,7 @@ class Stage:
     def start(self, *command: str, stdout: Any = None, stderr: Any = None, **variables: str) -> subprocess.Popen[str]:
         """Start a torpor command in the project directory."""
         process = subprocess.Popen(
-            [*TORPOR, *command],
+            [*self.command, *command],
             env={**self.environment, **variables},
             cwd=self.project,
             stdin=subprocess.DEVNULL,
@@ -64,7 +65,7 @@ class Stage:
     def torpor(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a torpor command to its end."""
         finished = subprocess.run(
-            [*TORPOR, *command],
+            [*self.command, *command],
             env={**self.environment, **variables},
             cwd=self.project,
             stdin=subprocess.DEVNULL,

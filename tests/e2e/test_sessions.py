@@ -11,6 +11,12 @@ import pytest
 from tests.crash.witness import check_attempts, check_nothing_left
 from tests.stage import REAL_KEY, Stage
 
+from torpor.core.clock import SystemClock
+from torpor.sandbox.driver import SandboxPlan
+from torpor.sandbox.gvisor import GvisorDriver
+from torpor.sandbox.rootfs import directory_image
+from torpor.sandbox.tools import inspect_runsc
+
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 COUNTERS = ("memory", "mapped", "sqlite", "subprocess")
 RUN_AGENT = ("run", "--name", "one", "--", sys.executable, "agent.py")
@@ -142,6 +148,39 @@ def test_show_has_times_and_sizes_for_people_and_says_nothing_of_nothing(quick: 
     assert re.fullmatch(r" *\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d+[sm] ago\)", shown["created"])
     assert shown["stored bytes"].endswith("B")
     assert "None" not in "".join(shown.values())
+
+
+def test_files_that_are_mapped_for_writing_are_known_to_the_host(quick: Stage, runsc: Path) -> None:
+    """Stores through a mapping need not move a time stamp: a checkpoint has to read such files again."""
+    script = """
+import mmap, time
+file = open("mapped", "wb+")
+file.truncate(4096)
+mapped = mmap.mmap(file.fileno(), 4096)
+file.close()
+print("up", flush=True)
+time.sleep(600)
+"""
+    node = quick.start("run", "--", sys.executable, "-c", script, stdout=subprocess.PIPE)
+    assert node.stdout is not None
+    assert node.stdout.readline() == "up\n"
+    workspace = next((quick.home / "sessions").glob("*/incarnations/1/workspace"))
+    driver = GvisorDriver(
+        runsc=inspect_runsc(runsc, SystemClock()), state_directory=quick.home / "runsc", clock=SystemClock()
+    )
+    plan = SandboxPlan(
+        sandbox_id=next(name for name in driver.sandbox_ids() if name.endswith("-1")),
+        directory=workspace.parent,
+        image=directory_image(Path("/")),
+        workspace=workspace,
+        init_directory=quick.home,
+    )
+    sandbox = driver.find(plan)
+    assert sandbox is not None
+    assert (workspace / "mapped").stat().st_ino in (sandbox.open_for_writing() or ())
+    assert (workspace / "agent.py").stat().st_ino not in (sandbox.open_for_writing() or ())
+    node.kill()
+    node.stdout.close()
 
 
 def test_the_workspace_is_a_copy_that_diff_shows_and_pull_brings_back(quick: Stage) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.errors import TorporError, innermost
+from torpor.sandbox import process
 from torpor.sandbox.driver import Sandbox, SandboxPlan
 from torpor.sandbox.frames import AgentSpec
-from torpor.sandbox.gvisor import GvisorDriver, Runsc
+from torpor.sandbox.gvisor import NAMESPACE, GvisorDriver, Runsc
 from torpor.sandbox.link import Link
 from torpor.sandbox.rootfs import host_image
 from torpor.sandbox.streams import Stream
@@ -26,6 +27,13 @@ SHELL = (
     'read -r answer <&3; test "$answer" = after-the-restore'
 )
 """The agent of the test: one request, sent before the checkpoint and answered after the restore."""
+
+FORBIDDING = (
+    ("kernel.unprivileged_userns_clone", "0", "1"),
+    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("user.max_user_namespaces", "0", "10000"),
+)
+"""Settings that forbid user namespaces to ordinary users: the value that does, and one that does not."""
 
 REMEDIES = {
     "program_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
@@ -52,7 +60,7 @@ async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) 
     """Look at the machine, then do the round trip; findings in order, up to the first fatal failure."""
     findings = [
         Finding(check="runsc", ok=True, detail=f"{runsc.path} ({runsc.version})"),
-        _privilege(),
+        _privilege(clock),
         _staging(),
         _swap(),
     ]
@@ -76,7 +84,8 @@ async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) 
     return findings
 
 
-def _privilege() -> Finding:
+def _privilege(clock: Clock) -> Finding:
+    """Root, or a user namespace: made for real, for a machine may forbid it in many ways."""
     if os.geteuid() == 0:
         return Finding(
             check="privilege", ok=True, detail="root; the sandbox's kernel runs as nobody without capabilities"
@@ -84,7 +93,22 @@ def _privilege() -> Finding:
     detail = f"ordinary user {os.geteuid()}, through a user namespace"
     if shutil.which("unshare") is None:
         return Finding(check="privilege", ok=False, detail=detail, remedy="Install util-linux: `unshare` is missing.")
-    return Finding(check="privilege", ok=True, detail=detail)
+    tried = process.run_blocking([*NAMESPACE, "true"], deadline_seconds=20, clock=clock, check=False)
+    if tried.exit_status == 0:
+        return Finding(check="privilege", ok=True, detail=detail)
+    return Finding(check="privilege", ok=False, detail=f"{detail}: {tried.explain()}", remedy=_namespace_remedy())
+
+
+def _namespace_remedy() -> str:
+    """Which of the known ways this machine forbids user namespaces in."""
+    for setting, forbidding, allowing in FORBIDDING:
+        file = Path("/proc/sys", setting.replace(".", "/"))
+        if file.exists() and file.read_text().strip() == forbidding:
+            return f"As root: sysctl {setting}={allowing}. Or run Torpor as root."
+    return (
+        "No setting of the kernel forbids it, so it is the container or chroot around this: allow it there (Docker: "
+        "--security-opt seccomp=unconfined), or run Torpor as root."
+    )
 
 
 def _staging() -> Finding:
