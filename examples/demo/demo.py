@@ -43,6 +43,7 @@ class Log:
 
     def __init__(self, process: subprocess.Popen, *, patience_seconds: float = 300) -> None:
         self.events: list[dict] = []
+        self._is_over = False
         self._patience_seconds = patience_seconds
         self._arrived = threading.Condition()
         self._process = process
@@ -54,6 +55,9 @@ class Log:
             with self._arrived:
                 self.events.append(json.loads(line))
                 self._arrived.notify_all()
+        with self._arrived:
+            self._is_over = True
+            self._arrived.notify_all()
 
     def wait(self, kind: str, count: int = 1, *, call: int | None = None) -> dict:
         """The count-th event of a kind, or of a kind and a call (1 is the agent's first), as soon as it is there."""
@@ -63,9 +67,9 @@ class Log:
                 found = [event for event in self._of_call(call) if event["kind"] == kind]
                 if len(found) >= count:
                     return found[count - 1]
-                if not self._arrived.wait(deadline - time.monotonic()):
+                if self._is_over or not self._arrived.wait(deadline - time.monotonic()):
                     seen = [event["kind"] for event in self.events]
-                    raise TimeoutError(f"no {kind} number {count} (call {call}) in {self._patience_seconds} s: {seen}")
+                    raise TimeoutError(f"no {kind} number {count} (call {call}) came: {seen}")
 
     def _of_call(self, number: int | None) -> list[dict]:
         """A call is known by the order of `call.intended`: its other events come late, repeated, or among another's."""

@@ -30,7 +30,8 @@ def ordinary(scratch: Path, runsc: Path) -> Iterator[Stage]:
         pytest.skip(f"{PYTHON} is no Python {sys.version_info[0]}.{sys.version_info[1]} as this one is")
     scratch.chmod(0o755)
     library = scratch / "library"
-    copy_distribution("torpor", library)
+    for name in ("torpor", "openai"):
+        copy_distribution(name, library)
     shutil.copytree(Path(sys.modules["torpor"].__path__[0]), library / "torpor", dirs_exist_ok=True)
     shutil.copy(runsc, scratch / "runsc")
     (scratch / "runsc").chmod(0o755)
@@ -41,7 +42,7 @@ def ordinary(scratch: Path, runsc: Path) -> Iterator[Stage]:
     pace = ["--turns", "5", "--first-byte-seconds", "0.2", "--chunk-seconds", "0.1"]
     with model_server(scratch, pace) as (url, _control):
         environment = {
-            "PATH": "/usr/bin:/bin",
+            "PATH": "/usr/bin:/bin:/usr/sbin",
             "HOME": str(scratch / "user"),
             "TORPOR_HOME": str(scratch / "home"),
             "TORPOR_RUNSC": str(scratch / "runsc"),
@@ -89,7 +90,9 @@ def uid_of(pid: int) -> int:
 
 def test_an_ordinary_users_session_survives_its_sandbox_and_its_node(ordinary: Stage) -> None:
     skip_if_forbidden(ordinary)
-    node = ordinary.node("run", "--name", "one", "--", PYTHON, "agent.py")
+    library = str(ordinary.directory / "library")
+    seen = ("--mount", library, "--env", f"PYTHONPATH={library}")
+    node = ordinary.node("run", "--name", "one", *seen, "--", PYTHON, "agent.py")
     log = ordinary.follow("one")
     log.wait("checkpoint.committed", 2)
     log.wait("call.answering", call=2)
