@@ -201,13 +201,10 @@ def test_a_secret_in_the_home_directory_is_not_visible_inside(quick: Stage) -> N
     secret = "planted-secret-7d1f"
     home = quick.directory / "user"
     (home / ".ssh").mkdir(parents=True)
-    (home / ".ssh/id_rsa").write_text(secret)
-    (Path.home() / ".torpor-planted").write_text(secret)
-    try:
-        look = f"grep -rs {secret} /root /home /etc /var /tmp /run /workspace {home} ~ | head; ls -a /root; env"
-        shown = quick.torpor("run", "--", "bash", "-c", look, HOME=str(Path.home())).stdout
-    finally:
-        (Path.home() / ".torpor-planted").unlink()
+    for name in (".ssh/id_rsa", ".planted"):
+        (home / name).write_text(secret)
+    look = f"grep -rs {secret} /root /home /etc /var /tmp /run /workspace {home} ~ | head; ls -a /root; env"
+    shown = quick.torpor("run", "--", "bash", "-c", look, HOME=str(home)).stdout
     assert secret not in shown
     assert REAL_KEY not in shown
     assert "OPENAI_BASE_URL=http://127.0.0.1:4100" in shown
