@@ -12,14 +12,16 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torpor import wire
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, new_node_id
-from torpor.runtime.owner import Outcome, Owner, Watcher
 from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
+
+if TYPE_CHECKING:
+    from torpor.runtime.owner import Outcome, Owner, Watcher
 
 
 class Node:
@@ -29,7 +31,7 @@ class Node:
         self.runtime = runtime
         self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
 
-    async def own(self, session_id: SessionId, watcher: Watcher) -> Outcome:
+    async def own(self, session_id: SessionId, watcher: "Watcher") -> "Outcome":
         """Acquire a session and drive it to its end, or until a signal or another command asks to stop."""
         async with self.runtime.own(session_id, self.holder, wire.answers, watcher) as owner:
             ended = asyncio.Event()
@@ -70,7 +72,7 @@ def _harden() -> None:
 
 
 @contextlib.asynccontextmanager
-async def _signals(owner: Owner, watcher: Watcher) -> AsyncGenerator[None]:
+async def _signals(owner: "Owner", watcher: "Watcher") -> AsyncGenerator[None]:
     """Ctrl-C goes to the agent first; the second one, and SIGTERM, checkpoint the session and leave it to `resume`."""
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -102,7 +104,7 @@ async def _ping() -> dict[str, Any]:
     return {"pid": os.getpid()}
 
 
-async def _checkpoint(owner: Owner) -> dict[str, Any]:
+async def _checkpoint(owner: "Owner") -> dict[str, Any]:
     made = await owner.checkpoint()
     if made is None:
         raise SandboxFailed(
@@ -111,14 +113,14 @@ async def _checkpoint(owner: Owner) -> dict[str, Any]:
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
 
 
-async def _kill(owner: Owner, ended: asyncio.Event) -> dict[str, Any]:
+async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
     """End the session, and answer when it has ended."""
     owner.ask_to_kill()
     await ended.wait()
     return {}
 
 
-async def _stop(owner: Owner, ended: asyncio.Event) -> dict[str, Any]:
+async def _stop(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
     """Put the session to sleep, and answer when it sleeps or can't."""
     refused = owner.ask_to_stop()
     async with asyncio.TaskGroup() as tasks:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,14 +19,9 @@ from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, sessions
 from torpor.db.database import Database, Transaction, open_database
-from torpor.gateway.server import Gateway
 from torpor.runtime import leasing, workspaces
-from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
 from torpor.runtime.home import Home
-from torpor.runtime.incarnation import Incarnations
-from torpor.runtime.owner import Owner, Watcher
 from torpor.runtime.records import Records
-from torpor.runtime.recovery import Ladder
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
@@ -36,6 +32,11 @@ from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.store import SnapshotStore
+
+if TYPE_CHECKING:
+    # What drives a session takes half a second to import; most commands only read.
+    from torpor.runtime.incarnation import Incarnations
+    from torpor.runtime.owner import Owner, Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
@@ -99,8 +100,8 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def own(
-        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: Watcher
-    ) -> AsyncGenerator[Owner]:
+        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: "Watcher"
+    ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
         Raises:
@@ -216,7 +217,12 @@ class Runtime:
             wall_ns=self.clock.wall_ns(),
         )
 
-    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher) -> Owner:
+    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher") -> "Owner":
+        from torpor.gateway.server import Gateway
+        from torpor.runtime.checkpointing import Checkpointer
+        from torpor.runtime.owner import Owner
+        from torpor.runtime.recovery import Ladder
+
         spec = msgspec.convert(session.spec, SessionSpec)
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
@@ -248,7 +254,9 @@ class Runtime:
             watcher=watcher,
         )
 
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> Incarnations:
+    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
+        from torpor.runtime.incarnation import Incarnations
+
         return Incarnations(
             home=self.home,
             session_id=session.session_id,
@@ -289,6 +297,8 @@ class Runtime:
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
+        from torpor.runtime.checkpointing import files_checkpoint
+
         snapshot_id = new_snapshot_id(self.clock.wall_ns())
         scratch = self.home.session(session.session_id) / "seed"
         for name in ("image", "changes"):
