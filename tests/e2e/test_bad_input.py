@@ -1,6 +1,8 @@
 """Bad input and broken surroundings: one clear sentence, a hint, a stable code, an exit status, and nothing lost."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,37 @@ def test_malformed_options_are_refused_before_anything_is_made(quick: Stage) -> 
     finished = quick.torpor("resume", "nobody", "--json", check=False)
     assert json.loads(finished.stdout)["error"]["code"] == "session_not_found"
     assert quick.rows("ls") == []
+
+
+def test_a_huge_workspace_is_not_copied_unasked(quick: Stage) -> None:
+    with (quick.project / "huge").open("wb") as file:
+        file.truncate(1_000_000_001)
+    status, code, message = refusal(quick, "run", "--", "true")
+    assert (status, code) == (64, "workspace_needs_consent")
+    assert "--yes" in message
+    assert quick.rows("ls") == []
+    assert list((quick.home / "sessions").iterdir()) == []
+    quick.torpor("run", "--yes", "--", "true")
+    (quick.home / "config.toml").write_text("workspace_bytes_max = 2000000000\n")
+    quick.torpor("run", "--", "true")
+    assert [row["status"] for row in quick.rows("ls")] == ["succeeded", "succeeded"]
+
+
+@pytest.mark.parametrize(("typed", "sessions"), [(b"n\n", 0), (b"y\n", 1)])
+def test_a_person_at_a_terminal_is_asked_about_a_huge_workspace(quick: Stage, typed: bytes, sessions: int) -> None:
+    with (quick.project / "huge").open("wb") as file:
+        file.truncate(1_000_000_001)
+    ours, theirs = pty.openpty()
+    os.write(ours, typed)
+    command = [*quick.command, "run", "--", "true"]
+    finished = subprocess.run(
+        command, cwd=quick.project, env=quick.environment, stdin=theirs, capture_output=True, text=True, check=False
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert "Copy it? [y/N]" in finished.stderr
+    assert finished.returncode == (0 if sessions else 64)
+    assert len(quick.rows("ls")) == sessions
 
 
 def stopped_in_the_middle(made: Stage) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from torpor.cli.printer import err, notice, print_json
 from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.session import SessionStatus
-from torpor.node import open_node
+from torpor.node import Node, open_node
 from torpor.runtime.owner import Outcome, Watcher
 from torpor.runtime.runtime import Request
 
@@ -57,6 +58,7 @@ def run(
     mount: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Run a command as a durable session.
@@ -72,11 +74,12 @@ def run(
         workspace=workspace or Path.cwd(),
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
+        any_size=yes,
     )
 
     async def work() -> Outcome | None:
         async with open_node() as node:
-            session_id = await node.create(request)
+            session_id = await _create(node, request)
             if detach:
                 _detach(session_id, name, json)
                 return None
@@ -107,6 +110,18 @@ def resume(
             return await node.own(found.session_id, TerminalWatcher())
 
     _exit_with(asyncio.run(work()))
+
+
+async def _create(node: Node, request: Request) -> SessionId:
+    """Make the session; a person at a terminal is asked about a workspace that is larger than is usual."""
+    try:
+        return await node.create(request)
+    except InvalidInput as error:
+        if error.code != "workspace_needs_consent" or not sys.stdin.isatty():
+            raise
+        if not typer.confirm(f"{error}. Copy it?", err=True):
+            raise
+    return await node.create(replace(request, any_size=True))
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

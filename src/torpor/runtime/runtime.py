@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from torpor.config import Upstream, guest_environment, read_upstreams, torpor_home
+from torpor.config import Upstream, guest_environment, read_upstreams, read_workspace_bytes_max, torpor_home
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
@@ -51,6 +51,8 @@ class Request:
     workspace: Path
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
+    any_size: bool = False
+    """A workspace of any size may be copied."""
 
 
 class Runtime:
@@ -74,7 +76,12 @@ class Runtime:
         if not request.argv:
             raise InvalidInput("command_empty", "cannot run a session: no command was given", hint="torpor run -- CMD")
         source = workspaces.check_source(request.workspace, Path.home(), self.home.root)
-        spec = await asyncio.to_thread(self._spec, request, source, caller)
+        environments = await asyncio.to_thread(self._environments, request, caller)
+        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
+        if not request.any_size:
+            bytes_max = read_workspace_bytes_max(self.home.root)
+            await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
+        spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
@@ -83,8 +90,6 @@ class Runtime:
             ),
             durable=True,
         )
-        environments = await asyncio.to_thread(self._environments, request, caller)
-        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
         seed = await asyncio.to_thread(self._seed, session, source, inside)
         await self.database.write(
             lambda tx: checkpoints.commit(
@@ -270,8 +275,9 @@ class Runtime:
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
         return rootfs.python_environments(request.argv[0], caller, self.clock)
 
-    def _spec(self, request: Request, source: Path, caller: Mapping[str, str]) -> SessionSpec:
-        environments = self._environments(request, caller)
+    def _spec(
+        self, request: Request, source: Path, environments: Sequence[Path], caller: Mapping[str, str]
+    ) -> SessionSpec:
         if request.image == "host":
             image = rootfs.host_image(self.home.images, environments, request.mounts)
         else:
