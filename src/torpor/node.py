@@ -21,7 +21,8 @@ from torpor.core.ids import SessionId, new_node_id
 from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
 
 if TYPE_CHECKING:
-    from torpor.runtime.owner import Outcome, Owner, Watcher
+    from torpor.runtime.owner import Owner
+    from torpor.runtime.watcher import Outcome, Watcher
 
 
 class Node:

@@ -14,8 +14,8 @@ from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node
-from torpor.runtime.owner import Outcome, Watcher
 from torpor.runtime.runtime import Request
+from torpor.runtime.watcher import Outcome, Watcher
 
 EXIT_STOPPED, EXIT_KILLED = 79, 137
 """What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""

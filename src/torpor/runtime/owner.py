@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from torpor.core.checkpoint import Checkpoint, stream_fate
@@ -27,6 +26,7 @@ from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
 from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
+from torpor.runtime.watcher import Outcome, Watcher
 from torpor.sandbox.frames import STDERR, STDOUT, AgentSpec
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -43,29 +43,6 @@ class Ending(Enum):
     LOST = "lost"
     STOPPED = "stopped"
     KILLED = "killed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How an owner's work ended.
-
-    Attributes:
-        status: the session's status now.
-        exit_status: the agent's exit status as a shell gives it; None while it has none.
-    """
-
-    status: SessionStatus
-    exit_status: int | None
-
-
-class Watcher:
-    """What the owner tells people meanwhile; the CLI overrides it."""
-
-    def output(self, channel: int, data: bytes) -> None:
-        """New output of the agent (channel 1 stdout, 2 stderr), never repeated."""
-
-    def notice(self, text: str) -> None:
-        """One line on what happened to the session."""
 
 
 class Owner:

@@ -36,7 +36,8 @@ from torpor.snapshots.store import SnapshotStore
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
     from torpor.runtime.incarnation import Incarnations
-    from torpor.runtime.owner import Owner, Watcher
+    from torpor.runtime.owner import Owner
+    from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
