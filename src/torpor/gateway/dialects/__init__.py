@@ -4,19 +4,24 @@ from collections.abc import Iterable
 
 from torpor.gateway.dialects.anthropic import Anthropic
 from torpor.gateway.dialects.base import Dialect, Route
+from torpor.gateway.dialects.gemini import Gemini
 from torpor.gateway.dialects.openai_chat import OpenAIChat
+from torpor.gateway.dialects.openai_responses import OpenAIResponses
+from torpor.gateway.dialects.raw import Raw
 
 OPENAI_CHAT = OpenAIChat()
+OPENAI_RESPONSES = OpenAIResponses()
 ANTHROPIC = Anthropic()
-_DIALECTS: tuple[Dialect, ...] = (OPENAI_CHAT, ANTHROPIC)
+GEMINI = Gemini()
+RAW = Raw()
+DIALECTS: tuple[Dialect, ...] = (OPENAI_CHAT, OPENAI_RESPONSES, ANTHROPIC, GEMINI, RAW)
 
 
-def find_route(method: str, path: str, header_names: Iterable[str]) -> tuple[Dialect, Route] | None:
-    """The dialect of a request and where it goes. Anthropic's header decides for paths that both have."""
-    speaks_anthropic = "anthropic-version" in header_names
-    candidates = (ANTHROPIC, OPENAI_CHAT) if speaks_anthropic else _DIALECTS
-    for dialect in candidates:
-        route = dialect.route(method, path)
+def find_route(method: str, path: str, query: str, header_names: Iterable[str]) -> tuple[Dialect, Route] | None:
+    """The dialect of a request and where it goes. Anthropic's header decides for paths that several have."""
+    first = (ANTHROPIC,) if "anthropic-version" in header_names else ()
+    for dialect in (*first, *DIALECTS):
+        route = dialect.route(method, path, query)
         if route is not None:
             return dialect, route
     return None
@@ -28,12 +33,14 @@ def dialect_named(name: str) -> Dialect:
     Raises:
         StopIteration: there is none of that name.
     """
-    return next(dialect for dialect in _DIALECTS if dialect.name == name)
+    return next(dialect for dialect in DIALECTS if dialect.name == name)
 
 
-def likely_dialect(path: str, header_names: Iterable[str]) -> Dialect | None:
+def likely_dialect(path: str, header_names: Iterable[str]) -> Dialect:
     """Whose error shape a client that asked for an unknown path understands."""
     names = set(header_names)
     if "anthropic-version" in names or path.startswith("/v1/messages"):
         return ANTHROPIC
-    return OPENAI_CHAT if path.startswith("/v1/") else None
+    if path.startswith(("/v1beta/", "/v1alpha/")):
+        return GEMINI
+    return OPENAI_CHAT if path.startswith("/v1/") else RAW
