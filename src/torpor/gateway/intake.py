@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from torpor.core.call import Call, RequestKey
+from torpor.core.call import RequestKey
 from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.db.calls import NewCall
@@ -124,7 +124,7 @@ async def take_in(stream: Stream, routing: Routing) -> Intake | LocalAnswer | No
     return await asyncio.to_thread(_intake, request, destination)
 
 
-def from_log(call: Call, head: RequestHead, body: bytes, routing: Routing) -> Intake:
+def from_log(head: RequestHead, body: bytes, routing: Routing, *, dialect: str, is_llm: bool) -> Intake:
     """A logged request, to be sent again: where the configuration of now says, which may be nowhere."""
     version = next((value for name, value in head.headers if name == VERSION_FIELD), "1.1")
     line = RequestLine(
@@ -136,8 +136,8 @@ def from_log(call: Call, head: RequestHead, body: bytes, routing: Routing) -> In
     )
     destination = routing.destination(line.method, line.target, header_names(line))
     if destination is None:
-        route = Route(path=line.path, is_llm=call.is_llm)
-        destination = Destination(dialect=dialect_named(call.dialect), route=route, candidates=())
+        route = Route(path=line.path, is_llm=is_llm)
+        destination = Destination(dialect=dialect_named(dialect), route=route, candidates=())
     return _intake(Request(line=line, body=body, length=0), destination)
 
 

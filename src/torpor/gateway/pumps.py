@@ -106,7 +106,8 @@ class Pumps:
         call = await self._recorder.load(call_id)
         if needs_sending(call):
             head, body = await self._recorder.load_request(call_id)
-            return self.start(call, from_log(call, head, body, self._routing), announce=announce)
+            intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
+            return self.start(call, intake, announce=announce)
         return self._answer(call, await self._recorder.replay(call))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:

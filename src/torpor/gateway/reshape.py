@@ -31,7 +31,7 @@ def reshaped(
         recorded = _recorded_shape(head, body)
         if recorded in {None, shape, Shape.AS_SENT} or shape is Shape.AS_SENT:
             return None
-        status, other = _in_shape(dialect, shape, _events(dialect, recorded, body), body)
+        status, other = _in_shape(dialect, shape, recorded, body)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None  # The provider's events make no message: a client may still make sense of them.
     return _with_body(head, status, _KINDS[shape] if status == 200 else _KINDS[Shape.MESSAGE]), other
@@ -47,25 +47,30 @@ def _recorded_shape(head: ResponseHead, body: bytes) -> Shape | None:
             return None
 
 
-def _events(dialect: Dialect, recorded: Shape | None, body: bytes) -> list[Mapping[str, Any]]:
-    """The events of a streamed answer, or those that a whole one would have been streamed in."""
-    if recorded is Shape.ARRAY:
-        return [mapping(item) for item in items(json_value(body))]
-    streamed = body if recorded is Shape.EVENTS else dialect.to_events(json_object(body) or {})
-    splitter = EventSplitter()
-    # What follows the last empty line is no event, but a provider that forgot that line has sent all it had.
-    raws = [*splitter.feed(streamed), *splitter.feed(b"\n\n")]
+def _in_shape(dialect: Dialect, shape: Shape, recorded: Shape | None, body: bytes) -> tuple[int, bytes]:
+    """The status and the body; a whole answer is first streamed, and everything else follows from events."""
+    streamed = dialect.to_events(json_object(body) or {}) if recorded is Shape.MESSAGE else body
+    if recorded is Shape.MESSAGE and shape is Shape.EVENTS:
+        return 200, streamed
+    events = _elements(body) if recorded is Shape.ARRAY else _parsed(streamed)
+    match shape:
+        case Shape.MESSAGE:
+            status, message = dialect.to_message(events)
+            return status, json.dumps(message, ensure_ascii=False).encode()
+        case Shape.ARRAY:
+            return 200, json.dumps(events, ensure_ascii=False).encode()
+        case _:
+            return 200, b"".join(map(event_bytes, events))
+
+
+def _elements(body: bytes) -> list[Mapping[str, Any]]:
+    return [mapping(item) for item in items(json_value(body))]
+
+
+def _parsed(streamed: bytes) -> list[Mapping[str, Any]]:
+    """The events in a stream's bytes. A provider that forgot the last empty line has sent all that it had."""
+    raws = EventSplitter().feed(streamed + b"\n\n")
     return [event for raw in raws if (event := json_object(raw)) is not None]
-
-
-def _in_shape(dialect: Dialect, shape: Shape, events: list[Mapping[str, Any]], body: bytes) -> tuple[int, bytes]:
-    if shape is Shape.MESSAGE:
-        status, message = dialect.to_message(events)
-        return status, json.dumps(message, ensure_ascii=False).encode()
-    if shape is Shape.ARRAY:
-        return 200, json.dumps(events, ensure_ascii=False).encode()
-    whole = json_object(body)
-    return 200, dialect.to_events(whole) if whole is not None else b"".join(map(event_bytes, events))
 
 
 def content_type(head: ResponseHead) -> str:

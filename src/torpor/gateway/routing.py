@@ -34,7 +34,7 @@ class Routing:
     """The configured upstreams."""
 
     def __init__(self, upstreams: Sequence[Upstream]) -> None:
-        self._upstreams = tuple(upstreams)
+        self._without_prefix = [upstream for upstream in upstreams if upstream.models or upstream.is_default]
         self._by_prefix = sorted(
             (upstream for upstream in upstreams if upstream.path_prefix),
             key=lambda upstream: len(upstream.path_prefix),
@@ -50,11 +50,12 @@ class Routing:
         found = find_route(method, path, query, header_names)
         if found is not None:
             dialect, route = found
-            candidates = (prefixed,) if prefixed else self._of_family(dialect.family)
+            family = (upstream for upstream in self._without_prefix if upstream.family == dialect.family)
+            candidates = (prefixed,) if prefixed else tuple(family)
             return Destination(dialect=dialect, route=route, candidates=candidates, decided=prefixed is not None)
         allowing = tuple(
             upstream
-            for upstream in ((prefixed,) if prefixed else self._upstreams)
+            for upstream in ((prefixed,) if prefixed else self._without_prefix)
             if _allows(upstream.paths + upstream.llm_paths, method, path)
         )
         if not allowing:
@@ -62,14 +63,6 @@ class Routing:
         is_llm = any(_allows(upstream.llm_paths, method, path) for upstream in allowing)
         route = Route(path=path, is_llm=is_llm)
         return Destination(dialect=RAW, route=route, candidates=allowing, decided=prefixed is not None)
-
-    def _of_family(self, family: Family | None) -> tuple[Upstream, ...]:
-        """Those that a request without a prefix may go to."""
-        return tuple(
-            upstream
-            for upstream in self._upstreams
-            if upstream.family == family and (upstream.models or upstream.is_default)
-        )
 
 
 def choose(destination: Destination, model: str | None) -> Upstream:
