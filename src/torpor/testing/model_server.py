@@ -197,11 +197,11 @@ class ModelServer:
         if request.method == "HEAD":
             await connection.head(200, [("content-length", "0")])
             await connection.send(h11.EndOfMessage())
-        elif request.path.startswith("/v1/responses/"):
-            await self._kept_response(connection, request)
         elif request.path in TOKEN_COUNTS or request.path.endswith(":countTokens"):
             field = TOKEN_COUNTS.get(request.path, "totalTokens")
             await connection.respond(200, json.dumps({field: max(1, len(request.body) // 4)}).encode())
+        elif request.path.startswith("/v1/responses/"):
+            await self._kept_response(connection, request)
         elif request.path == "/v1beta/models":
             models = [{"name": f"models/{name}", "displayName": name} for name in MODELS]
             await connection.respond(200, json.dumps({"models": models}).encode())

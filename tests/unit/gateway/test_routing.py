@@ -1,5 +1,6 @@
 """Which upstream a request goes to, and where there."""
 
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ paths = ["* /metrics"]
 
 
 @pytest.fixture
-def routing(tmp_path) -> Routing:
+def upstreams(tmp_path: Path) -> tuple[Upstream, ...]:
     (tmp_path / "config.toml").write_text(CONFIG)
     (tmp_path / "config.toml").chmod(0o600)
     return read_upstreams(tmp_path, {"GEMINI_API_KEY": "g"})
