@@ -210,7 +210,6 @@ async def test_codex_repeats_one_call_with_other_keys_and_other_time_stamps(tmp_
         for number, sent in enumerate(bodies[:-1], start=1):
             async with client(stage, http_request("/v1/responses", sent)):
                 await node.logged(Kind.CALL_INTENDED if number == 1 else Kind.CALL_JOINED, max(1, number - 1))
-            await node.logged(Kind.CALL_DELIVERED, number)
         stage.on_call.gate.set()
         received = await stage.raw(http_request("/v1/responses", bodies[-1]))
         assert received == await node.logged_response((await node.calls())[0])

@@ -10,7 +10,7 @@ from http import HTTPStatus
 
 from torpor.config import PROXY_PORT
 from torpor.core.call import ResponseHead
-from torpor.gateway.dialects import likely_dialect
+from torpor.gateway.dialects import dialects_told, likely_dialect
 from torpor.gateway.dialects.base import Dialect
 from torpor.gateway.request import Headers, RequestLine, Unreadable
 from torpor.gateway.routing import Destination, Routing
@@ -41,7 +41,7 @@ def admit(line: RequestLine, port: int, routing: Routing) -> Destination | Local
         return refuse(line, 426, "websocket_refused", reason, headers=(("upgrade", "HTTP/1.1"),))
     if (line.method, line.path) == ("HEAD", "/"):
         return LocalAnswer(head=line.shape(200, "OK", (("content-type", "application/json"),)), body=b"")
-    destination = routing.destination(line.method, line.target, header_names(line))
+    destination = routing.destination(line.method, line.target, dialects_told(header_names(line)))
     if destination is None:
         reason = f"{line.method} {line.path[:200]} is not among the requests that agents may make"
         return refuse(line, 404, "path_unknown", reason)

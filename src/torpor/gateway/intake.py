@@ -10,7 +10,7 @@ from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
-from torpor.gateway.admission import LocalAnswer, admit, header_names, refuse_unreadable
+from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.dialects.base import Route, Shape
 from torpor.gateway.record import Claim
@@ -134,7 +134,7 @@ def from_log(head: RequestHead, body: bytes, routing: Routing, *, dialect: str, 
         headers=tuple((name, value) for name, value in head.headers if name != VERSION_FIELD),
         continued=expects_continue(version, head.headers),
     )
-    destination = routing.destination(line.method, line.target, header_names(line))
+    destination = routing.destination(line.method, line.target, (dialect_named(dialect),))
     if destination is None:
         route = Route(path=line.path, is_llm=is_llm)
         destination = Destination(dialect=dialect_named(dialect), route=route, candidates=())

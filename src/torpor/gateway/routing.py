@@ -41,13 +41,13 @@ class Routing:
             reverse=True,
         )
 
-    def destination(self, method: str, target: str, header_names: frozenset[str]) -> Destination | None:
-        """Where a request may go; None if no agent may make it."""
+    def destination(self, method: str, target: str, first: Sequence[Dialect]) -> Destination | None:
+        """Where a request may go; None if no agent may make it. `first` are the dialects that it is likely in."""
         path, _, query = target.partition("?")
         prefixed = next((known for known in self._by_prefix if path.startswith(known.path_prefix + "/")), None)
         if prefixed is not None:
             path = path[len(prefixed.path_prefix) :]
-        found = find_route(method, path, query, header_names)
+        found = find_route(method, path, query, first)
         if found is not None:
             dialect, route = found
             family = (upstream for upstream in self._without_prefix if upstream.family == dialect.family)

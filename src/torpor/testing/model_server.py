@@ -202,7 +202,7 @@ class ModelServer:
             await connection.respond(200, json.dumps({field: max(1, len(request.body) // 4)}).encode())
         elif request.path.startswith("/v1/responses/"):
             await self._kept_response(connection, request)
-        elif request.path == "/v1beta/models":
+        elif request.path == "/v1beta/models" or (request.path == "/v1/models" and "x-goog-api-key" in request.headers):
             models = [{"name": f"models/{name}", "displayName": name} for name in MODELS]
             await connection.respond(200, json.dumps({"models": models}).encode())
         elif request.path in RAW_ANSWERS:

@@ -9,12 +9,12 @@ from urllib.parse import parse_qs
 from torpor.testing.model_scripts import Answer, Conversation, Say
 from torpor.testing.model_wire import Stamp, as_json, blocks_of, output_tokens, pieces, text_of
 
-_PATH = re.compile(r"/v1beta/models/([^/:]+):(generateContent|streamGenerateContent)")
+_PATH = re.compile(r"/(?:v1|v1beta)/models/([^/:]+):(generateContent|streamGenerateContent)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemini:
-    """POST /v1beta/models/MODEL:generateContent or :streamGenerateContent; the path says what the body does not."""
+    """POST /v1/models/MODEL:generateContent or :streamGenerateContent; the path says what the body does not."""
 
     model: str
     streams: bool

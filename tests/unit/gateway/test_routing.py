@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from torpor.config import Upstream, read_upstreams
-from torpor.gateway.dialects import RAW
+from torpor.gateway.dialects import RAW, dialects_told
 from torpor.gateway.dialects.base import Shape
 from torpor.gateway.failure import NoAnswer
 from torpor.gateway.routing import Destination, Routing, choose
@@ -50,7 +50,7 @@ def routing(upstreams: tuple[Upstream, ...]) -> Routing:
 
 def found(routing: Routing, request: str, *headers: str) -> Destination:
     method, target = request.split(" ")
-    destination = routing.destination(method, target, frozenset(headers))
+    destination = routing.destination(method, target, dialects_told(headers))
     assert destination is not None, request
     return destination
 
@@ -122,7 +122,7 @@ def test_a_model_that_two_serve_or_nobody_is_an_error_in_words(
 )
 def test_nothing_else_is_let_through(routing: Routing, request_line: str) -> None:
     method, target = request_line.split(" ")
-    assert routing.destination(method, target, frozenset()) is None
+    assert routing.destination(method, target, ()) is None
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,11 @@ def test_the_address_says_how_gemini_answers(routing: Routing, request_line: str
 def test_where_a_path_is_below_an_upstreams_address(routing: Routing, request_line: str, address: str) -> None:
     destination = found(routing, request_line)
     assert upstream_address(destination.candidates[0], destination.route.path) == address
+
+
+def test_headers_decide_about_a_path_that_several_have(routing: Routing) -> None:
+    for header, dialect in (("anthropic-version", "anthropic"), ("x-goog-api-key", "gemini"), ("x-y", "openai_chat")):
+        assert found(routing, "GET /v1/models", header).dialect.name == dialect
 
 
 def test_what_is_no_longer_configured_is_told(routing: Routing) -> None:

@@ -14,7 +14,7 @@ from torpor.gateway.dialects import gemini_shapes
 from torpor.gateway.dialects.base import AnswerFacts, Route, Shape, count, is_plain_segment, items, mapping
 
 _ASKED = re.compile(r"/(?:v1|v1beta|v1alpha)/((?:models|tunedModels)/[^/:]+):(\w+)")
-_LISTED = re.compile(r"/(?:v1beta|v1alpha)/models(?:/([^/:]+))?")
+_LISTED = re.compile(r"/(?:v1|v1beta|v1alpha)/models(?:/([^/:]+))?")
 _STATUSES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
@@ -26,7 +26,7 @@ _STATUSES = {
 
 
 class Gemini:
-    """/v1beta/models and what is asked of each; paths of /v1 and /v1alpha are the same."""
+    """/v1beta/models and what is asked of each; /v1 and /v1alpha have the same."""
 
     name = "gemini"
     family: Family | None = "gemini"
