@@ -73,7 +73,8 @@ class Pump:
         backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
         while True:
             async with self._upstreams.send(self._outgoing, upstream) as answer:
-                seconds = backoff.pause(answer.status, answer.headers)
+                # What is sent at most once is not sent again, whatever the provider says.
+                seconds = None if self.call.barrier else backoff.pause(answer.status, answer.headers)
                 if seconds is None:
                     await self._receive(answer, upstream.name)
                     return

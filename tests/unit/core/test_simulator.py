@@ -43,7 +43,7 @@ def test_every_invariant_was_checked(report: Report):
     [
         *("kill node", "kill sandbox", "kill both", "power cut", "silence node", "damage"),
         *("adopted", "restored: newest", "restored: older", "streams reset"),
-        *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person"),
+        *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person", "refused"),
     ],
 )
 def test_every_kind_of_crash_and_every_rung_was_tried(report: Report, what: str):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torpor.testing.simulator.world import World
 
 INVARIANTS = {
-    1: "attempts = 1 + node deaths while open; none once completed; a sandbox's death adds none",
+    1: "sendings = 1 + node deaths while open + refusals; none once completed; a sandbox's death adds none",
     2: "a socket receives a prefix of exactly one attempt, and ends cleanly only if it is answered",
     3: "nothing leaves unless what it depends on is fsynced",
     4: "one owner: no row of a superseded token, one holder of a FIFO pair, one running sandbox",
@@ -53,6 +53,7 @@ class Witness:
         "_final",
         "_last",
         "_paid",
+        "_refusals",
         "_sends",
         "_told_exit",
         "checked",
@@ -64,6 +65,7 @@ class Witness:
         self.world = world
         self.checked: Counter[int] = Counter()
         self._sends: Counter[CallId] = Counter()
+        self._refusals: Counter[CallId] = Counter()
         self._deaths: Counter[CallId] = Counter()
         self._paid: Counter[int] = Counter()
         self._asked: list[dict[int, int]] = [{}]
@@ -85,7 +87,8 @@ class Witness:
         self.check(3, db.synced >= sent_transaction, f"{call_id} leaves before its rows are fsynced")
         self._sends[call_id] += 1
         sends, deaths = self._sends[call_id], self._deaths[call_id]
-        self.check(1, sends <= 1 + deaths, f"{call_id} is sent {sends} times after {deaths} deaths of its node")
+        allowed = 1 + deaths + self._refusals[call_id]
+        self.check(1, sends <= allowed, f"{call_id} is sent {sends} times after {deaths} deaths of its node")
         if node is self.world.node:
             self.check(1, row.state is CallState.SENT, f"{call_id} is sent once more, though it is {row.state}")
         if row.ask.kind == "barrier":
@@ -107,6 +110,10 @@ class Witness:
             f"{row.call_id}: request {index} is paid {self._paid[index]} times, but wished {wished} times",
         )
 
+    def refuses(self, row: CallRow) -> None:
+        """Upstream refused a sending for now: the attempt may send it again."""
+        self._refusals[row.call_id] += 1
+
     def node_stopped(self) -> None:
         """A node died or lost the session: what it was waiting for may be sent once more."""
         for row in self.world.db.calls.values():
@@ -117,7 +124,8 @@ class Witness:
         """What must hold at any instant, whoever just died."""
         db = self.world.db
         for call_id, sends in self._sends.items():
-            self.check(1, sends <= 1 + self._deaths[call_id], f"{call_id} was sent {sends} times")
+            allowed = 1 + self._deaths[call_id] + self._refusals[call_id]
+            self.check(1, sends <= allowed, f"{call_id} was sent {sends} times")
         for sandbox in self.world.sandboxes[-1:]:
             for stream in sandbox.guest.streams.values():
                 self._is_prefix(stream)
