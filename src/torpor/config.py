@@ -289,7 +289,7 @@ def _checked_url(name: str, text: str) -> str:
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 _PREFIXES_TAKEN = ("/v1", "/v1beta", "/v1alpha", "/torpor", "/mcp")
 """What the first segment of a prefix can't be: addresses of the gateway's own."""
-_PATH = re.compile(r"(?:[A-Z]+|\*) /[^\s?#]*")
+_PATH = re.compile(r"(?:[A-Z]+|\*) /[^\s?#\[\]]*")
 
 
 def _checked_prefix(name: str, text: str) -> str:

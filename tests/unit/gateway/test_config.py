@@ -96,6 +96,7 @@ async def test_a_key_that_is_missing_is_missed_when_it_is_needed(tmp_path: Path,
         ("[upstreams.openai]\npath_prefix = '/v1'\n", "path that is free"),
         ("[upstreams.openai]\npath_prefix = 'ollama/'\n", "path that is free"),
         ("[upstreams.openai]\npaths = ['/v1/embeddings']\n", "not a method and a path"),
+        ("[upstreams.openai]\npaths = ['GET /[ab]']\n", "not a method and a path"),
         ("[upstreams.openai]\nretries = -1\n", "retries"),
     ],
 )

@@ -1,5 +1,6 @@
 """Which upstream a request goes to, and where there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,13 @@ def test_where_a_path_is_below_an_upstreams_address(routing: Routing, request_li
 def test_headers_decide_about_a_path_that_several_have(routing: Routing) -> None:
     for header, dialect in (("anthropic-version", "anthropic"), ("x-goog-api-key", "gemini"), ("x-y", "openai_chat")):
         assert found(routing, "GET /v1/models", header).dialect.name == dialect
+
+
+def test_a_hostile_path_does_not_make_patterns_slow(upstreams: tuple[Upstream, ...]) -> None:
+    """With backtracking this takes hours; pytest's own deadline would notice."""
+    starred = replace(upstreams[0], paths=("GET /a*a*a*a*a*a*a*b",))
+    assert Routing([starred]).destination("GET", "/" + "a" * 100_000, ()) is None
+    assert Routing([starred]).destination("GET", "/aaaaaaaab", ()) is not None
 
 
 def test_what_is_no_longer_configured_is_told(routing: Routing) -> None:
