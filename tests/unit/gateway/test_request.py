@@ -111,6 +111,17 @@ def test_a_logged_request_makes_the_same_call_again() -> None:
         assert "authorization" not in {field.lower() for field, _ in intake.head.headers}
 
 
+def test_a_logged_request_stays_in_its_dialect_though_its_key_is_not_in_the_log() -> None:
+    """The header with the key tells whose models are listed, and so does nothing else of this request."""
+    asked = b"GET /v1/models?key=fake HTTP/1.1\r\nHost: x\r\nx-goog-api-key: fake\r\n\r\n"
+    intake = asyncio.run(take_in(PiecewiseStream([asked]), NOWHERE))  # pyright: ignore[reportArgumentType]
+    assert isinstance(intake, Intake)
+    assert "fake" not in f"{intake.head}"
+    again = from_log(intake.head, b"", NOWHERE, dialect=intake.destination.dialect.name, is_llm=False)
+    assert again.destination.dialect.name == "gemini"
+    assert again.key == intake.key
+
+
 def test_a_client_that_leaves_in_the_middle_is_gone() -> None:
     class Leaving(PiecewiseStream):
         async def receive(self) -> bytes:
