@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
+from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
@@ -305,8 +305,9 @@ class Stage:
 
 @asynccontextmanager
 async def gateway_stage(
-    directory: Path, *, script: Script = plain, key: str = REAL_KEY, read_seconds: float = 60.0
+    directory: Path, *, script: Script = plain, key: str = REAL_KEY, read_seconds: float = 60.0, retries: int = 0
 ) -> AsyncGenerator[Stage]:
+    """A stage whose upstreams are one scripted model; with `retries`, refusals are sent again."""
     subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
     async with serve_model(script=script, key=key) as model:
         upstreams = tuple(
@@ -317,8 +318,9 @@ async def gateway_stage(
                 key=KeySource(value=Secret(key)),
                 bearer=family == "openai",
                 read_seconds=read_seconds,
+                retries=retries,
             )
-            for family in ("openai", "anthropic")
+            for family in FAMILIES
         )
         session_id = new_session_id(CLOCK.wall_ns())
         database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)

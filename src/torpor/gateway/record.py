@@ -21,8 +21,8 @@ from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
 from torpor.gateway.delivery import Recording
+from torpor.gateway.dialects.base import Shape
 from torpor.gateway.request import expects_continue
-from torpor.gateway.reshape import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,13 @@ class Recorder:
         self._database = database
         self._session_id = session_id
         self._owner_token = owner_token
-        self._clock = clock
+        self.clock = clock
 
     def new_call_id(self) -> CallId:
-        return new_call_id(self._clock.wall_ns())
+        return new_call_id(self.clock.wall_ns())
 
     def wall_ns(self) -> int:
-        return self._clock.wall_ns()
+        return self.clock.wall_ns()
 
     async def intend(
         self, call: NewCall, *, head: RequestHead, body: bytes, diverged_from: Sequence[CallId] | None
@@ -75,7 +75,7 @@ class Recorder:
                 call=call,
                 head=head,
                 body=prepared,
-                wall_ns=self._clock.wall_ns(),
+                wall_ns=self.clock.wall_ns(),
             )
 
         call_made = await self._database.write(work, durable=True)
@@ -86,11 +86,20 @@ class Recorder:
         """Open the next attempt, before its first byte goes upstream."""
 
         def work(tx: Transaction) -> int:
-            return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self._clock.wall_ns()).number
+            return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self.clock.wall_ns()).number
 
         attempt = await self._database.write(work, durable=True)
         crash_point("call.sent")
         return attempt
+
+    async def retry(self, call_id: CallId, facts: Mapping[str, Any]) -> None:
+        """The provider refused the attempt for now: it is sent again after a pause. Nothing outside depends on it."""
+
+        def work(tx: Transaction) -> Event:
+            return calls.note_retry(tx, **self._fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
+
+        await self._database.write(work, durable=False)
+        crash_point("call.retried")
 
     async def receive(
         self, call_id: CallId, attempt: int, *, head: ResponseHead | None, chunks: Sequence[Chunk]
@@ -99,7 +108,7 @@ class Recorder:
 
         def work(tx: Transaction) -> None:
             if head is not None:
-                wall_ns = self._clock.wall_ns()
+                wall_ns = self.clock.wall_ns()
                 calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
             calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
@@ -108,7 +117,7 @@ class Recorder:
 
     async def complete(self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         def work(tx: Transaction) -> Event:
-            wall_ns = self._clock.wall_ns()
+            wall_ns = self.clock.wall_ns()
             return calls.complete(tx, **self._fence, call_id=call_id, usage=usage, facts=facts, wall_ns=wall_ns)
 
         await self._database.write(work, durable=True)
@@ -118,7 +127,7 @@ class Recorder:
         """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
 
         def work(tx: Transaction) -> Call:
-            wall_ns = self._clock.wall_ns()
+            wall_ns = self.clock.wall_ns()
             calls.fail(tx, **self._fence, call_id=call_id, error=error, response=response, wall_ns=wall_ns)
             return calls.load_call(tx, call_id)
 
@@ -128,7 +137,7 @@ class Recorder:
         """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
 
         def work(tx: Transaction) -> list[CallId]:
-            return calls.tear_open(tx, **self._fence, wall_ns=self._clock.wall_ns())
+            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns())
 
         return await self._database.write(work, durable=True)
 
@@ -259,7 +268,7 @@ class Recorder:
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
     ) -> None:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())
+        log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})

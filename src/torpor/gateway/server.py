@@ -26,6 +26,7 @@ from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Recorder
+from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -76,9 +77,11 @@ class Gateway:
         on_call: OnCall,
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
+        self._routing = Routing(upstreams)
         self._pumps = Pumps(
             recorder=self._recorder,
-            upstreams=UpstreamClient(upstreams, clock),
+            upstreams=UpstreamClient(clock),
+            routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
         )
@@ -139,7 +142,7 @@ class Gateway:
             Superseded: this node lost the session.
         """
         try:
-            taken_in = await take_in(stream)
+            taken_in = await take_in(stream, self._routing)
             if taken_in is None:
                 await stream.finish(stream.sent)
                 await _let_go(stream)
