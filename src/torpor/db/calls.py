@@ -13,7 +13,7 @@ from torpor.core.call import CALL_TRANSITIONS, Attempt, Call, CallState, Respons
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import CONTEXT_KINDS, Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
-from torpor.db import requests
+from torpor.db import answers, requests
 from torpor.db.call_rows import (
     Chunk,
     NewCall,
@@ -209,9 +209,8 @@ def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
 
 
 def load_chunks(tx: Transaction, call_id: CallId, attempt: int, *, from_number: int = 0) -> list[Chunk]:
-    """The chunks of one attempt, in order, as far as they are written."""
-    rows = tx.all("call/list_chunks", call_id=call_id, attempt=attempt, from_number=from_number)
-    return [Chunk(number=row["number"], offset_ns=row["offset_ns"], data=bytes(row["data"])) for row in rows]
+    """The chunks of one attempt, in order, as far as they are written; of redacted bytes, the mask."""
+    return answers.load(tx, call_id, attempt)[0][from_number:]
 
 
 def _held_call(tx: Transaction, session_id: SessionId, owner_token: int, call_id: CallId) -> Call:
@@ -235,6 +234,7 @@ def _close_newest(tx: Transaction, call: Call, owner_token: int, *, finished: bo
     number = call.attempts[-1].number
     body = body_facts(load_chunks(tx, call.call_id, number))
     close_attempt(tx, call, owner_token, number=number, body=body, finished=finished)
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **body}
 
 
@@ -250,6 +250,7 @@ def _record_response(
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
     facts = body_facts(chunks)
     close_attempt(tx, call, owner_token, number=number, body=facts, finished=True)
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **facts, "head_digest": head_digest(head)}
 
 

@@ -63,6 +63,9 @@ class SqliteDatabase:
     async def read(self, work: Callable[[Transaction], T], /) -> T:
         return await self._on(self._reader_threads, lambda: self._read(work))
 
+    async def settle(self) -> None:
+        await self._on(self._writer_thread, self._settle)
+
     async def open(self, clock: Clock) -> None:
         await self._on(self._writer_thread, lambda: self._open(clock))
 
@@ -119,6 +122,19 @@ class SqliteDatabase:
                     return work(SqliteTransaction(connection))
             finally:
                 self._idle_readers.append(connection)
+
+    def _settle(self) -> None:
+        """Deleted bytes are zeros in the file already (secure_delete); the WAL is emptied into it."""
+        if self._writer is None:
+            raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
+        with self._translating():
+            busy = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]
+        if busy:
+            raise Conflict(
+                "database_busy",
+                f"cannot empty the WAL of database {self._path}: another process reads an older state",
+                hint="What was erased is in the -wal file until the last process that uses the database ends.",
+            )
 
     def _set_synchronous(self, connection: sqlite3.Connection, level: str) -> None:
         if level != self._synchronous:
@@ -190,6 +206,7 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         connection.row_factory = _as_dict
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA secure_delete = ON")  # what is redacted or forgotten is not left in free pages
         connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
     except BaseException:
         connection.close()
