@@ -56,6 +56,11 @@ def print_error(error: TorporError, *, as_json: bool = False) -> None:
         err.print(f"  hint: {error.hint}", markup=False)
 
 
+def printable(text: str) -> str:
+    """Text that may come out of a sandbox, on one line and without anything that a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def human_bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "KB", "MB"):

@@ -17,6 +17,7 @@ from torpor.db.fence import held_row, refusal
 
 _AT_ONCE = 64
 """As many as block/list_some takes."""
+_CHAIN_MAX = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,26 @@ def read_many(tx: Transaction, session_id: SessionId, digests: Iterable[bytes]) 
     return found
 
 
+def read_chain(tx: Transaction, session_id: SessionId, digest: bytes) -> list[tuple[bytes, bytes]]:
+    """A manifest's block and those of its bases, each checked; at least the first, and not always all.
+
+    Raises:
+        Damaged: `block_damaged`.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    for row in tx.all("block/list_chain", session_id=session_id, digest=digest, depth_max=_CHAIN_MAX):
+        link = bytes(row["digest"])
+        data = _content_of(row, session_id, link).data
+        if digest_of(data) != link:
+            raise _damaged(session_id, link, "its bytes are not what was written")
+        found.append((link, data))
+        if row["codec"] != "raw":
+            break  # what the statement took for its base's digest is none
+    if not found:
+        raise _damaged(session_id, digest, "it is missing")
+    return found
+
+
 def redact(tx: Transaction, *, session_id: SessionId, owner_token: int, digest: bytes, masked: bytes) -> None:
     """Leave only `masked` of a block's content, for good; the event chain stays valid, since it holds digests only."""
     codec, data = encode(masked)
@@ -116,11 +137,11 @@ def _named(batch: Sequence[bytes]) -> dict[str, bytes]:
 
 def _content_of(row: Row, session_id: SessionId, digest: bytes) -> Content:
     codec: str = row["codec"]
+    redacted = codec.startswith(REDACTED)
     try:
-        data = decode(codec.removeprefix(REDACTED), row["data"])
+        return Content(decode(codec.removeprefix(REDACTED) if redacted else codec, row["data"]), redacted)
     except ValueError as error:
         raise _damaged(session_id, digest, str(error)) from error
-    return Content(data, codec.startswith(REDACTED))
 
 
 def _damaged(session_id: SessionId, digest: bytes, reason: str) -> Damaged:

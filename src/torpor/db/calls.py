@@ -29,6 +29,7 @@ from torpor.db.call_rows import (
     set_state,
 )
 from torpor.db.database import Transaction
+from torpor.db.encoding import decode_json
 from torpor.db.fence import held_row
 from torpor.db.log import append
 from torpor.db.requests import PreparedBody, RequestHead
@@ -206,6 +207,12 @@ def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
     by_call = {call_id: list(rows) for call_id, rows in groupby(attempts, key=lambda row: row["call_id"])}
     rows = tx.all("call/list_of_session", session_id=session_id)
     return [call_of(row, by_call.get(row["call_id"], [])) for row in rows]
+
+
+def list_llm(tx: Transaction, session_id: SessionId) -> list[CallId]:
+    """The ids of a session's model calls, in the order in which they were intended."""
+    rows = tx.all("call/list_abouts", session_id=session_id)
+    return [CallId(row["call_id"]) for row in rows if decode_json(row["about"])["is_llm"]]
 
 
 def load_chunks(tx: Transaction, call_id: CallId, attempt: int, *, from_number: int = 0) -> list[Chunk]:

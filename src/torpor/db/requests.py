@@ -178,16 +178,19 @@ def read_list(tx: Transaction, session_id: SessionId, manifest_digest: bytes) ->
     Raises:
         Damaged: a manifest is missing or damaged.
     """
-    chain = [read_manifest(tx, session_id, manifest_digest)]
-    while (base := chain[-1].base) is not None:
-        chain.append(read_manifest(tx, session_id, base))
-    digests = b""
+    chain: list[Manifest] = []
+    digest: bytes | None = manifest_digest
+    while digest is not None:
+        for content_digest, data in blocks.read_chain(tx, session_id, digest):
+            try:
+                chain.append(manifests.unpack(data))
+            except ValueError as error:
+                raise _unreadable(session_id, content_digest, error) from error
+        digest = chain[-1].base
     try:
-        for manifest in reversed(chain):
-            digests = manifest.apply(digests)
+        return manifests.resolve(chain)
     except ValueError as error:
         raise _unreadable(session_id, manifest_digest, error) from error
-    return digests
 
 
 def read_manifest(tx: Transaction, session_id: SessionId, digest: bytes) -> Manifest:
