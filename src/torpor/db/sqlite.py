@@ -66,8 +66,8 @@ class SqliteDatabase:
     async def settle(self) -> None:
         await self._on(self._writer_thread, self._settle)
 
-    async def open(self, clock: Clock) -> None:
-        await self._on(self._writer_thread, lambda: self._open(clock))
+    async def open(self, clock: Clock, schema: str) -> None:
+        await self._on(self._writer_thread, lambda: self._open(clock, schema))
 
     async def close(self) -> None:
         with suppress(Conflict):
@@ -150,13 +150,13 @@ class SqliteDatabase:
                 self._sync_failed = True
             raise translated(error, self._path) from error
 
-    def _open(self, clock: Clock) -> None:
+    def _open(self, clock: Clock, schema: str) -> None:
         with self._translating():
             _create_file(self._path)
             connection = _connect(self._path, read_only=False)
             try:
                 self._set_synchronous(connection, "FULL")
-                migrate(connection, self._path, clock)
+                migrate(connection, self._path, clock, schema)
             except BaseException:
                 connection.close()
                 raise
@@ -171,11 +171,11 @@ class SqliteDatabase:
             self._writer = None
 
 
-async def open_sqlite(path: str, *, clock: Clock) -> Database:
+async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite") -> Database:
     """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
     database = SqliteDatabase(Path(path))
     try:
-        await database.open(clock)
+        await database.open(clock, schema)
     except BaseException:
         await database.close()
         raise

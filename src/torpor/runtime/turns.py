@@ -148,17 +148,27 @@ class FreshParts:
         self._session_id = session_id
         self._recent: deque[frozenset[bytes]] = deque(maxlen=BASES_TRIED)
 
+    def skip(self, tx: Transaction, call_id: CallId) -> None:
+        """It came before those that are asked for."""
+        request = requests.find(tx, call_id)
+        if request is not None:
+            self._recent.append(
+                frozenset(requests.pieces_of(requests.read_list(tx, self._session_id, request.manifest)))
+            )
+
     def of(self, tx: Transaction, call_id: CallId) -> bytes:
-        """The new pieces of its body, joined: most often whole JSON objects, with commas and ends of others."""
+        """The new pieces of its body and the ends of what is new: mostly whole JSON objects, and rests of others."""
         request = requests.find(tx, call_id)
         if request is None:
             return b""
         pieces = requests.pieces_of(requests.read_list(tx, self._session_id, request.manifest))
         known = frozenset[bytes]().union(*self._recent)
-        fresh = [piece for piece in pieces if piece not in known]
         self._recent.append(frozenset(pieces))
-        contents = blocks.read_many(tx, self._session_id, fresh)
-        return b"".join(contents[piece].data for piece in fresh)
+        fresh = [piece not in known for piece in pieces]
+        # The end of a new message is often a piece that an older one ends with.
+        wanted = [piece for at, piece in enumerate(pieces) if fresh[at] or (at and fresh[at - 1])]
+        contents = blocks.read_many(tx, self._session_id, wanted)
+        return b"".join(contents[piece].data for piece in wanted)
 
 
 def decoded(headers: Headers, body: bytes) -> bytes:

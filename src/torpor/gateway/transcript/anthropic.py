@@ -67,7 +67,7 @@ def _part(block: Mapping[str, Any]) -> Part:
 
 
 def _result_text(content: object) -> str:
-    if isinstance(content, list):
-        blocks = [mapping(block) for block in items(content)]
+    blocks = [mapping(block) for block in items(content)]
+    if blocks:
         return "\n".join(as_text(block["text"]) if "text" in block else as_text(dict(block)) for block in blocks)
     return "" if content is None else as_text(content)
