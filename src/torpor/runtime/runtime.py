@@ -114,6 +114,12 @@ class Runtime:
                 f"cannot resume session {session_id}: it has {session.status}",
                 hint="`torpor log SESSION` shows its past, `torpor pull SESSION` brings its files.",
             )
+        if await self.database.read(lambda tx: tx.one("transfer/find_checkpoint", session_id=session_id)) is None:
+            raise Conflict(
+                "session_without_checkpoint",
+                f"cannot resume session {session_id}: it has no checkpoint",
+                hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
+            )
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
