@@ -40,7 +40,8 @@ def import_lines(tx: Transaction, lines: Iterable[str]) -> SessionId:
         Conflict: `session_exists`.
     """
     read = _objects(lines)
-    envelope: Mapping[str, Any] = next(read, {})
+    nothing: dict[str, Any] = {}
+    envelope: Mapping[str, Any] = next(read, nothing)
     if envelope.get("format") != FORMAT:
         raise _unreadable("it does not begin with a session")
     session_id = SessionId(str(envelope.get("session_id")))
