@@ -124,8 +124,9 @@ def _turn_spans(
         client=True,
         error=error,
     )
-    for tool in turn.tools if following is not None else ():
-        yield _tool_span(turn, tool, common, end_ns=end_ns, next_ns=following.wall_ns, contents=contents)
+    if following is not None:
+        for tool in turn.tools:
+            yield _tool_span(turn, tool, common, end_ns=end_ns, next_ns=following.wall_ns, contents=contents)
 
 
 def _asked_attributes(asked: Asked, answered: Answered) -> dict[str, Attribute]:
