@@ -92,6 +92,7 @@ class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _FileFields(msgspec.Struct, frozen=True):
+    workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
 
 
@@ -112,13 +113,22 @@ def torpor_home(environment: Mapping[str, str]) -> Path:
     return home
 
 
+def read_workspace_bytes_max(home: Path) -> int:
+    """How large a directory `run` copies without asking.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return _read_file(home / "config.toml").workspace_bytes_max
+
+
 def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream, ...]:
     """The providers that are configured, at most one of each family.
 
     Raises:
         InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
     """
-    named = _read_file(home / "config.toml")
+    named = _read_file(home / "config.toml").upstreams
     upstreams = [_from_file(name, fields, environment) for name, fields in named.items()]
     families = [upstream.family for upstream in upstreams]
     for family in FAMILIES:
@@ -129,21 +139,21 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
     return tuple(upstreams)
 
 
-def _read_file(path: Path) -> Mapping[str, _UpstreamFields]:
+def _read_file(path: Path) -> _FileFields:
     try:
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return {}
+        return _FileFields()
     except (OSError, UnicodeDecodeError) as error:
         raise _invalid(str(error)) from error
     try:
-        named = msgspec.convert(tomllib.loads(text), _FileFields).upstreams
+        said = msgspec.convert(tomllib.loads(text), _FileFields)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in named.values()):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in said.upstreams.values()):
         raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
-    return named
+    return said
 
 
 def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:

@@ -94,13 +94,18 @@ class StreamFate(StrEnum):
     """After a rewind: a new call takes the stream over."""
 
 
+_GIVEN_UP = frozenset({CallState.TORN, CallState.UNKNOWN})
+
+
 def stream_fate(stream: OpenStream, call: Call | None, *, pump_alive: bool) -> StreamFate:
     """Decide one stream: answered or still arriving is delivered, torn is sent again only if nothing of it was seen."""
     if call is None:
         return StreamFate.RECEIVE
     touched = stream.taken > stream.untouched_bytes
-    if touched and call.attempts and call.attempts[-1].number != stream.attempt:
-        # The agent holds bytes of an attempt that was given up: no other attempt may go on where it stopped.
+    given_up = call.state in _GIVEN_UP or (bool(call.attempts) and call.attempts[-1].number != stream.attempt)
+    if touched and given_up:
+        # The agent holds bytes of an attempt that was given up: no other attempt may go on where it stopped. A pump
+        # that lives is one that has not written yet that it sends the next attempt.
         return StreamFate.RESET
     if call.answered or pump_alive:
         return StreamFate.DELIVER

@@ -25,8 +25,8 @@ MARK_START, MARK_END = "\x02", "\x03"
 _EVENTS_AT_ONCE = 200
 _WORD_CHARACTERS_MAX = 1_000
 """A longer run without a space is no word: an image, a key, a ciphertext."""
-# The values of JSON text, not its keys.
-_VALUE = re.compile(r'"((?:[^"\\]|\\.)*+)"(?!\s*:)')
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*+)"(\s*:)?', re.DOTALL)
+"""A string of JSON text, and whether it is a key."""
 _CHANNELS = {outputs.STDOUT: "stdout", outputs.STDERR: "stderr"}
 
 
@@ -123,7 +123,7 @@ class SearchIndex:
             for text in texts if changed else ():
                 tx.run(
                     "search/insert_text",
-                    content=text.content,
+                    content=_storable(text.content),
                     session_id=session_id,
                     seq=text.seq,
                     turn=text.turn,
@@ -199,7 +199,7 @@ def _texts_of(tx: Transaction, event: Event, parts: FreshParts | None) -> Iterat
 
 def _values(text: str) -> str:
     """The strings of JSON text, as they are meant; the text itself where there is none."""
-    found = [_unescaped(value[1]) for value in _VALUE.finditer(text)]
+    found = [_unescaped(string[1]) for string in _STRING.finditer(text) if string[2] is None]
     return "\n".join(value for value in found if " " in value or len(value) <= _WORD_CHARACTERS_MAX) or text
 
 
@@ -210,8 +210,13 @@ def _unescaped(raw: str) -> str:
         return raw
 
 
+def _storable(text: str) -> str:
+    """An agent may send halves of characters; a database's text has none."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _quoted(word: str) -> str:
     """A word or phrase as FTS5 takes it literally."""
     begins = word.endswith("*") and len(word) > 1
     plain = word.removesuffix("*").replace('"', '""')
-    return f'"{plain}"{"*" if begins else ""}'
+    return _storable(f'"{plain}"{"*" if begins else ""}')

@@ -61,6 +61,10 @@ class CodingAgent:
         self._fixed = self._fixed_part()
         self.turns = 0
 
+    def say(self, text: str) -> None:
+        """The user says something before the next turn."""
+        self._messages.append(_dump({"role": "user", "content": [{"type": "text", "text": text}]}))
+
     def body(self) -> bytes:
         """The request of the present turn, with the marker on the last message."""
         *earlier, last = self._messages

@@ -225,6 +225,13 @@ def test_bytes_of_an_attempt_that_was_given_up_are_never_continued_by_the_next(m
     assert stream_fate(make.stream("c", taken=5, attempt=2), call, pump_alive=False) is StreamFate.DELIVER
 
 
+@pytest.mark.parametrize("state", [CallState.TORN, CallState.UNKNOWN])
+def test_a_pump_that_has_not_sent_yet_does_not_continue_what_was_torn(make, state: CallState):
+    call = make.call("c", 5, state=state, attempts=(make.attempt(finished=False),))
+    assert stream_fate(make.stream("c", taken=5), call, pump_alive=True) is StreamFate.RESET
+    assert stream_fate(make.stream("c", taken=0), call, pump_alive=True) is StreamFate.DELIVER
+
+
 def test_an_effect_of_unknown_outcome_waits_for_a_person_and_a_mere_reading_does_not(make):
     for method, expected in [("POST", StreamFate.ASK), ("GET", StreamFate.RESEND)]:
         call = make.call("c", 5, state=CallState.SENT, is_llm=False, method=method)

@@ -101,18 +101,18 @@ class Agent:
             for thread in waiting
         )
 
-    def step(self, sandbox: Sandbox) -> bool:
-        """Let one thread act, if any can."""
+    def step(self, sandbox: Sandbox, *, impatient: bool) -> bool:
+        """Let one thread act, if any can; an `impatient` one gives up what it waits for."""
         threads = self.threads
         if len(threads) == 1:
-            return self._thread_step(threads[0], sandbox)
+            return self._thread_step(threads[0], sandbox, impatient)
         first = int(sandbox.world.random() * len(threads))
         for number in range(len(threads)):  # noqa: SIM110 - a generator here costs a tenth of the whole run
-            if self._thread_step(threads[first - number], sandbox):
+            if self._thread_step(threads[first - number], sandbox, impatient):
                 return True
         return False
 
-    def _thread_step(self, thread: Thread, sandbox: Sandbox) -> bool:
+    def _thread_step(self, thread: Thread, sandbox: Sandbox, impatient: bool) -> bool:
         if thread.sid == 0:
             if thread.pc == len(thread.ops):
                 return False
@@ -127,7 +127,7 @@ class Agent:
         if stream.fin >= 0 and stream.written == stream.fin:
             self._consume(thread, sandbox, stream)
             return True
-        if self.patience and sandbox.world.random() < self.patience and thread.tries < TRIES_MAX:
+        if impatient and thread.tries < TRIES_MAX:
             sandbox.world.witness.gives_up(stream)
             sandbox.guest.close(stream, StreamEnd.GONE)
             self._try_again(thread, sandbox, stream.ask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torpor.core.call import CallState
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.store import Row
@@ -76,13 +75,12 @@ def send_message(world: World) -> bool:
 def say(world: World, message: int) -> Task:
     """A person's message, or a resolved waitpoint: written with its wake request in one transaction."""
     rules = world.rules
-    yield
     if message in world.db.messages:
         # A power cut lost the confirmation, not the message; saying it again is the same message.
         world.witness.told_message(message, world.db.synced)
         return
     rows: list[Row] = [(kinds.WAITPOINT_RESOLVED, 0, None, None, message)]
-    if world.db.status is SessionStatus.ASLEEP and rules.wake_with_the_message:
+    if world.db.status is kinds.ASLEEP and rules.wake_with_the_message:
         rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.WAKING))
     written = world.db.append(None, *rows)
     if rules.fsync_before_telling:
@@ -112,7 +110,7 @@ def hibernate(world: World) -> bool:
 def rewind(world: World) -> bool:
     """A person goes back to some checkpoint of the present timeline."""
     node = world.node
-    if node is None or not node.serving or world.db.status is not SessionStatus.RUNNING:
+    if node is None or not node.serving or world.db.status is not kinds.RUNNING:
         return False
     points = [point for point in world.db.checkpoints if world.db.timeline.holds(point.seq)]
     point = points[int(world.random() * len(points))]
@@ -136,7 +134,7 @@ def damage(world: World) -> bool:
 def decide_unknown(world: World, node: Node) -> bool:
     """A person decides about an effect of unknown outcome: it did not happen."""
     for row in world.db.calls.values():
-        if row.state is CallState.UNKNOWN and node.serving:
+        if row.state is kinds.UNKNOWN and node.serving:
             node.append((kinds.CALL_FAILED, node.incarnation, row.call_id, None, None))
             world.db.fsync()
             node.wake(row.call_id)

@@ -11,7 +11,6 @@ from torpor.core.call import CallState
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
 from torpor.core.output import OutputTrack
-from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.store import CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 ON_RESOLVED = "resolved"
 ON_COMMIT = "committed"
+ON_SETTLED = "settled"
 ON_LOGGED = "logged"
 ON_STATUS_CHANGE = "status"
 
@@ -96,9 +96,9 @@ class Gateway:
             if stream.call_id is not None:
                 self._ended(stream)
         if self.node.world.rules.close_logged_before_forgotten:
-            self.node.log_later(lambda: self.node.send("RESET", sid))
+            self.node.log_later(lambda: self.node.send("FORGET", sid))
         else:
-            self.node.send("RESET", sid)
+            self.node.send("FORGET", sid)
 
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
@@ -120,7 +120,6 @@ class Gateway:
         """
         node = self.node
         assert stream.ask is not None
-        yield
         if stream.end is not None:
             return
         diverged = node.redo.diverged
@@ -183,7 +182,7 @@ class Gateway:
         if row.state in _SETTLED:
             return max(1, len(row.attempts))
         number = len(row.attempts) + 1
-        if row.state is CallState.UNKNOWN:
+        if row.state is kinds.UNKNOWN:
             return number
         if row.ask.kind == "receive":
             node.pumps[row.call_id] = number
@@ -204,7 +203,7 @@ class Gateway:
         """A barrier call waits until a committed checkpoint holds its stream with nothing answered (RECOVERY 7)."""
         node = self.node
         while not node.is_covered(row.call_id):
-            while node.db.status is not SessionStatus.RUNNING:
+            while node.db.status is not kinds.RUNNING:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
@@ -215,7 +214,6 @@ class Gateway:
         """Send one attempt and write what comes. Detached from the client: it outlives streams and sandboxes."""
         node = self.node
         world = node.world
-        yield
         sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
         if world.rules.fsync_before_send:
             node.db.fsync()
@@ -269,7 +267,7 @@ class Gateway:
         while len(row.attempts) < stream.attempt:
             if stream.end is not None:
                 return
-            if row.state is CallState.FAILED:
+            if row.state is kinds.FAILED:
                 self.reset(stream)
                 return
             yield call_id
@@ -286,14 +284,15 @@ class Gateway:
                     piece = piece[half:]
                 if piece:
                     node.send("DATA", stream.sid, tape.position - len(piece), piece)
-                yield
+                has_all = index == len(attempt.chunks) and row.state is kinds.SENT and stream.end is None
+                yield call_id if has_all else None
             elif attempt.finished:
                 rest = tape.finish()
                 if rest:
                     node.send("DATA", stream.sid, tape.position - len(rest), rest)
                 node.send("FIN", stream.sid, tape.position)
                 return
-            elif row.state is CallState.FAILED:
+            elif row.state is kinds.FAILED:
                 self.reset(stream)
                 return
             else:
@@ -306,7 +305,7 @@ class Gateway:
         stream.end = StreamEnd.RESET
         node.append((kinds.STREAM_RESET, node.incarnation, stream.call_id, None, stream.sid))
         assert stream.call_id is not None
-        if node.db.calls[stream.call_id].state is CallState.FAILED:
+        if node.db.calls[stream.call_id].state is kinds.FAILED:
             node.redo.failed(stream.call_id)
         else:
             self._ended(stream)

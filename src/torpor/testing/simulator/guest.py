@@ -84,10 +84,12 @@ class Sandbox:
     """A running sandbox: a guest, its FIFO pair and its workspace."""
 
     __slots__ = (
+        "agent_waits",
         "alive",
         "guest",
         "holders",
         "incarnation",
+        "init_waits",
         "paused",
         "stopped",
         "to_guest",
@@ -108,6 +110,9 @@ class Sandbox:
         self.to_guest: deque[Frame] = deque()
         self.to_host: deque[Frame] = deque()
         self.holders: set[int] = set()
+        self.agent_waits = False
+        self.init_waits = False
+        """Neither the agent nor init has anything to do before the other moves, or a frame comes."""
 
     @property
     def runs(self) -> bool:
@@ -120,22 +125,38 @@ class Sandbox:
         """One step of the agent or of init."""
         if not self.alive or self.paused or self.stopped:
             return False
-        guest, to_guest, chance = self.guest, self.to_guest, self.world.random()
+        to_guest, chance = self.to_guest, self.world.random()
         if to_guest and chance < 0.5:
             self._receive(to_guest.popleft())
-            if to_guest and chance < 0.3:
+            while to_guest and chance < 0.3 and self.world.goes_on():
+                chance *= 1.6
                 self._receive(to_guest.popleft())
             return True
-        # The agent runs from its START on; a restored one runs on at once, before anybody spoke to it.
-        agent = guest.agent if guest.incarnation and guest.agent.unfinished else None
-        if agent is not None and chance > 0.7 and agent.step(self):
+        if chance > 0.7 and self._step_agent():
             return True
-        if self._serve_sockets():
-            return True
+        if not self.init_waits:
+            if self._serve_sockets():
+                self.agent_waits = False
+                return True
+            # A close that goes out only by chance is not waited for.
+            self.init_waits = not self.guest.closing
         if to_guest:
             self._receive(to_guest.popleft())
             return True
-        return agent is not None and chance <= 0.7 and agent.step(self)
+        return chance <= 0.7 and self._step_agent()
+
+    def _step_agent(self) -> bool:
+        """The agent runs from its START on; a restored one runs on at once, before anybody spoke to it."""
+        guest = self.guest
+        agent = guest.agent
+        impatient = agent.patience > 0 and self.world.random() < agent.patience * agent.unfinished
+        if self.agent_waits and not impatient:
+            return False
+        if guest.incarnation and agent.unfinished and agent.step(self, impatient=impatient):
+            self.init_waits = self.agent_waits = False
+            return True
+        self.agent_waits = True
+        return False
 
     def _serve_sockets(self) -> bool:
         """Hand response bytes to sockets; outside of a barrier also notice closes and read requests and output."""
@@ -193,6 +214,7 @@ class Sandbox:
     def _receive(self, frame: Frame) -> None:
         nonce, kind, sid, arg, payload = frame
         guest = self.guest
+        self.agent_waits = self.init_waits = False
         if self.world.trace is not None:
             self.world.note(f"guest {self.incarnation} gets {kind} {sid} {arg}")
         if kind == "HELLO":
@@ -239,9 +261,10 @@ class Sandbox:
         elif kind == "FIN":
             stream.fin = arg
         elif kind == "RESET":
-            if stream.end is None:
-                stream.reset = True
-            else:
+            stream.reset = stream.reset or stream.end is None
+            stream.quiet = False  # So that a close that it crossed is told, also right after HELLO.
+        elif kind == "FORGET":
+            if stream.end is not None:
                 del self.guest.streams[stream.sid]
         elif kind == "ACK":
             stream.acknowledged = max(stream.acknowledged, arg)
@@ -251,8 +274,6 @@ class Sandbox:
             stream.quiet = False
             if arg < stream.read:
                 self.send("DATA", stream.sid, arg, (stream.ask, stream.spelling, stream.read - arg))
-            if stream.told:
-                self.send("CLOSED", stream.sid, stream.written, stream.end)
 
     def _receive_for_output(self, kind: str, arg: int) -> None:
         guest = self.guest

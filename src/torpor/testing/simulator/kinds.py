@@ -1,6 +1,11 @@
-"""Kinds of rows, as plain strings: hashing an enum member is a call into Python, and the simulator hashes millions."""
+"""Kinds of rows, as plain strings, and members of core's enums, as plain names.
 
+Looking a member up on its class costs ten times as much as a name of a module, and the simulator does it all the time.
+"""
+
+from torpor.core.call import CallState
 from torpor.core.events import Kind
+from torpor.core.session import SessionStatus
 
 AGENT_EXITED = Kind.AGENT_EXITED.value
 CALL_COMPLETED = Kind.CALL_COMPLETED.value
@@ -26,3 +31,7 @@ WAITPOINT_RESOLVED = Kind.WAITPOINT_RESOLVED.value
 # Rows that are no events: pieces of answers and of output, which the log refers to.
 HEAD, CHUNK, OUTPUT = "head", "chunk", "output"
 NO_EVENTS = frozenset({HEAD, CHUNK, OUTPUT})
+
+SENT, ANSWERED, FAILED = CallState.SENT, CallState.ANSWERED, CallState.FAILED
+UNKNOWN = CallState.UNKNOWN
+RUNNING, WAKING, ASLEEP = SessionStatus.RUNNING, SessionStatus.WAKING, SessionStatus.ASLEEP

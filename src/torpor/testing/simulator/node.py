@@ -6,21 +6,20 @@ It cuts, commits, puts to sleep and ends a session; `recovery` is how it gets on
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torpor.core.branch import ContextTree
 from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
 from torpor.core.errors import Superseded
-from torpor.core.ids import CallId, CheckpointId, SnapshotId, StreamId
+from torpor.core.ids import CallId, StreamId
 from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
-from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_STATUS_CHANGE, Gateway
+from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_SETTLED, ON_STATUS_CHANGE, Gateway
 from torpor.testing.simulator.guest import Guest, Sandbox
-from torpor.testing.simulator.store import ROOT_SEQ, SESSION, Incarnation, Row
+from torpor.testing.simulator.store import ROOT_SEQ, Cut, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
 from torpor.testing.simulator.tasks import Task, TaskSet
 
@@ -36,6 +35,7 @@ class Node:
         serving: the incarnation is connected; before that nothing of it is served.
         holding: delivery is held for a cut; `held` is what would have been sent.
         cutting: number of the cut under way, 0 for none.
+        uncommitted: how many cuts are still to be committed.
     """
 
     __slots__ = (
@@ -60,6 +60,7 @@ class Node:
         "serving",
         "token",
         "tree",
+        "uncommitted",
         "world",
     )
 
@@ -79,6 +80,7 @@ class Node:
         self._all_tasks = (self.life, self.lasting, self.control)
         self.cut_count = 0
         self.restored_from = 0
+        self.uncommitted = 0
         self.forget_incarnation()
 
     def forget_incarnation(self) -> None:
@@ -95,14 +97,15 @@ class Node:
         if not self.world.rules.pump_outlives_sandbox:
             self.lasting.clear()
             self.pumps.clear()
+            self.uncommitted = 0
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """One step of this process; a write that is refused as superseded ends it."""
         try:
-            sandbox = self.sandbox
-            chance = self.world.random()
+            sandbox, random = self.sandbox, self.world.random
+            chance = random()
             if sandbox is not None:
                 if not sandbox.alive:
                     self.lose_sandbox(sandbox)
@@ -110,10 +113,17 @@ class Node:
                 frames = sandbox.to_host
                 if frames and (chance < 0.5 or not self._has_task()):
                     self.gateway.receive(frames.popleft())
-                    if frames and chance < 0.3:
+                    while frames and chance < 0.3 and self.world.goes_on():
+                        chance *= 1.6
                         self.gateway.receive(frames.popleft())
                     return True
-            return self._step_task(chance)
+            # Recovery before all, and the incarnation's tasks only once it is served.
+            tasks = self.lasting
+            if self.control.ready:
+                tasks = self.control
+            elif self.serving and self.life.ready and (chance < 0.85 or not tasks.ready):
+                tasks = self.life
+            return tasks.step(random, self.world.goes_on)
         except Superseded:
             self.world.count("superseded")
             self.world.stop_node(self)
@@ -121,15 +131,6 @@ class Node:
 
     def _has_task(self) -> bool:
         return bool(self.lasting.ready or self.control.ready or (self.serving and self.life.ready))
-
-    def _step_task(self, chance: float) -> bool:
-        """Let a task of this process go on; recovery before all, and the incarnation's only once it is served."""
-        random = self.world.random
-        if self.control.ready:
-            return self.control.step(random)
-        if self.serving and self.life.ready and (chance < 0.85 or not self.lasting.ready):
-            return self.life.step(random)
-        return self.lasting.step(random)
 
     def lose_sandbox(self, sandbox: Sandbox) -> None:
         """The FIFO pair broke: whatever of the dead incarnation is still in it is dropped with it."""
@@ -168,8 +169,9 @@ class Node:
         self.queue.append(write)
 
     def _write_queue(self) -> Task:
-        yield
         self.flush()
+        return
+        yield  # never reached: it makes this a task
 
     def flush(self) -> None:
         """Write every queued decision."""
@@ -186,7 +188,7 @@ class Node:
     def wake(self, key: Hashable) -> None:
         for tasks in self._all_tasks:
             if key in tasks.parked:
-                tasks.wake(key)
+                tasks.ready += tasks.parked.pop(key)
 
     def send(self, kind: str, sid: int = 0, arg: int = 0, payload: object = None) -> None:
         """One frame to the guest, kept back while a cut holds delivery."""
@@ -208,11 +210,12 @@ class Node:
 
     def checkpoint(self) -> Task:
         """Cut, resume, and commit in the background (RECOVERY 3)."""
-        if self.cutting or self.db.status is not SessionStatus.RUNNING:
+        if self.cutting or self.db.status is not kinds.RUNNING:
             return
         number = self._begin_cut()
         cut, guest, workspace = yield from self._cut(number)
-        self.lasting.add(self._commit(number, cut, guest, workspace))
+        self.uncommitted += 1
+        self.lasting.add(self._commit_behind(number, cut, guest, workspace))
 
     def _begin_cut(self) -> int:
         self.cut_count += 1
@@ -222,11 +225,10 @@ class Node:
 
     def _cut(
         self, number: int, *, stay_paused: bool = False
-    ) -> Generator[Hashable | None, None, tuple[Checkpoint, Guest, int]]:
+    ) -> Generator[Hashable | None, None, tuple[Cut, Guest, int]]:
         sandbox = self.sandbox
         assert sandbox is not None
         rules = self.world.rules
-        yield
         sandbox.to_guest.append((self.nonce, "BARRIER", 0, number, None))
         _, statuses = yield from self.wait_for("BARRIER_ACK")
         cut = self._note_cut(statuses)
@@ -234,14 +236,14 @@ class Node:
         sandbox.paused = True
         yield
         guest = sandbox.guest.copy()
-        yield
         if not rules.workspace_while_paused:
+            yield
             self.resume(number)
             for _ in range(4):
                 yield
         workspace = sandbox.workspace
         if not rules.seq_of_the_cut:
-            cut = replace(cut, seq=self.db.head)
+            cut.seq = self.db.head
         if not stay_paused and rules.workspace_while_paused:
             self.resume(number)
         return cut, guest, workspace
@@ -257,8 +259,8 @@ class Node:
         for frame in held:
             self.send(*frame)
 
-    def _note_cut(self, statuses: list[StreamStatus]) -> Checkpoint:
-        """The cut as a row, all of one instant: log head, open streams, redo set, cursor, output.
+    def _note_cut(self, statuses: list[StreamStatus]) -> Cut:
+        """The cut, all of one instant: log head, open streams, redo set, cursor, output.
 
         It names a call only if the log has it by then: one that is still to be written comes after the cut.
         """
@@ -280,8 +282,7 @@ class Node:
                     attempt=known.attempt if known is not None else 1,
                 )
             )
-        return make_checkpoint(
-            number=len(self.db.checkpoints),
+        return Cut(
             seq=self.db.head,
             cursor=self.tree.cursor,
             incarnation=self.incarnation,
@@ -291,23 +292,34 @@ class Node:
             joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
 
-    def _commit(self, number: int, cut: Checkpoint, guest: Guest, workspace: int) -> Task:
+    def _commit_behind(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
+        yield from self._commit(number, cut, guest, workspace)
+        self.uncommitted -= 1
+        self.wake(ON_SETTLED)
+
+    def settle(self) -> Task:
+        """Wait until every cut is committed: amid the next life its output would not be what the log shows by then."""
+        while self.uncommitted and self.world.rules.settle_before_restore:
+            yield ON_SETTLED
+
+    def _commit(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
         """Packs first, then the one transaction that makes the snapshot a checkpoint."""
-        yield
         snapshot = self.world.store.stage(guest, workspace)
         yield
         if self.world.rules.packs_before_commit:
             snapshot.synced = True
             yield
-        cut = replace(cut, snapshot_id=SnapshotId(snapshot.name), number=len(self.db.checkpoints))
-        self.append((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut))
+        if self.queue:
+            self.flush()
+        self.write((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut.committed(self.db, snapshot.name)))
         self.db.fsync()
         self.world.committed()
         if self.cutting == number:
             self.cutting = 0
         self.wake(ON_COMMIT)
-        yield
-        snapshot.synced = True
+        if not snapshot.synced:
+            yield
+            snapshot.synced = True
 
     def is_covered(self, call_id: CallId) -> bool:
         """Whether a barrier call may be sent: a checkpoint of this life, or the one it came from, holds its stream."""
@@ -321,10 +333,11 @@ class Node:
 
     def hibernate(self) -> Task:
         """Cut, commit, and delete the sandbox if nothing came in the meantime (RECOVERY 8)."""
-        if self.cutting or self.db.status is not SessionStatus.RUNNING:
+        if self.cutting or self.db.status is not kinds.RUNNING:
             return
         number = self._begin_cut()
         self.set_status(SessionStatus.HIBERNATING)
+        yield
         cut, guest, workspace = yield from self._cut(number, stay_paused=True)
         yield from self._commit(number, cut, guest, workspace)
         yield
@@ -340,7 +353,7 @@ class Node:
             self.set_status(SessionStatus.RUNNING)
             self.resume(number)
 
-    def _may_sleep(self, cut: Checkpoint, guest: Guest) -> bool:
+    def _may_sleep(self, cut: Cut, guest: Guest) -> bool:
         """Every thread waits, and every stream waits for something that has not happened.
 
         "Nothing was resolved since the cut" is not enough: what was resolved just before it is not in the image either.
@@ -352,9 +365,9 @@ class Node:
             and stream.taken == 0
             and self.db.calls[stream.call_id].ask.kind == "receive"
             and self.db.calls[stream.call_id].state is CallState.INTENDED
-            for stream in cut.open_streams
+            for stream in cut.streams
         )
-        blocked = bool(cut.open_streams) and guest.agent.blocked(guest.streams)
+        blocked = bool(cut.streams) and guest.agent.blocked(guest.streams)
         return waiting and blocked and self.db.free_message() is None
 
     def wake_up(self) -> None:
@@ -365,8 +378,7 @@ class Node:
     def finish(self, code: int) -> Task:
         """The agent ended: its status is committed before init may go (RECOVERY 11)."""
         rules = self.world.rules
-        yield
-        while self.db.status is not SessionStatus.RUNNING:
+        while self.db.status is not kinds.RUNNING:
             yield ON_STATUS_CHANGE
         rest = self.gateway.output.finish()
         rows: list[Row] = []
@@ -390,7 +402,7 @@ class Node:
     def resolved(self) -> None:
         """A message was written, by whomever."""
         self.wake(ON_RESOLVED)
-        if self.db.status is SessionStatus.WAKING:
+        if self.db.status is kinds.WAKING:
             self.wake_up()
 
 
@@ -408,46 +420,6 @@ def show(value: object) -> str:
     if isinstance(value, bytes):
         return repr(value[-12:])
     return "" if value is None or isinstance(value, list) else str(value)
-
-
-def make_checkpoint(
-    *,
-    number: int,
-    seq: int,
-    cursor: int = ROOT_SEQ,
-    incarnation: int = 0,
-    streams: tuple[OpenStream, ...] = (),
-    output: int = 0,
-    pending: tuple[CallId, ...] = (),
-    joinable: tuple[CallId, ...] = (),
-    snapshot: str = "",
-    has_memory: bool = True,
-) -> Checkpoint:
-    """A checkpoint row with the fields that the rules look at."""
-    return Checkpoint(
-        checkpoint_id=CheckpointId(f"chk_{seq}"),
-        session_id=SESSION,
-        number=number,
-        seq=seq,
-        committed_seq=0,
-        cursor_seq=cursor,
-        incarnation=incarnation,
-        snapshot_id=SnapshotId(snapshot),
-        manifest_digest="",
-        has_memory=has_memory,
-        open_streams=streams,
-        next_stream=0,
-        stdout_bytes=output,
-        stderr_bytes=0,
-        reason="call",
-        wall_ns=0,
-        freeze_ns=0,
-        commit_ns=0,
-        raw_bytes=0,
-        stored_bytes=0,
-        pending_redo=pending,
-        joinable=joinable,
-    )
 
 
 _WITH_SANDBOX = frozenset(

@@ -38,7 +38,6 @@ class Recovery:
     def boot(self, node: Node) -> Task:
         """A new process takes the session over, then does what its status asks for."""
         world, db = self.world, node.db
-        yield
         while True:
             verdict = world.rules.take_over(
                 db.lease, boot_id=world.boot_id, got_flock=world.got_flock(node), owner_answers=False
@@ -53,7 +52,7 @@ class Recovery:
         db.fsync()
         world.witness.acquired(node)
         yield
-        if db.status in ENDED or db.status is SessionStatus.ASLEEP:
+        if db.status in ENDED or db.status is kinds.ASLEEP:
             world.destroy(world.sandbox_near(node))
             return
         yield from self.recover(node)
@@ -62,14 +61,14 @@ class Recovery:
         """The ladder: adopt the live sandbox, or restore the newest eligible checkpoint, or an older one."""
         db = node.db
         rows = self._settle_calls(node)
-        if db.status is SessionStatus.RUNNING or db.status is SessionStatus.HIBERNATING:
+        if db.status is kinds.RUNNING or db.status is SessionStatus.HIBERNATING:
             rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.RECOVERING))
         if rows:
             node.append(*rows)
             db.fsync()
             yield
         found = self.world.sandbox_near(node)
-        if found is not None and found.alive and node.sandbox is None and db.status is not SessionStatus.WAKING:
+        if found is not None and found.alive and node.sandbox is None and db.status is not kinds.WAKING:
             adopted = yield from self._adopt(node, found)
             if adopted:
                 self.world.count("adopted")
@@ -79,6 +78,7 @@ class Recovery:
         if self.world.rules.destroy_before_restore:
             self.world.destroy(self.world.sandbox_near(node))
         yield
+        yield from node.settle()
         if not db.checkpoints:
             yield from self._make_checkpoint_zero(node)
         yield from self._restore(node)
@@ -87,7 +87,7 @@ class Recovery:
         """Calls whose pump died with its node are torn, or unknown."""
         rows: list[Row] = []
         for row in node.db.calls.values():
-            if row.state is CallState.SENT and row.call_id not in node.pumps:
+            if row.state is kinds.SENT and row.call_id not in node.pumps:
                 state = self.world.rules.state_without_pump(row.as_call())
                 kind = kinds.CALL_TORN if state is CallState.TORN else kinds.CALL_UNKNOWN
                 rows.append((kind, node.incarnation, row.call_id, None, state))
@@ -135,7 +135,7 @@ class Recovery:
             assert status.end is not None
             end = self.world.rules.stream_end(status.end)
             node.append((kinds.CALL_DELIVERED, sandbox.incarnation, call_id, None, (end, status.sid)))
-        node.send("RESET", status.sid)
+        node.send("FORGET", status.sid)
 
     def _rebuild(self, node: Node) -> tuple[RedoSet, ContextTree]:
         """The incarnation's redo set and cursor as the dead node had them, from the log."""
@@ -212,7 +212,7 @@ class Recovery:
         world.witness.same_streams(point, statuses)
         for status in statuses:
             if status.end is not None:
-                node.send("RESET", status.sid)
+                node.send("FORGET", status.sid)
         streams = self._connect(node, list(point.open_streams))
         yield from self._go_live(node, streams, point.stdout_bytes)
         return True

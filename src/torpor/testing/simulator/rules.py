@@ -57,6 +57,7 @@ class Rules:
     workspace_while_paused: bool = True
     packs_before_commit: bool = True
     seq_of_the_cut: bool = True
+    settle_before_restore: bool = True
     verify_snapshots: bool = True
     barrier_waits_for_checkpoint: bool = True
     sleep_only_if_nothing_waits: bool = True

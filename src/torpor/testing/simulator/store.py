@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 
 from torpor.core.branch import Timeline
 from torpor.core.call import CALL_TRANSITIONS, Attempt, Call, CallState, ResponseHead
-from torpor.core.checkpoint import Checkpoint
+from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind, seal
-from torpor.core.ids import CallId, NodeId, SessionId
+from torpor.core.ids import CallId, CheckpointId, NodeId, SessionId, SnapshotId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.redo import RedoEntry
 from torpor.core.session import ENDED, SessionStatus, check_transition
@@ -146,6 +146,58 @@ class Incarnation:
         self.point = point
 
 
+class Cut:
+    """What a checkpoint's row says of the instant of its cut; the commit adds the rest."""
+
+    __slots__ = ("cursor", "incarnation", "joinable", "output", "pending", "seq", "streams")
+
+    def __init__(
+        self,
+        *,
+        seq: int,
+        cursor: int = ROOT_SEQ,
+        incarnation: int = 0,
+        streams: tuple[OpenStream, ...] = (),
+        output: int = 0,
+        pending: tuple[CallId, ...] = (),
+        joinable: tuple[CallId, ...] = (),
+    ) -> None:
+        self.seq = seq
+        self.cursor = cursor
+        self.incarnation = incarnation
+        self.streams = streams
+        self.output = output
+        self.pending = pending
+        self.joinable = joinable
+
+    def committed(self, db: Database, snapshot: str, *, has_memory: bool = True) -> Checkpoint:
+        """The checkpoint that the very next row commits, with the fields that the rules look at."""
+        return Checkpoint(
+            checkpoint_id=CheckpointId(snapshot),
+            session_id=SESSION,
+            number=len(db.checkpoints),
+            seq=self.seq,
+            committed_seq=db.head + 1,
+            cursor_seq=self.cursor,
+            incarnation=self.incarnation,
+            snapshot_id=SnapshotId(snapshot),
+            manifest_digest="",
+            has_memory=has_memory,
+            open_streams=self.streams,
+            next_stream=0,
+            stdout_bytes=self.output,
+            stderr_bytes=0,
+            reason="call",
+            wall_ns=0,
+            freeze_ns=0,
+            commit_ns=0,
+            raw_bytes=0,
+            stored_bytes=0,
+            pending_redo=self.pending,
+            joinable=self.joinable,
+        )
+
+
 class Database:
     """One session's rows. `append` refuses a superseded owner token in its own statement."""
 
@@ -173,7 +225,7 @@ class Database:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.transactions: list[tuple[int, tuple[Row, ...]]] = []
+        self.transactions: list[tuple[Row, ...]] = []
         self.synced = 0
         self.call_count = 0
         self._empty()
@@ -205,7 +257,7 @@ class Database:
         """
         if token is not None and self.lease is not None and self.rules.check_owner_token:
             check_owner_token(SESSION, presented=token, current=self.lease.owner_token)
-        self.transactions.append((token or 0, rows))
+        self.transactions.append(rows)
         self._fold(rows)
         return len(self.transactions)
 
@@ -217,7 +269,7 @@ class Database:
         self.transactions = self.transactions[:keep]
         self.synced = keep
         self._empty()
-        for _, rows in self.transactions:
+        for rows in self.transactions:
             self._fold(rows)
 
     @property
@@ -273,8 +325,9 @@ class Database:
             kind = row[0]
             if kind not in kinds.NO_EVENTS:
                 self.events.append(row)
-            if kind in _FOLDS:
-                _FOLDS[kind](self, row)
+            fold = _FOLDS.get(kind)
+            if fold is not None:
+                fold(self, row)
 
 
 def _fold_status(db: Database, row: Row) -> None:
@@ -346,7 +399,7 @@ def _fold_torn(db: Database, row: Row) -> None:
 
 
 def _fold_checkpoint(db: Database, row: Row) -> None:
-    db.checkpoints.append(replace(row[4], committed_seq=db.head))
+    db.checkpoints.append(row[4])
 
 
 def _fold_message(db: Database, row: Row) -> None:

@@ -18,7 +18,7 @@ SERIAL_AT = slice(27, 33)
 class Served:
     """One answer, known by its serial, which stands in its head and its body."""
 
-    __slots__ = ("ask", "call_id", "chunks", "finished", "head", "message", "serial", "truncated")
+    __slots__ = ("ask", "call_id", "chunks", "finished", "head", "message", "serial", "truncated", "whole")
 
     def __init__(self, serial: int, ask: Ask, call_id: str, chunk_count: int, *, truncated: bool) -> None:
         self.serial = serial
@@ -26,12 +26,10 @@ class Served:
         self.call_id = call_id
         self.head = ResponseHead(status=200, reason="OK", headers=(("x-serial", f"{serial:06}"),))
         self.chunks = [b"%06d.%d" % (serial, number) for number in range(chunk_count)]
+        self.whole = response_bytes(self.head, self.chunks, finished=True)
         self.truncated = truncated
         self.finished = False
         self.message: int | None = None
-
-    def whole(self) -> bytes:
-        return response_bytes(self.head, self.chunks, finished=True)
 
 
 class Upstream:

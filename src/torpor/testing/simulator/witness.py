@@ -6,7 +6,7 @@ with the node: what it goes by is upstream's own list, the agents' memory, and t
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from torpor.core.call import CallState
@@ -60,38 +60,38 @@ class Witness:
         "world",
     )
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, checked: Counter[int]) -> None:
         self.world = world
-        self.checked: Counter[int] = Counter()
-        self._sends: Counter[CallId] = Counter()
-        self._deaths: Counter[CallId] = Counter()
-        self._paid: Counter[int] = Counter()
+        self.checked = checked
+        self._sends: defaultdict[CallId, int] = defaultdict(int)
+        self._deaths: defaultdict[CallId, int] = defaultdict(int)
+        self._paid: defaultdict[int, int] = defaultdict(int)
         self._asked: list[dict[int, int]] = [{}]
         self.confirmed: list[int] = []
         self._told_exit: int | None = None
         self._final: frozenset[CallId] = frozenset()
         self._last: Sandbox | None = None
 
-    def check(self, invariant: int, holds: bool, text: str) -> None:
+    def check(self, invariant: int, holds: bool, text: str, *values: object) -> None:
         self.checked[invariant] += 1
         if not holds:
-            raise Violation(invariant, text)
+            raise Violation(invariant, text.format(*values))
 
     # --- upstream --------------------------------------------------------------------------------------------------
 
     def sends(self, node: Node, row: CallRow, sent_transaction: int) -> None:
         """A node sends a call: was it allowed to?"""
         call_id, db = row.call_id, self.world.db
-        self.check(3, db.synced >= sent_transaction, f"{call_id} leaves before its rows are fsynced")
+        self.check(3, db.synced >= sent_transaction, "{} leaves before its rows are fsynced", call_id)
         self._sends[call_id] += 1
         sends, deaths = self._sends[call_id], self._deaths[call_id]
-        self.check(1, sends <= 1 + deaths, f"{call_id} is sent {sends} times after {deaths} deaths of its node")
+        self.check(1, sends <= 1 + deaths, "{} is sent {} times after {} deaths of its node", call_id, sends, deaths)
         if node is self.world.node:
-            self.check(1, row.state is CallState.SENT, f"{call_id} is sent once more, though it is {row.state}")
+            self.check(1, row.state is kinds.SENT, "{} is sent once more, though it is {}", call_id, row.state)
         if row.ask.kind == "barrier":
-            self.check(7, sends == 1, f"barrier call {call_id} is sent twice")
+            self.check(7, sends == 1, "barrier call {} is sent twice", call_id)
             covered = any(holds_barrier(point, call_id) for point in db.checkpoints)
-            self.check(7, covered, f"barrier call {call_id} is sent without a checkpoint that holds it")
+            self.check(7, covered, "barrier call {} is sent without a checkpoint that holds it", call_id)
         if sends == 1 and row.ask.kind != "read":
             self._pays(row)
 
@@ -100,29 +100,33 @@ class Witness:
         index = row.ask.index
         self._paid[index] += 1
         wished = sum(asked.get(index, 0) for asked in self._asked)
-        failed = sum(r.state is CallState.FAILED and r.ask.index == index for r in self.world.db.calls.values())
+        failed = sum(r.state is kinds.FAILED and r.ask.index == index for r in self.world.db.calls.values())
         self.check(
             6,
             self._paid[index] <= wished + failed,
-            f"{row.call_id}: request {index} is paid {self._paid[index]} times, but wished {wished} times",
+            "{}: request {} is paid {} times, but wished {} times",
+            row.call_id,
+            index,
+            self._paid[index],
+            wished,
         )
 
     def node_stopped(self) -> None:
         """A node died or lost the session: what it was waiting for may be sent once more."""
         for row in self.world.db.calls.values():
-            if row.state is not CallState.ANSWERED and row.state is not CallState.FAILED:
+            if row.state is not kinds.ANSWERED and row.state is not kinds.FAILED:
                 self._deaths[row.call_id] += 1
 
     def after_kill(self) -> None:
         """What must hold at any instant, whoever just died."""
         db = self.world.db
         for call_id, sends in self._sends.items():
-            self.check(1, sends <= 1 + self._deaths[call_id], f"{call_id} was sent {sends} times")
+            self.check(1, sends <= 1 + self._deaths[call_id], "{} was sent {} times", call_id, sends)
         for sandbox in self.world.sandboxes[-1:]:
             for stream in sandbox.guest.streams.values():
                 self._is_prefix(stream)
         last = db.events[-1]
-        self.check(10, last[3] is None or last[3] < len(db.events), f"event {len(db.events)} is its own ancestor")
+        self.check(10, last[3] is None or last[3] < len(db.events), "event {} is its own ancestor", len(db.events))
 
     # --- the agent's sockets -----------------------------------------------------------------------------------------
 
@@ -139,16 +143,16 @@ class Witness:
         served = self.world.upstream.find(received)
         if served is None:
             raise Violation(2, f"stream {stream.sid} ended cleanly with {received!r}, which nobody sent")
-        whole = served.whole()
-        self.check(2, received == whole, f"stream {stream.sid} ended cleanly with {received!r} of {whole!r}")
-        self.check(2, served.finished, f"stream {stream.sid} ended cleanly, but upstream never finished")
-        self.check(6, served.ask is stream.ask, f"request {stream.ask.index} got the answer of {served.ask.index}")
+        whole = served.whole
+        self.check(2, received == whole, "stream {} ended cleanly with {!r} of {!r}", stream.sid, received, whole)
+        self.check(2, served.finished, "stream {} ended cleanly, but upstream never finished", stream.sid)
+        self.check(6, served.ask is stream.ask, "request {} got the answer of {}", stream.ask.index, served.ask.index)
         answers = sandbox.guest.agent.answers
-        self.check(6, all(served.serial != s for s, _ in answers), f"answer {served.serial} is consumed twice")
+        self.check(6, all(served.serial != s for s, _ in answers), "answer {} is consumed twice", served.serial)
         row = self.world.db.calls.get(CallId(served.call_id))
         if row is not None:
             holds = self.world.db.timeline.holds(row.intended_seq)
-            self.check(6, holds, f"{row.call_id} was undone by a rewind and is consumed after it")
+            self.check(6, holds, "{} was undone by a rewind and is consumed after it", row.call_id)
         return served.serial
 
     def gives_up(self, stream: GuestStream) -> None:
@@ -164,7 +168,7 @@ class Witness:
         received = stream.taken[: stream.written]
         served = self.world.upstream.find(received)
         if served is not None:
-            self.check(2, served.whole().startswith(received), f"stream {stream.sid} received {received!r}")
+            self.check(2, served.whole.startswith(received), "stream {} received {!r}", stream.sid, received)
 
     def protocol_error(self, text: str) -> None:
         raise Violation(5, text)
@@ -188,12 +192,12 @@ class Witness:
     def opened(self, sandbox: Sandbox) -> None:
         alive = {node.name for node in self.world.live_nodes()}
         holders = sandbox.holders & alive
-        self.check(4, len(holders) == 1, f"nodes {sorted(holders)} hold one FIFO pair")
+        self.check(4, len(holders) == 1, "nodes {} hold one FIFO pair", sorted(holders))
 
     def spawned(self, sandbox: Sandbox) -> None:
         others = [other for other in self.world.sandboxes if other.runs and other is not sandbox]
         self.check(
-            4, not others or not sandbox.runs, f"incarnation {sandbox.incarnation} starts beside a running sandbox"
+            4, not others or not sandbox.runs, "incarnation {} starts beside a running sandbox", sandbox.incarnation
         )
 
     def intended(self, node: Node, row: CallRow) -> None:
@@ -201,7 +205,7 @@ class Witness:
         call_id = row.call_id
         sandbox = self.world.sandbox
         newer = sandbox is not None and sandbox.incarnation > row.incarnation and node is self.world.node
-        self.check(4, not newer, f"{call_id} is of a dead incarnation")
+        self.check(4, not newer, "{} is of a dead incarnation", call_id)
 
     def loaded(self, point: Checkpoint, snapshot: Snapshot, guest: Guest) -> None:
         """A snapshot was read for a restore."""
@@ -210,10 +214,10 @@ class Witness:
             row = db.calls.get(call_id)
             if times and row is not None and row.ask.kind == "barrier" and db.timeline.holds(row.intended_seq):
                 allowed = row.intended_seq <= point.seq or self.world.below_floor_allowed
-                self.check(7, allowed, f"recovery goes below barrier call {call_id}, which was sent")
-        self.check(10, not snapshot.damaged, f"{snapshot.name} is damaged, and was restored")
+                self.check(7, allowed, "recovery goes below barrier call {}, which was sent", call_id)
+        self.check(10, not snapshot.damaged, "{} is damaged, and was restored", snapshot.name)
         counter = guest.agent.counter
-        self.check(9, counter == snapshot.workspace, f"memory {counter}, workspace {snapshot.workspace}")
+        self.check(9, counter == snapshot.workspace, "memory {}, workspace {}", counter, snapshot.workspace)
 
     def restored(self, node: Node, sandbox: Sandbox) -> None:
         """A sandbox was made from a snapshot."""
@@ -228,13 +232,13 @@ class Witness:
         """What the restored guest says is what the checkpoint row says."""
         said = {(s.sid, s.read, s.acknowledged, s.taken) for s in statuses if s.end is None}
         noted = {(s.stream, s.read, s.acknowledged, s.taken) for s in point.open_streams}
-        self.check(5, said == noted, f"checkpoint {point.number} noted {noted}, its guest says {said}")
+        self.check(5, said == noted, "checkpoint {} noted {}, its guest says {}", point.number, noted, said)
 
     def recovered(self, node: Node) -> None:
         """Recovery is over: nothing is sent without anybody waiting for it."""
         for row in self.world.db.calls.values():
-            if row.state is CallState.SENT:
-                self.check(7, node.pump_alive(row.call_id), f"{row.call_id} is sent, and nobody waits for it")
+            if row.state is kinds.SENT:
+                self.check(7, node.pump_alive(row.call_id), "{} is sent, and nobody waits for it", row.call_id)
 
     def rewound(self, to_seq: int) -> None:
         self.check(10, self.world.db.timeline.holds(to_seq), "a rewind went to where the session never was")
@@ -244,7 +248,7 @@ class Witness:
 
     def told_message(self, message: int, transaction: int) -> None:
         """A person is told that the message was accepted."""
-        self.check(3, self.world.db.synced >= transaction, f"message {message} is confirmed before it is durable")
+        self.check(3, self.world.db.synced >= transaction, "message {} is confirmed before it is durable", message)
         self.confirmed.append(message)
 
     def told_exit(self, node: Node, code: int, transaction: int) -> None:
@@ -270,16 +274,18 @@ class Witness:
             raise Violation(8, "the session ended, and nobody was told")
         agent = final.guest.agent
         self.check(8, db.acknowledged_exit == self._told_exit, "the exit that was told is not the one recorded")
-        self.check(8, agent.counter == self._told_exit, f"told exit {self._told_exit}, the agent has {agent.counter}")
+        self.check(
+            8, agent.counter == self._told_exit, "told exit {}, the agent has {}", self._told_exit, agent.counter
+        )
         self.check(9, agent.counter == final.workspace, "memory and workspace ended apart")
-        self.check(8, db.output == agent.printed, f"output shows {db.output!r}, the agent wrote {agent.printed!r}")
+        self.check(8, db.output == agent.printed, "output shows {!r}, the agent wrote {!r}", db.output, agent.printed)
         consumed = Counter(self.world.upstream.answers[serial].message for serial, _ in agent.answers)
         for message in self.confirmed:
-            self.check(8, message in db.messages, f"message {message} was confirmed and is lost")
+            self.check(8, message in db.messages, "message {} was confirmed and is lost", message)
             holder = next((r.call_id for r in db.calls.values() if r.message == message and self._holds(r)), None)
             seen = consumed[message]
             waiting = holder is None or holder in self._final
-            self.check(8, seen == 1 or (seen == 0 and waiting), f"message {message} was seen {seen} times")
+            self.check(8, seen == 1 or (seen == 0 and waiting), "message {} was seen {} times", message, seen)
 
     def _holds(self, row: CallRow) -> bool:
         return self.world.db.timeline.holds(row.intended_seq)
@@ -290,23 +296,23 @@ class Witness:
                 node = self.world.node
                 open_ = node is not None and node.pump_alive(row.call_id)
                 visible = open_ or row.state in _VISIBLE
-                self.check(7, visible, f"{row.call_id} was sent and is {row.state}")
+                self.check(7, visible, "{} was sent and is {}", row.call_id, row.state)
 
     def _finish_log(self) -> None:
         db = self.world.db
         intended = {1} | {n for n, row in enumerate(db.events, start=1) if row[0] == kinds.CALL_INTENDED}
         for seq, row in enumerate(db.events, start=1):
             if row[3] is not None:
-                self.check(10, row[3] < seq and row[3] in intended, f"event {seq} has parent {row[3]}")
+                self.check(10, row[3] < seq and row[3] in intended, "event {} has parent {}", seq, row[3])
         for point in db.checkpoints:
-            self.check(10, point.seq < point.committed_seq, f"checkpoint {point.number} is cut at its own commit")
+            self.check(10, point.seq < point.committed_seq, "checkpoint {} is cut at its own commit", point.number)
             snapshot = self.world.store.snapshots[point.snapshot_id]
             known = not snapshot.damaged or snapshot.name in self.world.damaged
-            self.check(10, known, f"checkpoint {point.number} was committed and does not restore")
+            self.check(10, known, "checkpoint {} was committed and does not restore", point.number)
         if self.world.plan.seed % CHAIN_EVERY == 0:
             previous = "0" * 64
             for seq, event in enumerate(db.sealed(), start=1):
-                self.check(10, event.seq == seq and event.prev_hash == previous, f"the chain breaks at {seq}")
+                self.check(10, event.seq == seq and event.prev_hash == previous, "the chain breaks at {}", seq)
                 previous = event.hash
 
 

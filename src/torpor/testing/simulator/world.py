@@ -6,15 +6,14 @@ from collections import Counter
 from random import Random
 
 from torpor.core.errors import TorporError
-from torpor.core.events import Kind
-from torpor.core.session import SessionStatus
+from torpor.testing.simulator import kinds
 from torpor.testing.simulator.faults import HAPPENINGS, decide_unknown, hibernate, send_message
 from torpor.testing.simulator.guest import Guest, Sandbox
-from torpor.testing.simulator.node import Node, make_checkpoint
+from torpor.testing.simulator.node import Node
 from torpor.testing.simulator.recovery import Recovery
 from torpor.testing.simulator.rules import Rules
 from torpor.testing.simulator.scheduler import SOON, Plan, kill
-from torpor.testing.simulator.store import Database, SnapshotStore
+from torpor.testing.simulator.store import Cut, Database, SnapshotStore
 from torpor.testing.simulator.tasks import TaskSet
 from torpor.testing.simulator.upstream import Upstream
 from torpor.testing.simulator.witness import Violation, Witness
@@ -58,19 +57,27 @@ class World:
         "witness",
     )
 
-    def __init__(self, seed: int, rules: Rules, *, trace: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        rules: Rules,
+        *,
+        trace: list[str] | None = None,
+        stats: Counter[str] | None = None,
+        checked: Counter[int] | None = None,
+    ) -> None:
         self._rng = Random(seed)
         self.random = self._rng.random
         self.plan = Plan(seed, self._rng)
         self.rules = rules
         self.trace = trace
-        self.stats: Counter[str] = Counter()
+        self.stats: Counter[str] = stats if stats is not None else Counter()
         self.steps = 0
         self._nonce = 0
         self.boot_id = "boot-1"
         self.db = Database(rules)
         self.store = SnapshotStore()
-        self.witness = Witness(self)
+        self.witness = Witness(self, checked if checked is not None else Counter())
         self.upstream = Upstream(self)
         self.recovery = Recovery(self)
         self.people = TaskSet()
@@ -125,6 +132,12 @@ class World:
             if self.steps > STEPS_MAX:
                 raise Violation(5, f"the session has not ended after {STEPS_MAX} steps")
 
+    def goes_on(self) -> bool:
+        """Count one more step of whoever moves now; False when something happens at it."""
+        self.steps += 1
+        happenings = self.plan.happenings
+        return not happenings or happenings[-1][0] > self.steps
+
     def _progress_of_silent(self) -> bool:
         """In a cluster a silent owner may go on, not knowing that it was replaced."""
         if not self.plan.cluster:
@@ -135,7 +148,7 @@ class World:
     def _progress_of_others(self) -> bool:
         if self.silent and self._progress_of_silent():
             return True
-        return bool(self.people.ready) and self.people.step(self.random)
+        return bool(self.people.ready) and self.people.step(self.random, self.goes_on)
 
     def _happen(self, what: str) -> None:
         if self.trace is not None:
@@ -154,7 +167,7 @@ class World:
             self.node.wake("person")
         elif decide_unknown(self, self.node):
             return True
-        elif self.plan.sleepy and self.db.status is SessionStatus.RUNNING and hibernate(self):
+        elif self.plan.sleepy and self.db.status is kinds.RUNNING and hibernate(self):
             self.plan.sleepy -= 1
         elif self.sent_messages < self.plan.messages:
             send_message(self)
@@ -215,8 +228,8 @@ class World:
             sandbox.alive = False
 
     def commit_first(self, node: Node, snapshot: str) -> None:
-        point = make_checkpoint(number=0, seq=self.db.head, snapshot=snapshot, has_memory=False)
-        node.append((Kind.CHECKPOINT_COMMITTED.value, 0, None, None, point))
+        point = Cut(seq=self.db.head).committed(self.db, snapshot, has_memory=False)
+        node.write((kinds.CHECKPOINT_COMMITTED, 0, None, None, point))
         self.db.fsync()
 
     def next_nonce(self) -> int:
