@@ -6,13 +6,14 @@ some events. It holds nothing that the log does not: redaction and `rm` delete i
 
 import json
 import re
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torpor.core.events import Event, Kind
-from torpor.core.ids import SessionId
+from torpor.core.ids import CallId, SessionId
 from torpor.db import calls, log, outputs, sessions
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import BASES_TRIED
@@ -149,11 +150,11 @@ def _new_texts(tx: Transaction, session_id: SessionId, seen: Mapping[str, Any]) 
     turn = seen["turn"]
     texts: list[_Text] = []
     events = log.events(tx, session_id, after_seq=seen["seq"], limit=_EVENTS_AT_ONCE)
-    parts = _parts_before(tx, session_id, seen["seq"]) if events else None
+    fresh = _FreshTexts(tx, session_id, after_seq=seen["seq"]) if events else None
     for event in events:
         if event.kind is Kind.CALL_INTENDED and event.data.get("is_llm"):
             turn += 1
-        for source, content in _texts_of(tx, event, parts):
+        for source, content in _texts_of(tx, event, fresh):
             texts.append(_Text(content=content, seq=event.seq, turn=turn or None, source=source))
     places: dict[str, list[int]] = json.loads(seen["output"])
     for channel, source in _CHANNELS.items():
@@ -175,32 +176,41 @@ def _new_texts(tx: Transaction, session_id: SessionId, seen: Mapping[str, Any]) 
     return texts, {"seq": seq, "turn": turn, "output": output}
 
 
-def _parts_before(tx: Transaction, session_id: SessionId, seq: int) -> FreshParts:
-    parts = FreshParts(session_id)
-    before = [call for call in calls.load_calls(tx, session_id) if call.intended_seq <= seq]
-    for call in before[-BASES_TRIED:]:
-        parts.skip(tx, call.call_id)
-    return parts
+class _FreshTexts:
+    """What each request says for the first time: a piece that only lost its cache marker says nothing new."""
+
+    def __init__(self, tx: Transaction, session_id: SessionId, *, after_seq: int) -> None:
+        self._parts = FreshParts(session_id)
+        self._recent: deque[frozenset[str]] = deque(maxlen=BASES_TRIED)
+        before = [call for call in calls.load_calls(tx, session_id) if call.intended_seq <= after_seq]
+        for call in before[-BASES_TRIED:]:
+            self.of(tx, call.call_id)
+
+    def of(self, tx: Transaction, call_id: CallId) -> str:
+        values = _values(self._parts.of(tx, call_id).decode(errors="replace"))
+        known = frozenset[str]().union(*self._recent)
+        self._recent.append(frozenset(values))
+        return "\n".join(value for value in values if value not in known)
 
 
-def _texts_of(tx: Transaction, event: Event, parts: FreshParts | None) -> Iterator[tuple[str, str]]:
+def _texts_of(tx: Transaction, event: Event, fresh: _FreshTexts | None) -> Iterator[tuple[str, str]]:
     """What can be found of an event: of a call's, its request's new part or its answer."""
-    if event.call_id is not None and event.kind is Kind.CALL_INTENDED and parts is not None:
-        yield "request", _values(parts.of(tx, event.call_id).decode(errors="replace"))
+    if event.call_id is not None and event.kind is Kind.CALL_INTENDED and fresh is not None:
+        yield "request", fresh.of(tx, event.call_id)
     elif event.call_id is not None and event.kind in {Kind.CALL_COMPLETED, Kind.CALL_FAILED}:
         call = calls.load_call(tx, event.call_id)
         head, body, _ = read_response(tx, call)
         answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
-        said = [part.text or _values(json.dumps(part.data)) for part in answered.message.parts]
+        said = [part.text or " ".join(_values(json.dumps(part.data))) for part in answered.message.parts]
         yield "answer", "\n".join([*said, *([str(event.data["error"])] if "error" in event.data else [])])
     elif event.call_id is None:
-        yield "event", f"{event.kind.value} {_values(json.dumps(dict(event.data)))}"
+        yield "event", " ".join([event.kind.value, *_values(json.dumps(dict(event.data)))])
 
 
-def _values(text: str) -> str:
-    """The strings of JSON text, as they are meant; the text itself where there is none."""
+def _values(text: str) -> list[str]:
+    """The strings of JSON text, as they are meant, without its keys; the text itself where there is none."""
     found = [_unescaped(string[1]) for string in _STRING.finditer(text) if string[2] is None]
-    return "\n".join(value for value in found if " " in value or len(value) <= _WORD_CHARACTERS_MAX) or text
+    return [value for value in found if " " in value or len(value) <= _WORD_CHARACTERS_MAX] or [text]
 
 
 def _unescaped(raw: str) -> str:

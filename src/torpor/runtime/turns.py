@@ -148,14 +148,6 @@ class FreshParts:
         self._session_id = session_id
         self._recent: deque[frozenset[bytes]] = deque(maxlen=BASES_TRIED)
 
-    def skip(self, tx: Transaction, call_id: CallId) -> None:
-        """It came before those that are asked for."""
-        request = requests.find(tx, call_id)
-        if request is not None:
-            self._recent.append(
-                frozenset(requests.pieces_of(requests.read_list(tx, self._session_id, request.manifest)))
-            )
-
     def of(self, tx: Transaction, call_id: CallId) -> bytes:
         """The new pieces of its body and the ends of what is new: mostly whole JSON objects, and rests of others."""
         request = requests.find(tx, call_id)
