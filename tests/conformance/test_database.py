@@ -310,6 +310,8 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
     unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
     for name, text in statements().items():
+        if name.startswith(("search/", "transfer/insert_")):
+            continue  # the index is nobody's; a session that is being imported is no node's
         words = [line for line in text.splitlines() if not line.startswith("--")]
         if words[0].split()[0] in {"INSERT", "UPDATE", "DELETE"} and name not in unfenced:
             assert name.endswith("_fenced") or name == "log/hold_head", name

@@ -174,3 +174,14 @@ async def test_spans_have_the_conventions_names_and_no_contents(scene: Scene) ->
     assert root.below[0].attributes["gen_ai.response.finish_reasons"] == ["tool_use"]
     assert not any("messages" in name for span in root.below for name in span.attributes)
     assert root.start_ns == NOW
+
+
+async def test_redaction_drops_the_search_index(scene: Scene, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    agent = CodingAgent()
+    agent.say("platypus")
+    await converse(scene, agent, 1)
+    assert await found(scene, home, "platypus")
+    home.drop_search_index()
+    assert not list(tmp_path.glob("search.db*"))
+    assert await found(scene, home, "platypus") == [(1, "request")]
