@@ -19,7 +19,9 @@ TABLE_WIDTH = 200
 
 def print_json(value: object) -> None:
     """One JSON value on one line, flushed: a listing's element, a followed event, a result."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # Half a character, which an agent may send, has no UTF-8; as an escape it is JSON.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 

@@ -14,7 +14,7 @@ from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId
 from torpor.core.session import ENDED
 from torpor.db import log as event_log
-from torpor.db.verify import verify_chain
+from torpor.db.verify import count_redacted, verify_chain
 from torpor.runtime.runtime import Runtime, open_runtime
 
 FOLLOW_SECONDS = 0.25
@@ -27,23 +27,29 @@ def log(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain, the gaps, the parents and bodies.")
     ] = False,
+    after: Annotated[int, typer.Option(metavar="SEQ", min=0, help="Begin behind this event.")] = 0,
 ) -> None:
-    """Show what happened in a session, oldest first."""
-    asyncio.run(_log(session, json, follow, verify))
+    """Show what happened in a session, oldest first.
+
+    With --follow, go on later from where you were: --after the last seq that you saw.
+    """
+    asyncio.run(_log(session, json, follow, verify, after))
 
 
-async def _log(text: str, as_json: bool, follow: bool, verify: bool) -> None:
+async def _log(text: str, as_json: bool, follow: bool, verify: bool, after: int) -> None:
     async with open_runtime(os.environ, SystemClock()) as runtime:
         found = await runtime.session(text)
         if verify:
             await _verify(runtime, found.session_id, as_json)
             return
-        seen, started_ns, calls = 0, found.created_ns, CallNumbers()
+        seen, started_ns, calls = after, found.created_ns, CallNumbers()
+        if after and not as_json:
+            for event in await runtime.database.read(lambda tx: event_log.events(tx, found.session_id, limit=after)):
+                calls.of(event)
         while True:
             session = await runtime.session(found.session_id)
-            after = seen
             events = await runtime.database.read(
-                lambda tx, after=after: event_log.events(tx, found.session_id, after_seq=after)
+                lambda tx, seen=seen: event_log.events(tx, found.session_id, after_seq=seen)
             )
             for event in events:
                 if as_json:
@@ -59,8 +65,10 @@ async def _log(text: str, as_json: bool, follow: bool, verify: bool) -> None:
 
 async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
     problems = await runtime.database.read(lambda tx: verify_chain(tx, session_id))
+    redacted = await runtime.database.read(lambda tx: count_redacted(tx, session_id))
     if as_json:
-        print_json({"session": session_id, "problems": [str(problem) for problem in problems]})
+        listed = [str(problem) for problem in problems]
+        print_json({"session": session_id, "problems": listed, "redacted": redacted})
     if problems:
         for problem in problems:
             err.print(str(problem), markup=False)
@@ -73,6 +81,8 @@ async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
         out.print(
             f"the log of {session_id} is whole: chain, numbers, parents, requests and answers agree", markup=False
         )
+        if redacted:
+            out.print(f"{redacted} of its blocks and answers were redacted")
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Kind(StrEnum):
     SESSION_STATUS = "session.status"
     SESSION_REWOUND = "session.rewound"
     """A person went back; data: to_seq, the cut's. It begins the next stretch of the timeline."""
+    SESSION_REDACTED = "session.redacted"
+    """Content was masked for good; data: the digest of each mask, by what it masks."""
     INCARNATION_STARTED = "incarnation.started"
     INCARNATION_ENDED = "incarnation.ended"
     LEASE_ACQUIRED = "lease.acquired"

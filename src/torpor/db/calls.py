@@ -13,7 +13,7 @@ from torpor.core.call import CALL_TRANSITIONS, Attempt, Call, CallState, Respons
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import CONTEXT_KINDS, Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
-from torpor.db import requests
+from torpor.db import answers, requests
 from torpor.db.call_rows import (
     Chunk,
     NewCall,
@@ -29,6 +29,7 @@ from torpor.db.call_rows import (
     set_state,
 )
 from torpor.db.database import Transaction
+from torpor.db.encoding import decode_json
 from torpor.db.fence import held_row
 from torpor.db.log import append
 from torpor.db.requests import PreparedBody, RequestHead
@@ -222,10 +223,15 @@ def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
     return [call_of(row, by_call.get(row["call_id"], [])) for row in rows]
 
 
+def list_llm(tx: Transaction, session_id: SessionId) -> list[CallId]:
+    """The ids of a session's model calls, in the order in which they were intended."""
+    rows = tx.all("call/list_abouts", session_id=session_id)
+    return [CallId(row["call_id"]) for row in rows if decode_json(row["about"])["is_llm"]]
+
+
 def load_chunks(tx: Transaction, call_id: CallId, attempt: int, *, from_number: int = 0) -> list[Chunk]:
-    """The chunks of one attempt, in order, as far as they are written."""
-    rows = tx.all("call/list_chunks", call_id=call_id, attempt=attempt, from_number=from_number)
-    return [Chunk(number=row["number"], offset_ns=row["offset_ns"], data=bytes(row["data"])) for row in rows]
+    """The chunks of one attempt, in order, as far as they are written; of redacted bytes, the mask."""
+    return answers.load(tx, call_id, attempt)[0][from_number:]
 
 
 def _held_call(tx: Transaction, session_id: SessionId, owner_token: int, call_id: CallId) -> Call:
@@ -249,6 +255,7 @@ def _close_newest(tx: Transaction, call: Call, owner_token: int, *, finished: bo
     number = call.attempts[-1].number
     body = body_facts(load_chunks(tx, call.call_id, number))
     close_attempt(tx, call, owner_token, number=number, body=body, finished=finished)
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **body}
 
 
@@ -264,6 +271,7 @@ def _record_response(
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
     facts = body_facts(chunks)
     close_attempt(tx, call, owner_token, number=number, body=facts, finished=True)
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **facts, "head_digest": head_digest(head)}
 
 

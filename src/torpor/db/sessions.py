@@ -256,6 +256,7 @@ _ROWS_OF_A_SESSION = (
     "checkpoint/delete_of_session_fenced",
     "request/delete_of_session_fenced",
     "call/delete_chunks_of_session_fenced",
+    "call/delete_answers_of_session_fenced",
     "call/delete_attempts_of_session_fenced",
     "call/delete_of_session_fenced",
     "block/delete_of_session_fenced",

@@ -88,8 +88,11 @@ class SqliteDatabase:
     async def read(self, work: Callable[[Transaction], T], /) -> T:
         return await self._on(self._reader_threads, lambda: self._read(work))
 
-    async def open(self, clock: Clock) -> None:
-        await self._on(self._writer_thread, lambda: self._open(clock))
+    async def settle(self) -> None:
+        await self._on(self._writer_thread, self._settle)
+
+    async def open(self, clock: Clock, schema: str) -> None:
+        await self._on(self._writer_thread, lambda: self._open(clock, schema))
 
     async def close(self) -> None:
         with suppress(Conflict):
@@ -173,6 +176,19 @@ class SqliteDatabase:
             finally:
                 self._idle_readers.append(connection)
 
+    def _settle(self) -> None:
+        """Deleted bytes are zeros in the file already (secure_delete); the WAL is emptied into it."""
+        if self._writer is None:
+            raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
+        with self._translating():
+            busy = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]
+        if busy:
+            raise Conflict(
+                "database_busy",
+                f"cannot empty the WAL of database {self._path}: another process reads an older state",
+                hint="What was erased is in the -wal file until the last process that uses the database ends.",
+            )
+
     def _set_synchronous(self, connection: sqlite3.Connection, level: str) -> None:
         if level != self._synchronous:
             connection.execute(f"PRAGMA synchronous = {level}")
@@ -187,13 +203,13 @@ class SqliteDatabase:
                 self._sync_failed = True
             raise translated(error, self._path) from error
 
-    def _open(self, clock: Clock) -> None:
+    def _open(self, clock: Clock, schema: str) -> None:
         with self._translating():
             _create_file(self._path)
             connection = _connect(self._path, read_only=False)
             try:
                 self._set_synchronous(connection, "FULL")
-                migrate(connection, self._path, clock)
+                migrate(connection, self._path, clock, schema)
             except BaseException:
                 connection.close()
                 raise
@@ -223,11 +239,11 @@ async def _outcome(running: Future[T]) -> T:
         raise
 
 
-async def open_sqlite(path: str, *, clock: Clock) -> Database:
+async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite") -> Database:
     """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
     database = SqliteDatabase(Path(path))
     try:
-        await database.open(clock)
+        await database.open(clock, schema)
     except BaseException:
         await database.close()
         raise
@@ -255,18 +271,15 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         cached_statements=256,
     )
     try:
-        connection.row_factory = _as_dict
+        connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA secure_delete = ON")  # what is redacted or forgotten is not left in free pages
         connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-def _as_dict(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, values, strict=True)}
 
 
 def _create_file(path: Path) -> None:

@@ -5,11 +5,13 @@ answer before it is done with that: the agent is blocked anyway, so it is the mo
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from torpor.core.call import Call
+from torpor.core.call import Call, ResponseHead
+from torpor.core.errors import Conflict
 from torpor.core.ids import CallId
 from torpor.gateway.delivery import Recording
 from torpor.gateway.intake import Intake, from_log
@@ -105,10 +107,29 @@ class Pumps:
             return self._answer(pump.call, pump.recording)
         call = await self._recorder.load(call_id)
         if needs_sending(call):
-            head, body = await self._recorder.load_request(call_id)
+            try:
+                head, body = await self._recorder.load_request(call_id)
+            except Conflict as redacted:
+                if redacted.code != "block_redacted":
+                    raise
+                return await self._fail_redacted(call, redacted)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
             return self.start(call, intake, announce=announce)
         return self._answer(call, await self._recorder.replay(call))
+
+    async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
+        """A request that was redacted can't be sent again; the client has it, and is told that it may."""
+        said = {"error": {"type": "api_error", "code": "request_redacted", "message": f"Torpor {reason}."}}
+        headers = (
+            ("content-type", "application/json"),
+            ("x-torpor-error", "request_redacted"),
+            ("x-should-retry", "true"),
+        )
+        head = ResponseHead(status=502, reason="Bad Gateway", headers=headers)
+        response = (head, json.dumps(said).encode())
+        failed = await self._recorder.fail(call.call_id, error=f"request_redacted: {reason}", response=response)
+        self._on_failed(call.call_id)
+        return self._answer(failed, await self._recorder.replay(failed))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:
         released = self._held.get(call.call_id)

@@ -289,8 +289,8 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
     continued = event.data.get("continued")
     if continued is None:
         # The first stream of a call: its request is the one that was logged.
-        head, _ = requests.get_request(tx, call_id)
-        continued = expects_continue("1.1", head.headers)
+        head = requests.read_head(tx, call_id)
+        continued = head is not None and expects_continue("1.1", head.headers)
     return Claim(
         call_id=call_id,
         stream=event.data["stream"],

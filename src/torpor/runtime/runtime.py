@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.session import ENDED, SessionStatus
-from torpor.db import checkpoints, sessions
+from torpor.db import checkpoints, redaction, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, workspaces
 from torpor.runtime.home import Home
@@ -121,6 +121,12 @@ class Runtime:
                 f"cannot resume session {session_id}: it has {session.status}",
                 hint="`torpor log SESSION` shows its past, `torpor pull SESSION` brings its files.",
             )
+        if await self.database.read(lambda tx: tx.one("transfer/find_checkpoint", session_id=session_id)) is None:
+            raise Conflict(
+                "session_without_checkpoint",
+                f"cannot resume session {session_id}: it has no checkpoint",
+                hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
+            )
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
@@ -176,6 +182,38 @@ class Runtime:
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
+            self.home.drop_search_index()
+        finally:
+            lock.release()
+
+    async def redact(
+        self,
+        session_id: SessionId,
+        find: Callable[[Transaction], redaction.Plan],
+        me: leasing.Holder,
+        answers: leasing.HolderAnswers,
+    ) -> redaction.Plan:
+        """Mask what `find` finds in a session that no node runs, for good. The lock keeps every node out meanwhile.
+
+        The order: rows and event in one durable transaction, then the WAL that still has the old pages, then the search
+        index. A kill between them leaves a valid log, and old bytes in files that the next redaction empties.
+        """
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+
+            def work(tx: Transaction) -> redaction.Plan:
+                plan = find(tx)
+                wall_ns = self.clock.wall_ns()
+                redaction.apply(tx, session_id=session_id, owner_token=token, plan=plan, wall_ns=wall_ns)
+                sessions.release(tx, session_id=session_id, owner_token=token, wall_ns=wall_ns)
+                return plan
+
+            plan = await self.database.write(work, durable=True)
+            self.home.drop_search_index()
+            await self.database.settle()
+            return plan
         finally:
             lock.release()
 
