@@ -8,6 +8,7 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from torpor.core.errors import InvalidInput
+from torpor.core.money import Price
 
 Family = Literal["openai", "anthropic"]
 """Which paths and which error shape an upstream has."""
@@ -26,6 +28,7 @@ DEFAULT_BASE_URLS: Mapping[Family, str] = {
 }
 GATEWAY_PORT = 4100
 PROXY_PORT = 4101
+PRICE_DOLLARS_MAX = 1_000_000
 FAKE_KEY = "torpor-keeps-the-real-key-outside"
 
 
@@ -78,6 +81,20 @@ class Upstream:
     read_seconds: float = 600.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceRule:
+    """What the user says that models cost.
+
+    Attributes:
+        pattern: of model names (`*`, `?`); the first rule that fits counts.
+        output_tokens_max: the longest answer of such a model; None if nothing is said of it.
+    """
+
+    pattern: str
+    price: Price
+    output_tokens_max: int | None = None
+
+
 class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One [upstreams.NAME] table, as it is written."""
 
@@ -91,8 +108,19 @@ class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     read_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
 
 
+class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One [prices."PATTERN"] table, as it is written: dollars for a million tokens, as strings."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
+
+
 class _FileFields(msgspec.Struct, frozen=True):
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
+    prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
 
 def torpor_home(environment: Mapping[str, str]) -> Path:
@@ -118,7 +146,7 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
     Raises:
         InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
     """
-    named = _read_file(home / "config.toml")
+    named = _read_file(home / "config.toml").upstreams
     upstreams = [_from_file(name, fields, environment) for name, fields in named.items()]
     families = [upstream.family for upstream in upstreams]
     for family in FAMILIES:
@@ -129,21 +157,41 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
     return tuple(upstreams)
 
 
-def _read_file(path: Path) -> Mapping[str, _UpstreamFields]:
+def read_prices(home: Path) -> tuple[PriceRule, ...]:
+    """The prices that the user gives, in the order of the file.
+
+    Raises:
+        InvalidInput: config.toml is malformed, or a price is no amount.
+    """
+    return tuple(_rule(pattern, fields) for pattern, fields in _read_file(home / "config.toml").prices.items())
+
+
+def _rule(pattern: str, fields: _PriceFields) -> PriceRule:
+    def or_input(amount: Decimal | None) -> Decimal:
+        return fields.input if amount is None else amount
+
+    amounts = (fields.input, fields.output, or_input(fields.cache_read), or_input(fields.cache_write))
+    if not all(amount.is_finite() and 0 <= amount <= PRICE_DOLLARS_MAX for amount in amounts):
+        raise _invalid(f"a price of {pattern!r} is no amount of dollars")
+    price = Price(input=amounts[0], output=amounts[1], cache_read=amounts[2], cache_write=amounts[3])
+    return PriceRule(pattern=pattern, price=price, output_tokens_max=fields.max_output_tokens)
+
+
+def _read_file(path: Path) -> _FileFields:
     try:
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return {}
+        return _FileFields()
     except (OSError, UnicodeDecodeError) as error:
         raise _invalid(str(error)) from error
     try:
-        named = msgspec.convert(tomllib.loads(text), _FileFields).upstreams
+        fields = msgspec.convert(tomllib.loads(text), _FileFields)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in named.values()):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(named.key for named in fields.upstreams.values()):
         raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
-    return named
+    return fields
 
 
 def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:

@@ -11,6 +11,7 @@ import typer
 from torpor.cli.printer import err, notice, print_json
 from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
+from torpor.core.money import parse_dollars
 from torpor.core.session import SessionStatus
 from torpor.node import open_node
 from torpor.runtime.owner import Outcome, Watcher
@@ -54,6 +55,9 @@ def run(
     mount: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Run a command as a durable session.
@@ -69,6 +73,7 @@ def run(
         workspace=workspace or Path.cwd(),
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
+        budget_nanousd=None if budget is None else parse_dollars(budget),
     )
 
     async def work() -> Outcome | None:

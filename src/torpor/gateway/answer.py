@@ -6,8 +6,9 @@ reader blind, and a blind reader believes the transport that the answer was comp
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
-from torpor.gateway.dialects.base import AnswerFacts, Dialect
+from torpor.gateway.dialects.base import AnswerFacts, Dialect, mapping
 from torpor.gateway.dialects.sse import EventSplitter, json_object
 
 EVENT_BYTES_MAX = 16 << 20
@@ -50,6 +51,7 @@ class AnswerReader:
         if not self._blind and self._is_message and (message := json_object(bytes(self._message))) is not None:
             try:
                 self._dialect.read_message(message, self.facts)
+                _note_terms(message, self.facts)
             except _UNREADABLE:
                 self._blind = True
         return self._blind or self.facts.terminal
@@ -74,3 +76,14 @@ class AnswerReader:
             self.facts.terminal = True
         elif (event := json_object(raw)) is not None:
             self._dialect.read_event(event, self.facts)
+            _note_terms(event, self.facts)
+
+
+def _note_terms(said: Mapping[str, Any], facts: AnswerFacts) -> None:
+    """The terms that an answer was made on, which every API says beside its usage or in it; the last word counts."""
+    for place in (said, mapping(said.get("message")), mapping(said.get("response"))):
+        for source in (place, mapping(place.get("usage"))):
+            facts.terms |= {name: source[name] for name in _TERMS if isinstance(source.get(name), str)}
+
+
+_TERMS = ("service_tier", "speed")

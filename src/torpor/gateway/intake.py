@@ -44,6 +44,8 @@ class Intake:
     request: Request
     admitted: Admitted
     key: RequestKey
+    plain_body: bytes
+    """The body without its content-encoding."""
     model: str | None
     wants_events: bool
 
@@ -143,7 +145,14 @@ def _intake(request: Request, admitted: Admitted) -> Intake:
         dialect=admitted.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
     )
     facts = _facts_of(body)
-    return Intake(request=request, admitted=admitted, key=key, model=facts.model, wants_events=bool(facts.stream))
+    return Intake(
+        request=request,
+        admitted=admitted,
+        key=key,
+        plain_body=body,
+        model=facts.model,
+        wants_events=bool(facts.stream),
+    )
 
 
 def _facts_of(body: bytes) -> _Facts:

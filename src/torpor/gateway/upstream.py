@@ -13,7 +13,7 @@ from typing import Self
 
 import httpx
 
-from torpor.config import Secret, Upstream
+from torpor.config import Family, Secret, Upstream
 from torpor.core.clock import Clock
 from torpor.core.errors import UpstreamFailed
 from torpor.gateway.dialects.base import Dialect, Route
@@ -51,6 +51,18 @@ class Outgoing:
     query: str
     headers: Headers
     body: bytes
+
+
+NEVER_SENT = frozenset(
+    {
+        "model_price_unknown",
+        "upstream_key_missing",
+        "upstream_misused",
+        "upstream_not_configured",
+        "upstream_unreachable",
+    }
+)
+"""Codes of failures before a byte of the request left: they cost nothing."""
 
 
 class NoAnswer(UpstreamFailed):
@@ -101,6 +113,11 @@ class UpstreamClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._http.__aexit__(kind, error, traceback)
+
+    def base_url(self, family: Family) -> str | None:
+        """The address of a family's upstream; None if there is none."""
+        upstream = self._upstreams.get(family)
+        return upstream.base_url if upstream else None
 
     async def key_for(self, outgoing: Outgoing) -> Secret | None:
         """The key that a request is sent with, which its answer must be cleared of.
