@@ -314,7 +314,12 @@ class Stage:
 
 @asynccontextmanager
 async def gateway_stage(
-    directory: Path, *, script: Script = plain, key: str = REAL_KEY, read_seconds: float = 60.0, budget: str | None = None
+    directory: Path,
+    *,
+    script: Script = plain,
+    key: str = REAL_KEY,
+    read_seconds: float = 60.0,
+    budget: str | None = None,
 ) -> AsyncGenerator[Stage]:
     limit = None if budget is None else parse_dollars(budget)
     subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
@@ -333,7 +338,9 @@ async def gateway_stage(
         session_id = new_session_id(CLOCK.wall_ns())
         database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)
         await database.write(
-            lambda tx: sessions.create(tx, session_id=session_id, name=None, spec={}, wall_ns=CLOCK.wall_ns(), budget_nanousd=limit),
+            lambda tx: sessions.create(
+                tx, session_id=session_id, name=None, spec={}, wall_ns=CLOCK.wall_ns(), budget_nanousd=limit
+            ),
             durable=True,
         )
         await database.close()
