@@ -103,7 +103,9 @@ class UpstreamClient:
         self._upstreams = {upstream.family: upstream for upstream in upstreams}
         self._keys = KeyRing(clock)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
-        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600)
+        # A proxy of the environment may tunnel to https, which it cannot read; what goes in the clear goes straight.
+        straight = {"http://": httpx.AsyncHTTPTransport(limits=limits)}
+        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600, mounts=straight)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
