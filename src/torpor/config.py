@@ -119,6 +119,7 @@ class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _FileFields(msgspec.Struct, frozen=True):
+    workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
     prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
@@ -138,6 +139,15 @@ def torpor_home(environment: Mapping[str, str]) -> Path:
             hint="Set TORPOR_HOME, or HOME.",
         )
     return home
+
+
+def read_workspace_bytes_max(home: Path) -> int:
+    """How large a directory `run` copies without asking.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return _read_file(home / "config.toml").workspace_bytes_max
 
 
 def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream, ...]:
@@ -186,12 +196,12 @@ def _read_file(path: Path) -> _FileFields:
     except (OSError, UnicodeDecodeError) as error:
         raise _invalid(str(error)) from error
     try:
-        fields = msgspec.convert(tomllib.loads(text), _FileFields)
+        said = msgspec.convert(tomllib.loads(text), _FileFields)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(named.key for named in fields.upstreams.values()):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in said.upstreams.values()):
         raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
-    return fields
+    return said
 
 
 def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import threading
+from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
@@ -55,6 +56,38 @@ async def test_reader_sees_one_state_while_a_writer_commits(scene: Scene) -> Non
         written.set()
     assert seen.result() == (2, 2)
     assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
+
+
+async def test_a_write_that_fails_undoes_nothing_of_those_that_waited_with_it(scene: Scene) -> None:
+    holding, release = threading.Event(), threading.Event()
+
+    def hold(tx: Transaction) -> None:
+        holding.set()
+        assert release.wait(10)
+
+    def append_and_fail(tx: Transaction) -> None:
+        append(tx, scene)
+        raise LookupError("changed its mind")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.write(hold))
+        await asyncio.to_thread(holding.wait, 10)
+        works = [lambda tx: append(tx, scene), append_and_fail, lambda tx: append(tx, scene)]
+        waiting = [tasks.create_task(_caught(scene.write(work, durable=True))) for work in works]
+        await asyncio.sleep(0)
+        release.set()
+    first, failed, last = [task.result() for task in waiting]
+    assert first == [3]
+    assert isinstance(failed, LookupError)
+    assert last == [4]
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 4
+
+
+async def _caught(writing: Awaitable[list[int]]) -> list[int] | Exception:
+    try:
+        return await writing
+    except LookupError as error:
+        return error
 
 
 async def test_cancelled_write_that_did_not_start_leaves_no_row(scene: Scene) -> None:

@@ -18,7 +18,7 @@ from torpor.core.crash import CRASH_POINTS
 
 TURNS = 20
 KILLS_PER_SESSION = 10
-NODE_POINTS = [point for point in CRASH_POINTS if not point.startswith("backend.")]
+NODE_POINTS = [point for point in CRASH_POINTS if not point.startswith(("backend.", "session."))]
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import signal
+import socket
+import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ from torpor.config import GATEWAY_PORT
 from torpor.core.call import CallState
 from torpor.core.events import Kind
 from torpor.testing.model_faults import Fault, FaultRule
-from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long
+from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long, plain
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 PATHS = pytest.mark.parametrize("path", [CHAT, MESSAGES])
@@ -29,6 +32,11 @@ def slow(_conversation: Conversation, this: Try) -> Answer:
     return Answer(
         parts=(Say(text=f"attempt {this.attempt} " + "x" * 1000),), pace=Pace(chunk_seconds=0.01, chunk_characters=1)
     )
+
+
+def unhurried(_conversation: Conversation, this: Try) -> Answer:
+    """About a second."""
+    return Answer(parts=(Say(text=f"{this.attempt}" * 100),), pace=Pace(chunk_seconds=0.01, chunk_characters=1))
 
 
 @asynccontextmanager
@@ -133,6 +141,25 @@ async def test_a_clients_retry_joins_the_call_and_is_not_sent_again(tmp_path: Pa
         assert stage.model.witness.requests == 1
         [joined] = await node.events(Kind.CALL_JOINED)
         assert joined.call_id == call.call_id
+
+
+@pytest.mark.parametrize("complete", [False, True])
+async def test_a_retry_that_comes_together_with_the_end_that_caused_it_joins(tmp_path: Path, complete: bool) -> None:
+    async with gateway_stage(tmp_path, script=plain if complete else unhurried) as stage, stage.node() as node:
+        stage.on_call.gate.clear()
+        async with client(stage, http_request(CHAT, question())) as (_, writer):
+            await node.logged(Kind.CALL_COMPLETED if complete else Kind.CALL_SENT)
+            stage.on_call.gate.set()
+            stage.process.send_signal(signal.SIGSTOP)
+            broken: socket.socket = writer.get_extra_info("socket")
+            broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            async with client(stage, http_request(CHAT, question())) as (reader, _):
+                stage.process.send_signal(signal.SIGCONT)
+                received = await reader.read(-1)
+        [call] = await node.calls()
+        assert received == await node.logged_response(call)
+        assert stage.model.witness.requests == 1
 
 
 async def test_a_retry_after_the_answer_was_complete_joins_as_well(tmp_path: Path) -> None:

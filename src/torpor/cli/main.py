@@ -13,7 +13,7 @@ from torpor.cli.printer import err, print_error
 from torpor.core.errors import TorporError, innermost
 
 EXIT_STATUSES = """
-Exit statuses: `run` and `resume` exit with the agent's own status.
+Exit statuses: `run` and `resume` exit with the agent's own status, 79 if the session was stopped, 137 if it was killed.
 Otherwise 0 done, 64 wrong input, 66 not found, 69 this machine lacks something, 70 a fault of Torpor,
 71 the sandbox failed, 74 stored bytes are damaged, 75 a conflict (running already, ended), 76 an upstream failed,
 130 interrupted.

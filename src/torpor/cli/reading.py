@@ -11,7 +11,18 @@ import typer
 
 from torpor.cli import timeline
 from torpor.cli.costs import standing
-from torpor.cli.printer import err, human_age, human_bytes, milliseconds, out, print_json, print_rows
+from torpor.cli.printer import (
+    cell,
+    err,
+    human_age,
+    human_bytes,
+    milliseconds,
+    moment,
+    out,
+    print_json,
+    print_rows,
+    printable,
+)
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
@@ -78,6 +89,7 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             **{name: state[name] for name in ("budget", "spent", "reserved", "waits_on", "hint")},
             "checkpoints": len(points),
             "newest_checkpoint": newest.number if newest else None,
+            "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
@@ -89,8 +101,9 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     if json:
         print_json(fields)
         return
+    del fields["age"]
     for name, value in fields.items():
-        out.print(f"{name.replace('_', ' '):>24}  {value}", markup=False)
+        out.print(f"{name.removesuffix('_ns').replace('_', ' '):>24}  {_shown(name, value)}", markup=False)
 
 
 def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
@@ -152,7 +165,7 @@ def diff(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             print_json(row)
         else:
             out.print(marks.get(row["what"], "?"), end=" ")
-            out.print(row["path"], markup=False)
+            out.print(printable(row["path"]), markup=False)
 
 
 def pull(
@@ -181,7 +194,8 @@ def pull(
         return
     out.print(f"{len(report.written)} files written to {target}", markup=False)
     for path in risky:
-        err.print(f"[yellow]look at it before you go on:[/yellow] {path}")
+        err.print("[yellow]look at it before you go on:[/yellow] ", end="")
+        err.print(printable(path), markup=False)
 
 
 def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
@@ -200,3 +214,12 @@ def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) 
         "command": " ".join(session.spec.get("argv", ())),
         "created_ns": session.created_ns,
     }
+
+
+def _shown(name: str, value: Any) -> str:
+    """A field of `show` for people."""
+    if isinstance(value, int) and name.endswith("_ns"):
+        return moment(value, SystemClock().wall_ns())
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return human_bytes(value)
+    return cell(value)

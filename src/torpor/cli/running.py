@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,12 @@ from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.money import parse_dollars
 from torpor.core.session import SessionStatus
-from torpor.node import open_node
-from torpor.runtime.owner import Outcome, Watcher
+from torpor.node import Node, open_node
 from torpor.runtime.runtime import Request
+from torpor.runtime.watcher import Outcome, Watcher
+
+EXIT_STOPPED, EXIT_KILLED = 79, 137
+"""What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
 
 
 class TerminalWatcher(Watcher):
@@ -58,6 +62,7 @@ def run(
     budget: Annotated[
         str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Run a command as a durable session.
@@ -74,14 +79,14 @@ def run(
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
         budget_nanousd=None if budget is None else parse_dollars(budget),
+        any_size=yes,
     )
 
     async def work() -> Outcome | None:
         async with open_node() as node:
-            session_id = await node.create(request)
+            session_id = await _create(node, request)
             if detach:
-                _detach(session_id)
-                _print_id(session_id, json)
+                _detach(session_id, name, json)
                 return None
             err.print(f"session {session_id}", markup=False)
             return await node.own(session_id, TerminalWatcher())
@@ -104,13 +109,24 @@ def resume(
         async with open_node() as node:
             found = await node.runtime.session(session)
             if detach:
-                _detach(found.session_id)
-                _print_id(found.session_id, json)
+                _detach(found.session_id, found.name, json)
                 return None
             err.print(f"session {found.session_id}", markup=False)
             return await node.own(found.session_id, TerminalWatcher())
 
     _exit_with(asyncio.run(work()))
+
+
+async def _create(node: Node, request: Request) -> SessionId:
+    """Make the session; a person at a terminal is asked about a workspace that is larger than is usual."""
+    try:
+        return await node.create(request)
+    except InvalidInput as error:
+        if error.code != "workspace_needs_consent" or not sys.stdin.isatty():
+            raise
+        if not typer.confirm(f"{error}. Copy it?", err=True):
+            raise
+    return await node.create(replace(request, any_size=True))
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -123,14 +139,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print_id(session_id: SessionId, as_json: bool) -> None:
-    if as_json:
-        print_json({"session": session_id})
-    else:
-        typer.echo(session_id)
-
-
-def _detach(session_id: SessionId) -> None:
+def _detach(session_id: SessionId, name: str | None, as_json: bool) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -145,12 +154,20 @@ def _detach(session_id: SessionId) -> None:
     if not ready:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         raise SandboxFailed("node_not_started", f"cannot start a node for session {session_id}: {last[0]}")
+    notice(f"runs in the background: `torpor log -f {name or session_id}`, `torpor output {name or session_id}`")
+    if as_json:
+        print_json({"session": session_id})
+    else:
+        typer.echo(session_id)
 
 
 def _exit_with(outcome: Outcome | None) -> None:
     if outcome is None:
         return
     if outcome.status is SessionStatus.CANCELLED:
-        notice("the session was killed")
-        raise typer.Exit(137)
+        notice("the session was killed by another command")
+        raise typer.Exit(EXIT_KILLED)
+    if outcome.status is SessionStatus.ASLEEP:
+        notice("the session was stopped, and is asleep at its newest checkpoint; `torpor resume` goes on with it")
+        raise typer.Exit(EXIT_STOPPED)
     raise typer.Exit(outcome.exit_status or 0)

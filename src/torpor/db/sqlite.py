@@ -1,7 +1,8 @@
 """SQLite behind the Database protocol: one writer thread, two reader threads, WAL, and every sqlite3 error translated.
 
-Other processes may use the same file; SQLite's own locks keep the writers apart. A commit that must be durable runs
-with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
+Other processes may use the same file; SQLite's own locks keep the writers apart. Writes that wait together are
+committed together, each in a savepoint of its own, so that many streams share one sync. A commit that must be durable
+runs with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
 nothing. After a failed sync nothing can be promised any more (the kernel may have dropped the pages): all later writes
 are refused.
 """
@@ -9,9 +10,11 @@ are refused.
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 10.0
 READERS = 2
+WRITES_PER_COMMIT_MAX = 64
 
 
 class SqliteTransaction:
@@ -45,6 +49,23 @@ class SqliteTransaction:
         return self._connection.execute(self._statements[query], values).rowcount
 
 
+@dataclass(slots=True)
+class _Write:
+    """One caller's transaction, waiting for its turn."""
+
+    work: Callable[[Transaction], Any]
+    durable: bool
+    outcome: Future[Any] = field(default_factory=Future[Any])
+    result: Any = None
+    failure: BaseException | None = None
+
+    def tell(self) -> None:
+        if self.failure is not None:
+            self.outcome.set_exception(self.failure)
+        else:
+            self.outcome.set_result(self.result)
+
+
 class SqliteDatabase:
     """One file. Build it with `open_sqlite`."""
 
@@ -53,12 +74,16 @@ class SqliteDatabase:
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="torpor-db-writer")
         self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
         self._idle_readers: list[sqlite3.Connection] = []
+        self._queued: deque[_Write] = deque()
         self._writer: sqlite3.Connection | None = None
         self._synchronous = ""
         self._sync_failed = False
 
     async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        return await self._on(self._writer_thread, lambda: self._write(work, durable=durable))
+        write = _Write(work, durable)
+        self._queued.append(write)
+        self._submit(self._writer_thread, self._commit_queued)
+        return await _outcome(write.outcome)
 
     async def read(self, work: Callable[[Transaction], T], /) -> T:
         return await self._on(self._reader_threads, lambda: self._read(work))
@@ -72,24 +97,33 @@ class SqliteDatabase:
         self._writer_thread.shutdown(wait=False)
 
     async def _on(self, thread: Executor, work: Callable[[], T]) -> T:
-        """Run `work` on `thread`; a cancelled caller waits until it is clear whether it ran."""
+        return await _outcome(self._submit(thread, work))
+
+    def _submit(self, thread: Executor, work: Callable[[], T]) -> Future[T]:
         try:
-            running = thread.submit(work)
+            return thread.submit(work)
         except RuntimeError as error:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed") from error
-        outcome = asyncio.wrap_future(running)
-        try:
-            return await asyncio.shield(outcome)
-        except asyncio.CancelledError:
-            running.cancel()
-            while not outcome.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([outcome])
-            if not outcome.cancelled():
-                outcome.exception()  # seen: what counts for the caller is that it was cancelled
-            raise
 
-    def _write(self, work: Callable[[Transaction], T], *, durable: bool) -> T:
+    def _commit_queued(self) -> None:
+        """Commit what waits by now; whoever comes meanwhile has submitted a turn of his own."""
+        batch: list[_Write] = []
+        while self._queued and len(batch) < WRITES_PER_COMMIT_MAX:
+            write = self._queued.popleft()
+            if write.outcome.set_running_or_notify_cancel():
+                batch.append(write)
+        if not batch:
+            return
+        try:
+            self._commit(batch)
+        except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
+            for write in batch:
+                write.failure = error
+        for write in batch:
+            write.tell()
+
+    def _commit(self, batch: Sequence[_Write]) -> None:
+        """One transaction. A write that fails is undone alone; an error from here is the whole batch's."""
         connection = self._writer
         if connection is None:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
@@ -99,14 +133,33 @@ class SqliteDatabase:
                 f"cannot write database {self._path}: the disk failed to keep earlier writes",
                 hint="Mend the disk, then start this node anew.",
             )
+        durable = any(write.durable for write in batch)
         with self._translating():
             self._set_synchronous(connection, "FULL" if durable else "NORMAL")
             with _transaction(connection, "BEGIN IMMEDIATE"):
                 before = connection.total_changes
-                result = work(SqliteTransaction(connection))
+                for write in batch:
+                    try:
+                        write.result = self._in_savepoint(connection, write.work)
+                    except BaseException as error:
+                        if not connection.in_transaction:  # SQLite has rolled back everything: the disk is full
+                            raise
+                        write.failure = error
                 if durable and connection.total_changes == before:
                     connection.execute("UPDATE durability SET mark = mark + 1")
-            return result
+
+    def _in_savepoint(self, connection: sqlite3.Connection, work: Callable[[Transaction], T]) -> T:
+        connection.execute("SAVEPOINT work")
+        try:
+            with self._translating():
+                result = work(SqliteTransaction(connection))
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK TO work")
+                connection.execute("RELEASE work")
+            raise
+        connection.execute("RELEASE work")
+        return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         with self._translating():
@@ -153,6 +206,21 @@ class SqliteDatabase:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+async def _outcome(running: Future[T]) -> T:
+    """The result of work on a thread; a cancelled caller waits until it is clear whether it ran."""
+    outcome = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(outcome)
+    except asyncio.CancelledError:
+        running.cancel()
+        while not outcome.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([outcome])
+        if not outcome.cancelled():
+            outcome.exception()  # seen: what counts for the caller is that it was cancelled
+        raise
 
 
 async def open_sqlite(path: str, *, clock: Clock) -> Database:

@@ -194,6 +194,17 @@ class Recorder:
         """Append a bookkeeping event that nothing outside depends on."""
         await self._database.write(lambda tx: self._append(tx, kind, incarnation, call_id, data), durable=False)
 
+    async def deliver(self, incarnation: int, call_id: CallId, data: Mapping[str, Any]) -> None:
+        """Record how a call's stream ended; durably, for init tells it to the next node until it may forget it.
+
+        A kill -9 before the write leaves it to init; one after it (`call.delivered`) leaves init a stream whose end is
+        logged, which the next node refuses.
+        """
+        await self._database.write(
+            lambda tx: self._append(tx, Kind.CALL_DELIVERED, incarnation, call_id, data), durable=True
+        )
+        crash_point("call.delivered")
+
     async def load(self, call_id: CallId) -> Call:
         return await self._database.read(lambda tx: calls.load_call(tx, call_id))
 

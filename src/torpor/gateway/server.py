@@ -54,8 +54,9 @@ class _Attachment:
     """Set when it is known, and logged, how the stream ended."""
 
     def may_have_left(self, intake: Intake) -> bool:
-        """Whether a request is equal to this stream's, whose client has closed its end of the connection."""
-        return self.stream.half_closed and self.answer.call.key.logical == intake.key.logical
+        """Whether a request is equal to this stream's, whose client has closed its end, or all, of the connection."""
+        left = self.stream.half_closed or self.stream.closed is not None
+        return left and self.answer.call.key.logical == intake.key.logical
 
 
 class Gateway:
@@ -151,13 +152,14 @@ class Gateway:
             taken_in = await take_in(stream)
             if taken_in is None:
                 await stream.finish(stream.sent)
-                await closed(stream)
+                await _let_go(stream)
             elif isinstance(taken_in, LocalAnswer):
                 await deliver_locally(stream, taken_in.head, taken_in.body)
+                await _let_go(stream)
             else:
                 await self._attend(stream, await self._claim(stream, taken_in, incarnation))
         except StreamGone:
-            await closed(stream)
+            await _let_go(stream)
 
     async def inherit(self, stream: Stream, open_stream: OpenStream, fate: StreamFate, *, incarnation: int) -> None:
         """Take a stream that began in another incarnation, or under another node, through the rest of its life.
@@ -174,7 +176,7 @@ class Gateway:
             try:
                 await self._attend(stream, await self._reattach(stream, open_stream, call_id, incarnation))
             except StreamGone:
-                await closed(stream)
+                await _let_go(stream)
 
     @asynccontextmanager
     async def quiet(self) -> AsyncGenerator[None]:
@@ -310,7 +312,8 @@ class Gateway:
             if incarnation != self._incarnation:
                 return
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
-            await self._recorder.note(Kind.CALL_DELIVERED, incarnation, call_id, data)
+            await self._recorder.deliver(incarnation, call_id, data)
+            stream.forget()
             attachment = self._open.pop(number, None)
             if attachment is not None:
                 attachment.ended.set()
@@ -343,6 +346,12 @@ class Gateway:
         if incarnation != self._incarnation:
             stream.reset()
             raise StreamGone(stream.id, "its sandbox was replaced")
+
+
+async def _let_go(stream: Stream) -> None:
+    """See a stream that has no call to its end."""
+    if await closed(stream) is not None:
+        stream.forget()
 
 
 def stream_id(stream: Stream) -> StreamId:

@@ -7,10 +7,19 @@ import shutil
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from torpor.config import PriceRule, Upstream, guest_environment, read_prices, read_upstreams, torpor_home
+from torpor.config import (
+    PriceRule,
+    Upstream,
+    guest_environment,
+    read_prices,
+    read_upstreams,
+    read_workspace_bytes_max,
+    torpor_home,
+)
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
@@ -19,14 +28,9 @@ from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, sessions
 from torpor.db.database import Database, Transaction, open_database
-from torpor.gateway.server import Gateway
 from torpor.runtime import leasing, workspaces
-from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
 from torpor.runtime.home import Home
-from torpor.runtime.incarnation import Incarnations
-from torpor.runtime.owner import Owner, Watcher
 from torpor.runtime.records import Records
-from torpor.runtime.recovery import Ladder
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
@@ -37,6 +41,12 @@ from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.store import SnapshotStore
+
+if TYPE_CHECKING:
+    # What drives a session takes half a second to import; most commands only read.
+    from torpor.runtime.incarnation import Incarnations
+    from torpor.runtime.owner import Owner
+    from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
@@ -52,6 +62,8 @@ class Request:
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
     budget_nanousd: int | None = None
+    any_size: bool = False
+    """A workspace of any size may be copied."""
 
 
 class Runtime:
@@ -84,7 +96,12 @@ class Runtime:
         if not request.argv:
             raise InvalidInput("command_empty", "cannot run a session: no command was given", hint="torpor run -- CMD")
         source = workspaces.check_source(request.workspace, Path.home(), self.home.root)
-        spec = await asyncio.to_thread(self._spec, request, source, caller)
+        environments = await asyncio.to_thread(self._environments, request, caller)
+        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
+        if not request.any_size:
+            bytes_max = read_workspace_bytes_max(self.home.root)
+            await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
+        spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
@@ -98,8 +115,6 @@ class Runtime:
             ),
             durable=True,
         )
-        environments = await asyncio.to_thread(self._environments, request, caller)
-        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
         seed = await asyncio.to_thread(self._seed, session, source, inside)
         await self.database.write(
             lambda tx: checkpoints.commit(
@@ -115,8 +130,8 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def own(
-        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: Watcher
-    ) -> AsyncGenerator[Owner]:
+        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: "Watcher"
+    ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
         Raises:
@@ -247,7 +262,12 @@ class Runtime:
             wall_ns=self.clock.wall_ns(),
         )
 
-    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher) -> Owner:
+    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher") -> "Owner":
+        from torpor.gateway.server import Gateway
+        from torpor.runtime.checkpointing import Checkpointer
+        from torpor.runtime.owner import Owner
+        from torpor.runtime.recovery import Ladder
+
         spec = msgspec.convert(session.spec, SessionSpec)
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
@@ -280,7 +300,9 @@ class Runtime:
             watcher=watcher,
         )
 
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> Incarnations:
+    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
+        from torpor.runtime.incarnation import Incarnations
+
         return Incarnations(
             home=self.home,
             session_id=session.session_id,
@@ -294,8 +316,9 @@ class Runtime:
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
         return rootfs.python_environments(request.argv[0], caller, self.clock)
 
-    def _spec(self, request: Request, source: Path, caller: Mapping[str, str]) -> SessionSpec:
-        environments = self._environments(request, caller)
+    def _spec(
+        self, request: Request, source: Path, environments: Sequence[Path], caller: Mapping[str, str]
+    ) -> SessionSpec:
         if request.image == "host":
             image = rootfs.host_image(self.home.images, environments, request.mounts)
         else:
@@ -321,6 +344,8 @@ class Runtime:
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
+        from torpor.runtime.checkpointing import files_checkpoint
+
         snapshot_id = new_snapshot_id(self.clock.wall_ns())
         scratch = self.home.session(session.session_id) / "seed"
         for name in ("image", "changes"):

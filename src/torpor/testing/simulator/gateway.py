@@ -96,9 +96,9 @@ class Gateway:
             if stream.call_id is not None:
                 self._ended(stream)
         if self.node.world.rules.close_logged_before_forgotten:
-            self.node.log_later(lambda: self.node.send("RESET", sid))
+            self.node.log_later(lambda: self.node.send("FORGET", sid))
         else:
-            self.node.send("RESET", sid)
+            self.node.send("FORGET", sid)
 
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
