@@ -17,8 +17,10 @@ from tests.stage import PATIENCE_SECONDS, Stage, model_server, stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 
-VALUE, COMMAND, VARIABLE, HOME_FILE, UNRELATED = PLANTED = tuple(
-    f"sk-planted-{name}-0123456789abcdefghijklmnop" for name in ("value", "command", "variable", "home", "unrelated")
+MARK = "-0123456789abcdefghijklmnop"
+"""The end of every planted key; nothing else says it."""
+VALUE, COMMAND, VARIABLE, HOME_FILE, UNRELATED = (
+    f"sk-planted-{name}{MARK}" for name in ("value", "command", "variable", "home", "unrelated")
 )
 AGENT = """
 import json, os, subprocess, sys, time, urllib.error, urllib.request
@@ -33,9 +35,8 @@ def ask(url, **headers):
         print(error.code, dict(error.headers), error.read().decode(), flush=True)
 
 print(dict(os.environ), flush=True)
-print(subprocess.run("cat " + sys.argv[1] + "; grep -rs sk-planted / --include='*' --exclude-dir=proc --exclude-dir=sys"
-    " --exclude-dir=usr --exclude-dir=lib --exclude-dir=lib64 -l; cat /proc/*/environ", shell=True,
-    capture_output=True, text=True, errors="replace"), flush=True)
+command = "cat " + sys.argv[1] + "; grep -rhs sk-planted- /etc /home /root /run /tmp /var; cat /proc/*/environ"
+print(subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace"), flush=True)
 ask(os.environ["OPENAI_BASE_URL"] + "/chat/completions", authorization="Bearer of-the-agent")
 ask(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", **{"x-api-key": "of-the-agent"})
 ask(os.environ["OPENAI_BASE_URL"] + "/files")
@@ -65,12 +66,12 @@ def rows_with(secret: str, database: Path) -> list[str]:
     return found
 
 
-def places_with(secret: str, made: Stage) -> list[str]:
-    """Everything that is kept: the home but its config.toml, the node's log, staged images, the database's rows."""
-    kept = [path for path in files_with(secret, made.directory) if path != "home/config.toml"]
-    for staged in Path("/dev/shm").glob("torpor-*"):
-        kept += files_with(secret, staged)
-    return kept + rows_with(secret, made.home / "torpor.db")
+def places_with_a_key(made: Stage) -> list[str]:
+    """In all that is kept: the home but its config.toml, the node's log, staged images, the database's rows."""
+    kept = [path for path in files_with(MARK, made.directory) if path != "home/config.toml"]
+    for staged in Path("/dev/shm").glob(f"torpor-*/{made.rows('ls')[0]['session']}"):
+        kept += files_with(MARK, staged)
+    return kept + rows_with(MARK, made.home / "torpor.db")
 
 
 def check_processes(made: Stage) -> None:
@@ -80,7 +81,7 @@ def check_processes(made: Stage) -> None:
     for pid in pids:
         process = Path("/proc", str(pid))
         told = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
-        assert not any(secret.encode() in told for secret in PLANTED)
+        assert MARK.encode() not in told
         [limit] = [line for line in (process / "limits").read_text().splitlines() if "core file" in line]
         assert limit.split()[4] == "0"
 
@@ -116,7 +117,7 @@ def test_no_planted_key_is_anywhere_but_at_its_provider(
             log.wait("call.delivered", 2)
             made.torpor("checkpoint", "one")
             check_processes(made)
-            assert {secret: found for secret in PLANTED if (found := places_with(secret, made))} == {}
+            assert places_with_a_key(made) == []
             gate = next((made.home / "sessions").glob("*/incarnations/1/workspace")) / "gate"
             gate.write_text("go\n")
             assert node.wait(PATIENCE_SECONDS) == 0
@@ -127,9 +128,9 @@ def test_no_planted_key_is_anywhere_but_at_its_provider(
             assert "path_unknown" in output
             assert "egress_denied" in output
             told = output + made.torpor("log", "one", "--json").stdout + made.torpor("show", "one").stdout
-            assert not any(secret in told for secret in PLANTED)
+            assert MARK not in told
             assert "of-the-agent" not in made.torpor("log", "one", "--json").stdout
-            assert {secret: found for secret in PLANTED if (found := places_with(secret, made))} == {}
+            assert places_with_a_key(made) == []
             check_nothing_left(made)
     finally:
         planted.unlink()
