@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -118,7 +119,7 @@ def _free_port() -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    process.send_signal(signal.SIGINT)  # What asyncio.run turns into a cancellation, so that nothing is left behind.
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:

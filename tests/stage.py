@@ -75,7 +75,9 @@ class Stage:
             check=False,
         )
         if check and finished.returncode != 0:
-            raise AssertionError(f"torpor {command} exited with {finished.returncode}:\n{finished.stderr}")
+            raise AssertionError(
+                f"torpor {command} exited with {finished.returncode}:\n{finished.stderr}{finished.stdout}"
+            )
         return finished
 
     def node(self, *command: str, log: str = "node.log", **variables: str) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
-from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, PriceRule, Secret, Upstream, guest_environment
+from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, PriceRule, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
@@ -319,8 +319,10 @@ async def gateway_stage(
     script: Script = plain,
     key: str = REAL_KEY,
     read_seconds: float = 60.0,
+    retries: int = 0,
     budget: str | None = None,
 ) -> AsyncGenerator[Stage]:
+    """A stage whose upstreams are one scripted model; with `retries`, refusals are sent again."""
     limit = None if budget is None else parse_dollars(budget)
     subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
     async with serve_model(script=script, key=key) as model:
@@ -332,8 +334,9 @@ async def gateway_stage(
                 key=KeySource(value=Secret(key)),
                 bearer=family == "openai",
                 read_seconds=read_seconds,
+                retries=retries,
             )
-            for family in ("openai", "anthropic")
+            for family in FAMILIES
         )
         session_id = new_session_id(CLOCK.wall_ns())
         database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)

@@ -18,8 +18,13 @@ from torpor.core.events import Kind
 from torpor.testing.model_faults import Fault, FaultRule
 from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long, plain
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-PATHS = pytest.mark.parametrize("path", [CHAT, MESSAGES])
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+GEMINI, GEMINI_ARRAY = (f"/v1beta/models/m:streamGenerateContent{query}" for query in ("?alt=sse", ""))
+PATHS = pytest.mark.parametrize(
+    "path",
+    [CHAT, MESSAGES, RESPONSES, GEMINI, GEMINI_ARRAY],
+    ids=["chat", "messages", "responses", "gemini", "gemini-array"],
+)
 
 
 def question(text: str = "go on", *, stream: bool = True) -> bytes:
@@ -268,9 +273,10 @@ async def test_the_real_key_goes_upstream_and_nowhere_else(tmp_path: Path) -> No
     async with gateway_stage(tmp_path, script=leaky) as stage:
         received = b""
         async with stage.node() as node:
-            for path in (CHAT, MESSAGES):
+            for path in (CHAT, MESSAGES, RESPONSES, GEMINI, f"{GEMINI_ARRAY}?key=from-the-sandbox"):
                 for stream in (False, True):
-                    headers = {"authorization": "Bearer from-the-sandbox", "x-api-key": "from-the-sandbox"}
+                    names = ("x-api-key", "x-goog-api-key", "api-key")
+                    headers = {"authorization": "Bearer from-the-sandbox"} | dict.fromkeys(names, "from-the-sandbox")
                     received += await stage.raw(http_request(path, question(stream=stream), headers))
             assert {call.state for call in await node.calls()} == {CallState.ANSWERED}
         assert all(request.credential == REAL_KEY for request in stage.model.requests)
@@ -279,7 +285,7 @@ async def test_the_real_key_goes_upstream_and_nowhere_else(tmp_path: Path) -> No
         for secret in (REAL_KEY.encode(), b"from-the-sandbox"):
             assert secret not in received
             assert secret not in stored
-    assert not any(b"from-the-sandbox" in str(request.headers).encode() for request in stage.model.requests)
+    assert not any("from-the-sandbox" in f"{request.headers}{request.query}" for request in stage.model.requests)
 
 
 async def test_headers_and_bodies_reach_the_provider_as_they_were_sent(tmp_path: Path) -> None:

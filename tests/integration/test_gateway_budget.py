@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.integration.gateway_stage import Node, Stage, gateway_stage, http_request
-from tests.integration.test_gateway import CHAT, MESSAGES, PATHS, body_of, client, slow, status_of
+from tests.integration.test_gateway import CHAT, MESSAGES, body_of, client, slow, status_of
 
 from torpor.core.call import CallState
 from torpor.core.checkpoint import StreamFate
@@ -18,6 +18,7 @@ from torpor.core.session import SessionStatus
 from torpor.db import budgets, sessions, verify, waitpoints
 from torpor.testing.model_faults import Fault, FaultRule
 
+PATHS = pytest.mark.parametrize("path", [CHAT, MESSAGES])
 ROOM_FOR_ONE = "0.005"
 """A question of these tests may cost some 0.0043 dollars, and costs less than 0.0003."""
 TOO_LITTLE = "0.001"

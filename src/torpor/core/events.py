@@ -30,6 +30,8 @@ class Kind(StrEnum):
     LEASE_ACQUIRED = "lease.acquired"
     CALL_INTENDED = "call.intended"
     CALL_SENT = "call.sent"
+    CALL_RETRIED = "call.retried"
+    """The provider refused it for now, and the same attempt is sent again; data: status, retry, wait_ms."""
     CALL_ANSWERING = "call.answering"
     CALL_COMPLETED = "call.completed"
     CALL_FAILED = "call.failed"

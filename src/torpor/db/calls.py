@@ -89,6 +89,20 @@ def mark_sent(
     return Attempt(number=number, head=None, chunk_count=0, body_bytes=0, finished=False)
 
 
+def note_retry(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    call_id: CallId,
+    facts: Mapping[str, Any],
+    wall_ns: int,
+) -> Event:
+    """The provider refused what was sent, and the same attempt is sent again: no row of the call changes."""
+    call = _held_call(tx, session_id, owner_token, call_id)
+    return _append(tx, owner_token, wall_ns, call, Kind.CALL_RETRIED, {"attempt": len(call.attempts), **facts})
+
+
 def record_head(
     tx: Transaction,
     *,

@@ -1,12 +1,16 @@
 """Bringing a SQLite database's schema up to date: schema/sqlite/NNNN_*.sql in order, each once, in one transaction."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
+
+WAL_SECONDS = 10.0
+WAL_PAUSE_SECONDS = 0.005
 
 _MIGRATION_TABLE = """
 CREATE TABLE IF NOT EXISTS migration (
@@ -24,7 +28,7 @@ def migrate(connection: sqlite3.Connection, path: Path, clock: Clock) -> None:
         Conflict: `schema_newer`, it holds a migration that this version does not have.
         InvalidInput: `database_foreign`, it is another program's database.
     """
-    _use_wal(connection)
+    _use_wal(connection, clock)
     known = _migrations()
     if _applied(connection, path) == len(known):
         return
@@ -74,14 +78,19 @@ def _split(script: str) -> Iterator[str]:
             statement = ""
 
 
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Switch to WAL, which stays with the file. Two first openers at once can be told "locked" without a wait."""
-    for _ in range(100):
+def _use_wal(connection: sqlite3.Connection, clock: Clock) -> None:
+    """Switch to WAL, which stays with the file.
+
+    SQLite says "locked" here without waiting, to two first openers at once and while another process, the last one to
+    close the file, writes its WAL back; nothing tells when that is over.
+    """
+    deadline = clock.monotonic() + WAL_SECONDS
+    while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL").fetchone()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or clock.monotonic() > deadline:
                 raise
+            time.sleep(WAL_PAUSE_SECONDS)
         else:
             return
-    connection.execute("PRAGMA journal_mode = WAL").fetchone()

@@ -7,7 +7,7 @@ Neither is told to its client, whose request stays open: an error would be retri
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 from torpor.core.call import Call
 from torpor.core.ids import CallId
@@ -16,9 +16,10 @@ from torpor.gateway.answer import AnswerReader
 from torpor.gateway.budget import size_of
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.dialects.base import AnswerFacts
+from torpor.gateway.failure import NEVER_SENT, NoAnswer
 from torpor.gateway.prices import PriceBook, Source
 from torpor.gateway.record import Recorder
-from torpor.gateway.upstream import NEVER_SENT, NoAnswer, UpstreamClient
+from torpor.gateway.routing import Routing, choose
 from torpor.sandbox.fifos import Pulse
 
 FREE = Bill(cost_nanousd=0, prices=None)
@@ -28,10 +29,10 @@ UNKNOWN = Bill(cost_nanousd=None, prices=None)
 class Billing:
     """One session's calls and their prices."""
 
-    def __init__(self, *, recorder: Recorder, book: PriceBook, upstreams: UpstreamClient) -> None:
+    def __init__(self, *, recorder: Recorder, book: PriceBook, routing: Routing) -> None:
         self._recorder = recorder
         self._book = book
-        self._upstreams = upstreams
+        self._routing = routing
         self._limited: bool | None = None
         self._changes = 0
         self._changed = Pulse()
@@ -116,5 +117,12 @@ class Billing:
         return worst
 
     def _source(self, call: Call) -> Source:
-        family: Any = dialect_named(call.dialect).family
-        return Source(model=call.model, family=family, base_url=self._upstreams.base_url(family))
+        """Who answers a call, by the configuration of now."""
+        destination = self._routing.destination(call.method, call.target, (dialect_named(call.dialect),))
+        upstream = None
+        if destination is not None:
+            with suppress(NoAnswer):
+                upstream = choose(destination, call.model)
+        if upstream is None:
+            return Source(model=call.model, family=dialect_named(call.dialect).family, base_url=None)
+        return Source(model=call.model, family=upstream.family, base_url=upstream.base_url)

@@ -1,7 +1,7 @@
 """Turns the bytes of a stream, or a request of the log, into what the gateway needs to know of a call."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -10,7 +10,9 @@ from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
-from torpor.gateway.admission import Admitted, LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.dialects import dialect_named
+from torpor.gateway.dialects.base import Route, Shape
 from torpor.gateway.record import Claim
 from torpor.gateway.request import (
     Request,
@@ -22,8 +24,8 @@ from torpor.gateway.request import (
     read_body,
     read_line,
 )
-from torpor.gateway.reshape import Shape
-from torpor.gateway.upstream import Outgoing, without_credentials
+from torpor.gateway.routing import Destination, Routing
+from torpor.gateway.upstream import Outgoing, target_without_key, without_credentials
 from torpor.sandbox.streams import Stream
 
 VERSION_FIELD = ":version"
@@ -42,12 +44,13 @@ class Intake:
     """A request that becomes a call, or was one."""
 
     request: Request
-    admitted: Admitted
+    destination: Destination
     key: RequestKey
     plain_body: bytes
     """The body without its content-encoding."""
     model: str | None
-    wants_events: bool
+    shape: Shape
+    """How its client wants the answer."""
 
     @property
     def head(self) -> RequestHead:
@@ -62,8 +65,8 @@ class Intake:
     def outgoing(self) -> Outgoing:
         line = self.request.line
         return Outgoing(
-            dialect=self.admitted.dialect,
-            route=self.admitted.route,
+            destination=self.destination,
+            model=self.model,
             method=line.method,
             query=line.target.partition("?")[2],
             headers=line.headers,
@@ -74,21 +77,21 @@ class Intake:
         return NewCall(
             call_id=call_id,
             key=self.key,
-            dialect=self.admitted.dialect.name,
+            dialect=self.destination.dialect.name,
             method=self.request.line.method,
             target=self.request.line.target,
             model=self.model,
             incarnation=incarnation,
             stream=stream,
             request_bytes=self.request.length,
-            is_llm=self.admitted.route.is_llm,
+            is_llm=self.destination.route.is_llm,
         )
 
     def shape_for(self, key: RequestKey) -> Shape:
         """How this request wants the answer of the call with this key, which matched it on some level."""
         if self.key.canonical == key.canonical:
             return Shape.AS_SENT
-        return Shape.EVENTS if self.wants_events else Shape.MESSAGE
+        return self.shape
 
     def claim(self, call_id: CallId, stream: StreamId, incarnation: int, shape: Shape = Shape.AS_SENT) -> Claim:
         return Claim(
@@ -101,7 +104,7 @@ class Intake:
         )
 
 
-async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
+async def take_in(stream: Stream, routing: Routing) -> Intake | LocalAnswer | None:
     """Read a stream's request; None if the client said nothing.
 
     Raises:
@@ -113,18 +116,18 @@ async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
         return None
     if isinstance(line, Unreadable):
         return refuse_unreadable(line)
-    admitted = admit(line, stream.port)
-    if isinstance(admitted, LocalAnswer):
-        return admitted
+    destination = admit(line, stream.port, routing)
+    if isinstance(destination, LocalAnswer):
+        return destination
     request = await read_body(stream, reader)
     if isinstance(request, Unreadable):
         return refuse_unreadable(request)
     # Keys of a long conversation take a while: the loop goes on meanwhile.
-    return await asyncio.to_thread(_intake, request, admitted)
+    return await asyncio.to_thread(_intake, request, destination)
 
 
-def from_log(head: RequestHead, body: bytes) -> Intake:
-    """A logged request, to be sent again."""
+def from_log(head: RequestHead, body: bytes, routing: Routing, *, dialect: str, is_llm: bool) -> Intake:
+    """A logged request, to be sent again: where the configuration of now says, which may be nowhere."""
     version = next((value for name, value in head.headers if name == VERSION_FIELD), "1.1")
     line = RequestLine(
         method=head.method,
@@ -133,25 +136,27 @@ def from_log(head: RequestHead, body: bytes) -> Intake:
         headers=tuple((name, value) for name, value in head.headers if name != VERSION_FIELD),
         continued=expects_continue(version, head.headers),
     )
-    admitted = admit(line, port=0)
-    assert isinstance(admitted, Admitted), "what became a call was admitted before"
-    return _intake(Request(line=line, body=body, length=0), admitted)
+    destination = routing.destination(line.method, line.target, (dialect_named(dialect),))
+    if destination is None:
+        route = Route(path=line.path, is_llm=is_llm)
+        destination = Destination(dialect=dialect_named(dialect), route=route, candidates=())
+    return _intake(Request(line=line, body=body, length=0), destination)
 
 
-def _intake(request: Request, admitted: Admitted) -> Intake:
-    line = request.line
+def _intake(request: Request, destination: Destination) -> Intake:
+    line = replace(request.line, target=target_without_key(request.line.target))
     body = decoded_body(line, request.body)
     key = request_key(
-        dialect=admitted.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
+        dialect=destination.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
     )
-    facts = _facts_of(body)
+    facts, route = _facts_of(body), destination.route
     return Intake(
-        request=request,
-        admitted=admitted,
+        request=replace(request, line=line),
+        destination=destination,
         key=key,
         plain_body=body,
-        model=facts.model,
-        wants_events=bool(facts.stream),
+        model=route.model or facts.model,
+        shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
     )
 
 

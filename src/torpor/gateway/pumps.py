@@ -16,6 +16,7 @@ from torpor.gateway.delivery import Recording
 from torpor.gateway.intake import Intake, from_log
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
+from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 
 OnCall = Callable[[CallId], Awaitable[None]]
@@ -48,6 +49,7 @@ class Pumps:
         recorder: Recorder,
         upstreams: UpstreamClient,
         billing: Billing,
+        routing: Routing,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
     ) -> None:
@@ -55,6 +57,7 @@ class Pumps:
         self._upstreams = upstreams
         self._billing = billing
         self._warm = False
+        self._routing = routing
         self._on_call = on_call
         self._on_failed = on_failed
         self._group: asyncio.TaskGroup | None = None
@@ -110,7 +113,8 @@ class Pumps:
         call = await self._recorder.load(call_id)
         if needs_sending(call):
             head, body = await self._recorder.load_request(call_id)
-            return self.start(call, from_log(head, body), announce=announce)
+            intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
+            return self.start(call, intake, announce=announce)
         return self._answer(call, await self._recorder.replay(call))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:

@@ -22,8 +22,8 @@ from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
 from torpor.gateway.delivery import Recording
+from torpor.gateway.dialects.base import Shape
 from torpor.gateway.request import expects_continue
-from torpor.gateway.reshape import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +51,13 @@ class Recorder:
         self._database = database
         self._session_id = session_id
         self._owner_token = owner_token
-        self._clock = clock
+        self.clock = clock
 
     def new_call_id(self) -> CallId:
-        return new_call_id(self._clock.wall_ns())
+        return new_call_id(self.clock.wall_ns())
 
     def wall_ns(self) -> int:
-        return self._clock.wall_ns()
+        return self.clock.wall_ns()
 
     async def intend(
         self, call: NewCall, *, head: RequestHead, body: bytes, diverged_from: Sequence[CallId] | None
@@ -76,7 +76,7 @@ class Recorder:
                 call=call,
                 head=head,
                 body=prepared,
-                wall_ns=self._clock.wall_ns(),
+                wall_ns=self.clock.wall_ns(),
             )
 
         call_made = await self._database.write(work, durable=True)
@@ -91,7 +91,7 @@ class Recorder:
         """
 
         def work(tx: Transaction) -> int | Verdict:
-            wall_ns = self._clock.wall_ns()
+            wall_ns = self.clock.wall_ns()
             if needed_nanousd is not None:
                 asked: dict[str, Any] = {"call_id": call_id, "needed_nanousd": needed_nanousd, "wall_ns": wall_ns}
                 verdict = budgets.admit(tx, **self._fence, **asked)
@@ -112,6 +112,15 @@ class Recorder:
         session = await self._database.read(lambda tx: sessions.get(tx, self._session_id))
         return session.budget_nanousd is not None
 
+    async def retry(self, call_id: CallId, facts: Mapping[str, Any]) -> None:
+        """The provider refused the attempt for now: it is sent again after a pause. Nothing outside depends on it."""
+
+        def work(tx: Transaction) -> Event:
+            return calls.note_retry(tx, **self._fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
+
+        await self._database.write(work, durable=False)
+        crash_point("call.retried")
+
     async def receive(
         self, call_id: CallId, attempt: int, *, head: ResponseHead | None, chunks: Sequence[Chunk]
     ) -> None:
@@ -119,7 +128,7 @@ class Recorder:
 
         def work(tx: Transaction) -> None:
             if head is not None:
-                wall_ns = self._clock.wall_ns()
+                wall_ns = self.clock.wall_ns()
                 calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
             calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
@@ -131,7 +140,7 @@ class Recorder:
     ) -> None:
         def work(tx: Transaction) -> Event:
             ended: dict[str, Any] = {"call_id": call_id, "usage": usage, "facts": facts, "bill": bill}
-            return calls.complete(tx, **self._fence, **ended, wall_ns=self._clock.wall_ns())
+            return calls.complete(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
@@ -148,7 +157,7 @@ class Recorder:
 
         def work(tx: Transaction) -> Call:
             ended: dict[str, Any] = {"call_id": call_id, "error": error, "response": response, "bill": bill}
-            calls.fail(tx, **self._fence, **ended, wall_ns=self._clock.wall_ns())
+            calls.fail(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
             return calls.load_call(tx, call_id)
 
         return await self._database.write(work, durable=True)
@@ -166,7 +175,7 @@ class Recorder:
         """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
 
         def work(tx: Transaction) -> list[CallId]:
-            return calls.tear_open(tx, **self._fence, wall_ns=self._clock.wall_ns(), bills=bills)
+            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns(), bills=bills)
 
         return await self._database.write(work, durable=True)
 
@@ -297,7 +306,7 @@ class Recorder:
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
     ) -> None:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())
+        log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})

@@ -28,6 +28,7 @@ from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Recorder
+from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -79,12 +80,13 @@ class Gateway:
         prices: Sequence[PriceRule] = (),
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
-        client = UpstreamClient(upstreams, clock)
-        self._billing = Billing(recorder=self._recorder, book=PriceBook(prices), upstreams=client)
+        self._routing = Routing(upstreams)
+        self._billing = Billing(recorder=self._recorder, book=PriceBook(prices), routing=self._routing)
         self._pumps = Pumps(
             recorder=self._recorder,
-            upstreams=client,
+            upstreams=UpstreamClient(clock),
             billing=self._billing,
+            routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
         )
@@ -149,7 +151,7 @@ class Gateway:
             Superseded: this node lost the session.
         """
         try:
-            taken_in = await take_in(stream)
+            taken_in = await take_in(stream, self._routing)
             if taken_in is None:
                 await stream.finish(stream.sent)
                 await _let_go(stream)

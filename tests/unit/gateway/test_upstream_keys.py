@@ -10,8 +10,10 @@ from torpor.config import KeySource, Secret, Upstream
 from torpor.core.clock import SystemClock
 from torpor.gateway.dialects import OPENAI_CHAT
 from torpor.gateway.dialects.base import Route
+from torpor.gateway.failure import NoAnswer
 from torpor.gateway.keys import KeyRing
-from torpor.gateway.upstream import NoAnswer, Outgoing, UpstreamClient
+from torpor.gateway.routing import Destination
+from torpor.gateway.upstream import Outgoing, UpstreamClient
 
 KEY = "sk-real-0123456789abcdefghijklmnop"
 
@@ -43,14 +45,18 @@ async def test_a_key_follows_neither_a_redirect_nor_the_environments_proxy(monke
                 name="openai", family="openai", base_url=provider, key=KeySource(value=Secret(KEY)), bearer=True
             )
             outgoing = Outgoing(
-                dialect=OPENAI_CHAT,
-                route=Route(path="/chat/completions", is_llm=True),
+                destination=Destination(
+                    dialect=OPENAI_CHAT,
+                    route=Route(path="/v1/chat/completions", is_llm=True),
+                    candidates=(upstream,),
+                ),
+                model=None,
                 method="POST",
                 query="",
                 headers=(("authorization", "Bearer of-the-agent"),),
                 body=b"{}",
             )
-            async with UpstreamClient([upstream], SystemClock()) as client, client.send(outgoing) as answer:
+            async with UpstreamClient(SystemClock()) as client, client.send(outgoing, upstream) as answer:
                 assert answer.status == 307
     assert other_heard == []
     [request] = provider_heard
@@ -61,12 +67,9 @@ async def test_a_key_follows_neither_a_redirect_nor_the_environments_proxy(monke
 async def test_what_a_failing_key_command_says_is_not_repeated() -> None:
     noisy = KeySource(command=("sh", "-c", f"echo {KEY} >&2; exit 3"))
     upstream = Upstream(name="openai", family="openai", base_url="http://127.0.0.1:1", key=noisy, bearer=True)
-    outgoing = Outgoing(
-        dialect=OPENAI_CHAT, route=Route(path="/x", is_llm=True), method="POST", query="", headers=(), body=b""
-    )
-    async with UpstreamClient([upstream], SystemClock()) as client:
+    async with UpstreamClient(SystemClock()) as client:
         with pytest.raises(NoAnswer) as failed:
-            await client.key_for(outgoing)
+            await client.key_for(upstream)
     assert failed.value.code == "upstream_key_missing"
     assert KEY not in str(failed.value)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torpor.config import Family
 from torpor.gateway.dialects import anthropic_shapes
-from torpor.gateway.dialects.base import AnswerFacts, Route, count, is_model_path, mapping
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping, model_named
 
 _ERROR_KINDS = {
     400: "invalid_request_error",
@@ -22,16 +22,18 @@ class Anthropic:
     """POST /v1/messages, its token count, and the list of models."""
 
     name = "anthropic"
-    family: Family = "anthropic"
+    family: Family | None = "anthropic"
     last_event: bytes | None = None
+    opaque = False
 
-    def route(self, method: str, path: str) -> Route | None:
+    def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if (method, path) == ("POST", "/v1/messages"):
             return Route(path=path, is_llm=True)
         if (method, path) == ("POST", "/v1/messages/count_tokens"):
             return Route(path=path, is_llm=False)
-        if method == "GET" and (path == "/v1/models" or is_model_path(path, segments_max=1)):
-            return Route(path=path, is_llm=False)
+        model = model_named(path, segments_max=1)
+        if method == "GET" and (path == "/v1/models" or model):
+            return Route(path=path, is_llm=False, model=model)
         return None
 
     def read_event(self, event: Mapping[str, Any], facts: AnswerFacts) -> None:

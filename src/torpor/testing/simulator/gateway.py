@@ -219,6 +219,10 @@ class Gateway:
             node.db.fsync()
         yield
         served = world.upstream.request(node, row, sent)
+        while served is None or (served.truncated and not world.rules.only_refusals_are_sent_again):
+            node.append((kinds.CALL_RETRIED, node.incarnation, row.call_id, None, None))
+            yield
+            served = world.upstream.request(node, row, sent)
         yield
         node.append((kinds.HEAD, node.incarnation, row.call_id, None, served.head))
         node.wake(row.call_id)
