@@ -121,11 +121,11 @@ class Stage:
 
 
 @contextmanager
-def model_server(directory: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def model_server(directory: Path, arguments: Sequence[str], *, key: str = REAL_KEY) -> Iterator[tuple[str, str]]:
     """The scripted model in a process of its own; gives its URL and the URL of its control."""
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "torpor.testing.model_server", "--key", REAL_KEY),
+            *(sys.executable, "-m", "torpor.testing.model_server", "--key", key),
             *("--witness", str(directory / "witness.jsonl"), *arguments),
         ],
         stdout=subprocess.PIPE,

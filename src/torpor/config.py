@@ -9,6 +9,7 @@ import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from torpor.core.errors import InvalidInput
+from torpor.core.money import Price
 
 Family = Literal["openai", "anthropic", "gemini"]
 """Which dialects an upstream speaks, and where its key goes."""
@@ -28,6 +30,7 @@ DEFAULT_BASE_URLS: Mapping[Family, str] = {
 }
 GATEWAY_PORT = 4100
 PROXY_PORT = 4101
+PRICE_DOLLARS_MAX = 1_000_000
 FAKE_KEY = "torpor-keeps-the-real-key-outside"
 
 
@@ -96,6 +99,20 @@ class Upstream:
         return not self.models and not self.path_prefix
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceRule:
+    """What the user says that models cost.
+
+    Attributes:
+        pattern: of model names (`*`, `?`); the first rule that fits counts.
+        output_tokens_max: the longest answer of such a model; None if nothing is said of it.
+    """
+
+    pattern: str
+    price: Price
+    output_tokens_max: int | None = None
+
+
 class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One [upstreams.NAME] table, as it is written."""
 
@@ -115,9 +132,20 @@ class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
 
 
+class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One [prices."PATTERN"] table, as it is written: dollars for a million tokens, as strings."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
+
+
 class _FileFields(msgspec.Struct, frozen=True):
     workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
+    prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
 
 def torpor_home(environment: Mapping[str, str]) -> Path:
@@ -160,6 +188,26 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
         if not taken and family not in named:
             upstreams += _from_environment(family, environment)
     return tuple(upstreams)
+
+
+def read_prices(home: Path) -> tuple[PriceRule, ...]:
+    """The prices that the user gives, in the order of the file.
+
+    Raises:
+        InvalidInput: config.toml is malformed, or a price is no amount.
+    """
+    return tuple(_rule(pattern, fields) for pattern, fields in _read_file(home / "config.toml").prices.items())
+
+
+def _rule(pattern: str, fields: _PriceFields) -> PriceRule:
+    def or_input(amount: Decimal | None) -> Decimal:
+        return fields.input if amount is None else amount
+
+    amounts = (fields.input, fields.output, or_input(fields.cache_read), or_input(fields.cache_write))
+    if not all(amount.is_finite() and 0 <= amount <= PRICE_DOLLARS_MAX for amount in amounts):
+        raise _invalid(f"a price of {pattern!r} is no amount of dollars")
+    price = Price(input=amounts[0], output=amounts[1], cache_read=amounts[2], cache_write=amounts[3])
+    return PriceRule(pattern=pattern, price=price, output_tokens_max=fields.max_output_tokens)
 
 
 def _check_unambiguous(upstreams: Sequence[Upstream]) -> None:

@@ -11,6 +11,8 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ class Node:
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
+                "budget": partial(_budget, owner),
                 "kill": lambda: _kill(owner, ended),
                 "stop": lambda: _stop(owner, ended),
             }
@@ -112,6 +115,10 @@ async def _checkpoint(owner: "Owner") -> dict[str, Any]:
             "checkpoint_failed", "cannot make a checkpoint now", hint="`torpor log SESSION` has the reason."
         )
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
+
+
+async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
+    return asdict(await owner.add_to_budget(add))
 
 
 async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:

@@ -178,8 +178,10 @@ def test_every_configuration_field_is_documented() -> None:
     upstream_fields = set(config._UpstreamFields.__struct_fields__)
     assert upstream_fields <= table
     others = rows(section(page("docs/configuration.md"), "Other settings of config.toml"))
-    assert set(config._FileFields.__struct_fields__) - {"upstreams"} == others
+    assert set(config._FileFields.__struct_fields__) - {"upstreams", "prices"} == others
     assert {field.name for field in fields(config.Upstream)} - {"name", "key"} <= table
+    prices = rows(section(page("docs/configuration.md"), "Prices"))
+    assert set(config._PriceFields.__struct_fields__) <= prices
     assert set(config.FAMILIES) == set(get_args(config.Family))
     for family in config.FAMILIES:
         assert f'"{family}"' in page("docs/configuration.md")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from torpor.cli import timeline
+from torpor.cli.costs import standing
 from torpor.cli.printer import (
     cell,
     err,
@@ -25,8 +26,9 @@ from torpor.cli.printer import (
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
+from torpor.core.money import dollars_text
 from torpor.core.session import MAY_HOLD_SANDBOX
-from torpor.db import calls, checkpoints, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, outputs, sessions
 from torpor.runtime.leasing import is_held, read_holder
 from torpor.runtime.runtime import Runtime, open_runtime
 
@@ -63,9 +65,10 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
 
     async def work(runtime: Runtime) -> list[dict[str, Any]]:
         found = await runtime.database.read(sessions.list_newest)
-        return [_row(runtime, session) for session in found]
+        spent = await runtime.database.read(budgets.costs)
+        return [_row(runtime, session, spent.get(session.session_id)) for session in found]
 
-    columns = ("session", "name", "status", "node", "age", "events", "command")
+    columns = ("session", "name", "status", "node", "age", "events", "cost", "command")
     print_rows(with_runtime(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
 
 
@@ -77,10 +80,13 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         points = await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
         made = await runtime.database.read(lambda tx: calls.load_calls(tx, found.session_id))
         newest = max(points, key=lambda point: point.seq, default=None)
-        return _row(runtime, found) | {
+        spent = await runtime.database.read(budgets.costs)
+        state = await runtime.database.read(lambda tx: standing(tx, found.session_id))
+        return _row(runtime, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
             "attempts": sum(len(call.attempts) for call in made),
+            **{name: state[name] for name in ("budget", "spent", "reserved", "waits_on", "hint")},
             "checkpoints": len(points),
             "newest_checkpoint": newest.number if newest else None,
             "checkpointed_ns": newest.wall_ns if newest else None,
@@ -192,7 +198,7 @@ def pull(
         err.print(printable(path), markup=False)
 
 
-def _row(runtime: Runtime, session: sessions.Session) -> dict[str, Any]:
+def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
     lock = runtime.home.lock(session.session_id)
     holder = read_holder(lock) if is_held(lock) else None
     node = f"pid {holder.pid}" if holder else ("none: resume it" if session.status in MAY_HOLD_SANDBOX else "")
@@ -204,6 +210,7 @@ def _row(runtime: Runtime, session: sessions.Session) -> dict[str, Any]:
         "node": node,
         "age": human_age(age),
         "events": session.head_seq,
+        "cost": None if cost_nanousd is None else dollars_text(cost_nanousd),
         "command": " ".join(session.spec.get("argv", ())),
         "created_ns": session.created_ns,
     }

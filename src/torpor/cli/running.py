@@ -12,6 +12,7 @@ import typer
 from torpor.cli.printer import err, notice, print_json
 from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
+from torpor.core.money import parse_dollars
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node
 from torpor.runtime.runtime import Request
@@ -58,6 +59,9 @@ def run(
     mount: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
@@ -74,6 +78,7 @@ def run(
         workspace=workspace or Path.cwd(),
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
+        budget_nanousd=None if budget is None else parse_dollars(budget),
         any_size=yes,
     )
 

@@ -147,7 +147,8 @@ def _completed(data: Any) -> str:
     usage: dict[str, Any] = data.get("usage") or {}
     tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
     size = human_bytes(int(data.get("bytes", 0)))
-    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}"
+    cost = f", ${data['cost']}" if data.get("cost") is not None else ""
+    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}{cost}"
 
 
 def _joined(data: Any) -> str:
@@ -206,6 +207,9 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.CALL_COMPLETED: _completed,
     Kind.CALL_FAILED: lambda data: str(data.get("error", "")),
     Kind.CALL_TORN: lambda data: f"attempt {data.get('attempt')} was cut short: its node died",
+    Kind.WAITPOINT_CREATED: lambda data: f"{data.get('kind')}: the call is held, it may cost ${data.get('needed')}",
+    Kind.WAITPOINT_RESOLVED: lambda data: f"{data.get('kind')}: the limit is ${data.get('limit')}",
+    Kind.BUDGET_CHANGED: lambda data: f"from ${data.get('from')} to ${data.get('to')}",
     Kind.CALL_UNKNOWN: lambda _data: "sent, and nobody knows what came of it",
     Kind.CALL_REPEATED: _repeated,
     Kind.CALL_JOINED: _joined,
@@ -224,6 +228,7 @@ _COLOURS = {
     Kind.CHECKPOINT_COMMITTED: "blue",
     Kind.RECOVERY_CHOSEN: "magenta",
     Kind.CALL_TORN: "yellow",
+    Kind.WAITPOINT_CREATED: "yellow",
     Kind.CALL_FAILED: "red",
     Kind.CHECKPOINT_FAILED: "red",
     Kind.RECOVERY_REJECTED: "red",

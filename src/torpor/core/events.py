@@ -51,7 +51,9 @@ class Kind(StrEnum):
     RECOVERY_CHOSEN = "recovery.chosen"
     RECOVERY_REJECTED = "recovery.rejected"
     OUTPUT_DIFFERED = "output.differed"
+    WAITPOINT_CREATED = "waitpoint.created"
     WAITPOINT_RESOLVED = "waitpoint.resolved"
+    BUDGET_CHANGED = "budget.changed"
     AGENT_EXITED = "agent.exited"
 
 

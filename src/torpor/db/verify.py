@@ -11,6 +11,7 @@ from torpor.core.call import Call, CallState
 from torpor.core.errors import Damaged
 from torpor.core.events import CONTEXT_KINDS, GENESIS_HASH, Event, EventDraft, Kind, event_hash
 from torpor.core.ids import SessionId
+from torpor.core.money import dollars_text
 from torpor.db import answers, blocks, log, redaction, requests
 from torpor.db.call_rows import body_facts, head_digest, intent_data
 from torpor.db.calls import load_calls
@@ -183,6 +184,10 @@ def _response_problems(tx: Transaction, call: Call, event: Event, masks: Masks) 
         yield Problem(code="response_changed", seq=event.seq, text=f"the answer of {call.call_id} is not as written")
     if "head_digest" in event.data:
         yield from _head_problems(call, event)
+    elif "cost" in event.data:
+        billed = next((one.cost_nanousd for one in call.attempts if one.number == event.data["attempt"]), None)
+        if (None if billed is None else dollars_text(billed)) != event.data["cost"]:
+            yield Problem(code="cost_changed", seq=event.seq, text=f"the cost of {call.call_id} is not as written")
 
 
 def _checkpoint_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:

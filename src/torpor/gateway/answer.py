@@ -60,9 +60,11 @@ class AnswerReader:
             # A stream of events in one array: that it is whole JSON says that none is missing.
             for event in items(value):  # pyright: ignore[reportUnknownArgumentType]
                 self._dialect.read_event(mapping(event), self.facts)
+                _note_terms(mapping(event), self.facts)
             self.facts.terminal = True
         elif isinstance(value, dict):
             self._dialect.read_message(mapping(value), self.facts)  # pyright: ignore[reportUnknownArgumentType]
+            _note_terms(mapping(value), self.facts)  # pyright: ignore[reportUnknownArgumentType]
 
     def _read(self, plain: bytes) -> None:
         if self._is_message:
@@ -84,3 +86,14 @@ class AnswerReader:
             self.facts.terminal = True
         elif (event := json_object(raw)) is not None:
             self._dialect.read_event(event, self.facts)
+            _note_terms(event, self.facts)
+
+
+def _note_terms(said: Mapping[str, Any], facts: AnswerFacts) -> None:
+    """The terms that an answer was made on, which every API says beside its usage or in it; the last word counts."""
+    for place in (said, mapping(said.get("message")), mapping(said.get("response"))):
+        for source in (place, mapping(place.get("usage"))):
+            facts.terms |= {name: source[name] for name in _TERMS if isinstance(source.get(name), str)}
+
+
+_TERMS = ("service_tier", "speed")

@@ -46,6 +46,8 @@ class Intake:
     request: Request
     destination: Destination
     key: RequestKey
+    plain_body: bytes
+    """The body without its content-encoding."""
     model: str | None
     shape: Shape
     """How its client wants the answer."""
@@ -152,6 +154,7 @@ def _intake(request: Request, destination: Destination) -> Intake:
         request=replace(request, line=line),
         destination=destination,
         key=key,
+        plain_body=body,
         model=route.model or facts.model,
         shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
     )

@@ -17,6 +17,7 @@ from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
 from torpor.gateway.backoff import Backoff
+from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
 from torpor.gateway.failure import NoAnswer
 from torpor.gateway.intake import Intake
@@ -34,21 +35,26 @@ class Pump:
 
     Attributes:
         recording: its rows as they are written.
-        sent: set when call.sent is durable, as the request goes upstream.
+        under_way: set when its agent begins to wait for the answer: call.sent is durable, or what holds the call.
         failed: it ended without an answer.
     """
 
-    def __init__(self, *, call: Call, intake: Intake, recorder: Recorder, upstreams: UpstreamClient) -> None:
+    def __init__(
+        self, *, call: Call, intake: Intake, recorder: Recorder, billing: Billing, upstreams: UpstreamClient
+    ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
-        self.sent = asyncio.Event()
+        self.under_way = asyncio.Event()
         self.failed = False
+        self._body = intake.plain_body
         self._line = intake.request.line
         self._destination = intake.destination
         self._outgoing = intake.outgoing
         self._recorder = recorder
+        self._billing = billing
         self._upstreams = upstreams
         self._scrubber = Scrubber(None)
+        self._reader: AnswerReader | None = None
         self._sent_ns = 0
 
     async def run(self) -> None:
@@ -57,13 +63,17 @@ class Pump:
         Raises:
             Superseded: this node lost the session.
         """
-        self._sent_ns = self._recorder.wall_ns()
-        self.recording.attempt = await self._recorder.send(self.call.call_id)
-        self.sent.set()
         try:
+            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
+            self.recording.attempt = await opening
+            self._sent_ns = self._recorder.wall_ns()
+            self.under_way.set()
             await self._send()
         except NoAnswer as failure:
+            self.under_way.set()
             await self._fail(failure)
+        finally:
+            self._billing.look_again()
 
     async def _send(self) -> None:
         """Send the request until it is taken, or refused for good."""
@@ -85,7 +95,7 @@ class Pump:
     async def _receive(self, answer: UpstreamAnswer, upstream: str) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)
         head = self._line.shape(answer.status, answer.reason, headers)
-        reader = AnswerReader(
+        self._reader = reader = AnswerReader(
             self._destination.dialect,
             status=answer.status,
             headers={name.lower(): value for name, value in headers},
@@ -111,9 +121,10 @@ class Pump:
             "in_band_error": reader.facts.error,
             "response_id": reader.facts.response_id,
         }
+        bill = await self._billing.bill(self.call, answer.status, reader.facts, self._sent_ns)
         # What is only read again was paid for by the call that asked for it.
         usage = reader.facts.usage if self._destination.route.is_llm else {}
-        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts)
+        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts, bill=bill)
         if self.recording.head is None:
             self.recording.add_head(head)
         self.recording.end(finished=True)
@@ -137,9 +148,11 @@ class Pump:
     async def _fail(self, failure: NoAnswer) -> None:
         """An answer that began is broken off; one that did not is replaced by words of ours."""
         self.failed = True
+        said = self._reader.facts if self._reader is not None else None
+        bill = await self._billing.bill_failure(self.call, failure, said, self._sent_ns)
         error = f"{failure.code}: {self._scrubber.text(str(failure))}"
         if self.recording.head is not None:
-            await self._recorder.fail(self.call.call_id, error=error, response=None)
+            await self._recorder.fail(self.call.call_id, error=error, response=None, bill=bill)
             self.recording.end(finished=False)
             return
         answer = error_answer(
@@ -150,7 +163,9 @@ class Pump:
             message=f"Torpor {self._scrubber.text(str(failure))}.",
             retry=failure.retry,
         )
-        failed = await self._recorder.fail(self.call.call_id, error=error, response=(answer.head, answer.body))
+        failed = await self._recorder.fail(
+            self.call.call_id, error=error, response=(answer.head, answer.body), bill=bill
+        )
         self.recording.attempt = failed.attempts[-1].number
         self.recording.add_head(answer.head)
         if answer.body:

@@ -13,6 +13,7 @@ from typing import Any
 from torpor.core.call import Call, ResponseHead
 from torpor.core.errors import Conflict
 from torpor.core.ids import CallId
+from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
 from torpor.gateway.intake import Intake, from_log
 from torpor.gateway.pump import Pump
@@ -49,12 +50,15 @@ class Pumps:
         *,
         recorder: Recorder,
         upstreams: UpstreamClient,
+        billing: Billing,
         routing: Routing,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
+        self._billing = billing
+        self._warm = False
         self._routing = routing
         self._on_call = on_call
         self._on_failed = on_failed
@@ -92,9 +96,12 @@ class Pumps:
 
     def start(self, call: Call, intake: Intake, *, announce: bool) -> Answer:
         """Send a call, or send it again, as its next attempt."""
-        pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
+        pump = Pump(call=call, intake=intake, recorder=self._recorder, billing=self._billing, upstreams=self._upstreams)
         self._pumps[call.call_id] = pump
         self._spawn(self._run(pump))
+        if call.is_llm and not self._warm:
+            self._warm = True
+            self._spawn(self._billing.warm(call))
         if announce and call.is_llm:
             self._held[call.call_id] = asyncio.Event()
             self._spawn(self._announce(pump))
@@ -151,6 +158,6 @@ class Pumps:
             self._on_failed(pump.call.call_id)
 
     async def _announce(self, pump: Pump) -> None:
-        await pump.sent.wait()
+        await pump.under_way.wait()
         await self._on_call(pump.call.call_id)
         self._held.pop(pump.call.call_id).set()

@@ -15,8 +15,9 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
+from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import calls, log, redo, requests, sessions
+from torpor.db import budgets, calls, log, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -82,15 +83,34 @@ class Recorder:
         crash_point("call.intended")
         return call_made
 
-    async def send(self, call_id: CallId) -> int:
-        """Open the next attempt, before its first byte goes upstream."""
+    async def send(self, call_id: CallId, *, needed_nanousd: int | None = None) -> int | Verdict:
+        """Open the next attempt, before its first byte goes upstream; or say why the budget does not allow it now.
 
-        def work(tx: Transaction) -> int:
-            return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self.clock.wall_ns()).number
+        Args:
+            needed_nanousd: what it may cost at most, if it has to fit a budget: that much is reserved with the sending.
+        """
+
+        def work(tx: Transaction) -> int | Verdict:
+            wall_ns = self.clock.wall_ns()
+            if needed_nanousd is not None:
+                asked: dict[str, Any] = {"call_id": call_id, "needed_nanousd": needed_nanousd, "wall_ns": wall_ns}
+                verdict = budgets.admit(tx, **self._fence, **asked)
+                if verdict is not Verdict.SEND:
+                    return verdict
+            sent: dict[str, Any] = {"call_id": call_id, "wall_ns": wall_ns, "reserved_nanousd": needed_nanousd}
+            return calls.mark_sent(tx, **self._fence, **sent).number
 
         attempt = await self._database.write(work, durable=True)
-        crash_point("call.sent")
+        if attempt is Verdict.HOLD:
+            crash_point("waitpoint.created")
+        elif attempt is not Verdict.WAIT:
+            crash_point("call.sent")
         return attempt
+
+    async def has_budget(self) -> bool:
+        """Whether anything limits this session; that never changes, only the limit does."""
+        session = await self._database.read(lambda tx: sessions.get(tx, self._session_id))
+        return session.budget_nanousd is not None
 
     async def retry(self, call_id: CallId, facts: Mapping[str, Any]) -> None:
         """The provider refused the attempt for now: it is sent again after a pause. Nothing outside depends on it."""
@@ -115,29 +135,47 @@ class Recorder:
         await self._database.write(work, durable=False)
         crash_point("call.received")
 
-    async def complete(self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    async def complete(
+        self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any], bill: Bill | None = None
+    ) -> None:
         def work(tx: Transaction) -> Event:
-            wall_ns = self.clock.wall_ns()
-            return calls.complete(tx, **self._fence, call_id=call_id, usage=usage, facts=facts, wall_ns=wall_ns)
+            ended: dict[str, Any] = {"call_id": call_id, "usage": usage, "facts": facts, "bill": bill}
+            return calls.complete(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
 
-    async def fail(self, call_id: CallId, *, error: str, response: tuple[ResponseHead, bytes] | None) -> Call:
+    async def fail(
+        self,
+        call_id: CallId,
+        *,
+        error: str,
+        response: tuple[ResponseHead, bytes] | None,
+        bill: Bill | None = None,
+    ) -> Call:
         """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
 
         def work(tx: Transaction) -> Call:
-            wall_ns = self.clock.wall_ns()
-            calls.fail(tx, **self._fence, call_id=call_id, error=error, response=response, wall_ns=wall_ns)
+            ended: dict[str, Any] = {"call_id": call_id, "error": error, "response": response, "bill": bill}
+            calls.fail(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
             return calls.load_call(tx, call_id)
 
         return await self._database.write(work, durable=True)
 
-    async def tear_open(self) -> list[CallId]:
+    async def load_sent(self) -> list[tuple[Call, list[Chunk]]]:
+        """The calls that an earlier node had sent and not answered, with what came of their answers."""
+
+        def work(tx: Transaction) -> list[tuple[Call, list[Chunk]]]:
+            sent = [call for call in calls.load_calls(tx, self._session_id) if call.state is CallState.SENT]
+            return [(call, calls.load_chunks(tx, call.call_id, call.attempts[-1].number)) for call in sent]
+
+        return await self._database.read(work)
+
+    async def tear_open(self, bills: Mapping[CallId, Bill]) -> list[CallId]:
         """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
 
         def work(tx: Transaction) -> list[CallId]:
-            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns())
+            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns(), bills=bills)
 
         return await self._database.write(work, durable=True)
 

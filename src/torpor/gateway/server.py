@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from torpor.config import Upstream
+from torpor.config import PriceRule, Upstream
 from torpor.core.branch import ContextTree
 from torpor.core.checkpoint import OpenStream, StreamFate
 from torpor.core.clock import Clock
@@ -21,9 +21,11 @@ from torpor.core.join import StreamEnd
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
+from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
+from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Recorder
 from torpor.gateway.routing import Routing
@@ -75,12 +77,15 @@ class Gateway:
         clock: Clock,
         upstreams: Sequence[Upstream],
         on_call: OnCall,
+        prices: Sequence[PriceRule] = (),
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
         self._routing = Routing(upstreams)
+        self._billing = Billing(recorder=self._recorder, book=PriceBook(prices), routing=self._routing)
         self._pumps = Pumps(
             recorder=self._recorder,
             upstreams=UpstreamClient(clock),
+            billing=self._billing,
             routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
@@ -106,7 +111,11 @@ class Gateway:
 
     async def recover(self) -> list[CallId]:
         """At the start of a node: what the one before had sent and not answered is torn from now on."""
-        return await self._recorder.tear_open()
+        return await self._recorder.tear_open(await self._billing.bill_torn())
+
+    def look_again(self) -> None:
+        """Let every call that the budget holds ask again: it was raised, or the session runs (again)."""
+        self._billing.look_again()
 
     async def begin_incarnation(self, incarnation: int, redo: RedoSet, *, adopted: bool) -> None:
         """Serve a life of the sandbox, new or adopted; the streams of the one before are forgotten, its pumps live on.

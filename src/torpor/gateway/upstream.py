@@ -84,7 +84,9 @@ class UpstreamClient:
     def __init__(self, clock: Clock) -> None:
         self._keys = KeyRing(clock)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
-        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600)
+        # A proxy of the environment may tunnel to https, which it cannot read; what goes in the clear goes straight.
+        straight = {"http://": httpx.AsyncHTTPTransport(limits=limits)}
+        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600, mounts=straight)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()

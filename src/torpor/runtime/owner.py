@@ -17,6 +17,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
+from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
@@ -112,6 +113,12 @@ class Owner:
         """Make a checkpoint now; None when it failed."""
         return await self._checkpointer.take_and_commit("manual")
 
+    async def add_to_budget(self, amount_nanousd: int) -> Account:
+        """Raise the budget and let go on what it held."""
+        account = await self._records.add_to_budget(amount_nanousd)
+        self._gateway.look_again()
+        return account
+
     async def _lives(self) -> Outcome:
         await self._gateway.recover()
         calls = await self._records.calls()
@@ -206,6 +213,7 @@ class Owner:
             if committed is None:
                 self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
+                self._gateway.look_again()
                 self._wanted = None
                 self._asked.clear()
                 self._stop_refused.set()
@@ -248,6 +256,8 @@ class Owner:
         )
         await self._records.append(chosen)
         await self._records.set_status(SessionStatus.RUNNING, rung.mode)
+        # A call that the budget held while the session did not run lets it wait from now on.
+        self._gateway.look_again()
         if rung.mode != "boot":
             self._watcher.notice(_tell(rung, took_ns))
         return outputs

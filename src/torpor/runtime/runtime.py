@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from torpor.config import Upstream, guest_environment, read_upstreams, read_workspace_bytes_max, torpor_home
+from torpor.config import (
+    PriceRule,
+    Upstream,
+    guest_environment,
+    read_prices,
+    read_upstreams,
+    read_workspace_bytes_max,
+    torpor_home,
+)
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, redaction, sessions
 from torpor.db.database import Database, Transaction, open_database
@@ -52,6 +61,7 @@ class Request:
     workspace: Path
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
+    budget_nanousd: int | None = None
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -59,9 +69,18 @@ class Request:
 class Runtime:
     """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
 
-    def __init__(self, *, home: Home, upstreams: Sequence[Upstream], database: Database, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        home: Home,
+        upstreams: Sequence[Upstream],
+        prices: Sequence[PriceRule],
+        database: Database,
+        clock: Clock,
+    ) -> None:
         self.home = home
         self.upstreams = upstreams
+        self.prices = prices
         self.database = database
         self.clock = clock
         self.store = SnapshotStore(LocalDirectory(home.store), clock=clock)
@@ -87,7 +106,12 @@ class Runtime:
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
             lambda tx: sessions.create(
-                tx, session_id=session_id, name=request.name, spec=plain, wall_ns=self.clock.wall_ns()
+                tx,
+                session_id=session_id,
+                name=request.name,
+                spec=plain,
+                wall_ns=self.clock.wall_ns(),
+                budget_nanousd=request.budget_nanousd,
             ),
             durable=True,
         )
@@ -232,6 +256,21 @@ class Runtime:
         await self._incarnations(session, runsc, staging).sweep(keep=None)
         staging.clear()
 
+    async def add_to_budget(
+        self, session_id: SessionId, amount_nanousd: int, me: leasing.Holder, answers: leasing.HolderAnswers
+    ) -> Account:
+        """Raise the budget of a session that no node runs; what waits for it goes on when one does."""
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+            records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
+            account = await records.add_to_budget(amount_nanousd)
+            await records.release()
+            return account
+        finally:
+            lock.release()
+
     async def cancel(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """End a session that no node runs; its sandbox, if one is left, is destroyed."""
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
@@ -276,6 +315,7 @@ class Runtime:
             owner_token=records.owner_token,
             clock=self.clock,
             upstreams=self.upstreams,
+            prices=self.prices,
             on_call=lambda _call_id: checkpointer.take("call"),
         )
         checkpointer = Checkpointer(
@@ -384,11 +424,11 @@ def _visible_command(command: str, environments: Sequence[Path]) -> str:
 async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGenerator[Runtime]:
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
-    upstreams = read_upstreams(home.root, environment)
+    upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     home.prepare()
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, upstreams=upstreams, database=database, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, clock=clock)
     finally:
         await database.close()
 

@@ -129,7 +129,12 @@ def test_each_statement_is_used() -> None:
 
 
 def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Path) -> None:
-    through_all_sessions = {"session/find_by_prefix", "session/list_newest", "session/list_of_node"}
+    through_all_sessions = {
+        "budget/list_costs",
+        "session/find_by_prefix",
+        "session/list_newest",
+        "session/list_of_node",
+    }
     with closing(sqlite3.connect(tmp_path / "torpor.db")) as connection:
         for name, text in statements().items():
             if name.startswith("search/"):

@@ -63,7 +63,7 @@ async def test_a_key_comes_from_one_of_three_places(tmp_path: Path, line: str, k
         ('key_env = "ABSENT"', "ABSENT is not set"),
         ('key_command = ["false"]', "status 1"),
         ('key_command = ["true"]', "status 0 and no key"),
-        ('key_command = ["/no/such/program"]', "No such file"),
+        ('key_command = ["/no/such/program"]', "program_missing"),
     ],
 )
 async def test_a_key_that_is_missing_is_missed_when_it_is_needed(tmp_path: Path, line: str, reason: str) -> None:

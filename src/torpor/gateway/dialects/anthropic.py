@@ -68,6 +68,8 @@ class Anthropic:
         count(usage, "output_tokens", facts.usage, "output_tokens")
         for name in _PROMPT_PARTS[1:]:
             count(usage, name, facts.usage, name)
+        written = mapping(usage.get("cache_creation"))
+        count(written, "ephemeral_1h_input_tokens", facts.usage, "cache_creation_1h_input_tokens")
         parts: dict[str, int] = {}
         for name in _PROMPT_PARTS:
             count(usage, name, parts, name)

@@ -51,7 +51,9 @@ class AnswerFacts:
         terminal: the event, or the whole JSON, that ends an answer of this API was there.
         error: it reported its own failure, in-band.
         usage: token counts: input_tokens (the whole prompt), output_tokens, cache_read_input_tokens,
-            cache_creation_input_tokens, reasoning_output_tokens; those that were said.
+            cache_creation_input_tokens, cache_creation_1h_input_tokens (a part of it), reasoning_output_tokens; those
+            that were said.
+        terms: service_tier and speed, which change the price, as the provider names them.
     """
 
     terminal: bool = False
@@ -59,6 +61,7 @@ class AnswerFacts:
     finish_reason: str | None = None
     response_id: str | None = None
     usage: dict[str, int] = field(default_factory=dict[str, int])
+    terms: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class Dialect(Protocol):
