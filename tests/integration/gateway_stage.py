@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
-from torpor.core.checkpoint import OpenStream, StreamFate, stream_fate
+from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.events import Event, Kind
@@ -203,6 +203,25 @@ class OnCall:
         await self.gate.wait()
 
 
+class CheckpointFor:
+    """The runtime's way to a checkpoint that the agent asks for: counts, can hold, and gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[CallId] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = asyncio.Event()
+        self.outcome: Checkpoint | SandboxFailed | None = None
+
+    async def __call__(self, call: Call) -> Checkpoint | None:
+        self.calls.append(call.call_id)
+        self.asked.set()
+        await self.gate.wait()
+        if isinstance(self.outcome, SandboxFailed):
+            raise self.outcome
+        return self.outcome
+
+
 @dataclass(slots=True)
 class Stage:
     model: ModelServer
@@ -212,6 +231,7 @@ class Stage:
     upstreams: tuple[Upstream, ...]
     process: subprocess.Popen[bytes]
     on_call: OnCall = field(default_factory=OnCall)
+    checkpoint_for: CheckpointFor = field(default_factory=CheckpointFor)
 
     @property
     def url(self) -> str:
@@ -266,6 +286,7 @@ class Stage:
                 clock=CLOCK,
                 upstreams=self.upstreams,
                 on_call=self.on_call,
+                checkpoint_for=self.checkpoint_for,
             )
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run())

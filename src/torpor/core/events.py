@@ -42,6 +42,8 @@ class Kind(StrEnum):
     """Its stream ended; data: end (a StreamEnd), taken_bytes. Logged before init may forget the stream."""
     CALL_DIVERGED = "call.diverged"
     STREAM_RESET = "stream.reset"
+    NOTE_ADDED = "note.added"
+    """The agent wrote something down; data: text."""
     CHECKPOINT_COMMITTED = "checkpoint.committed"
     CHECKPOINT_FAILED = "checkpoint.failed"
     RECOVERY_CHOSEN = "recovery.chosen"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torpor.config import PROXY_PORT
 from torpor.core.call import ResponseHead
-from torpor.gateway.dialects import find_route, likely_dialect
+from torpor.gateway.dialects import OWN, find_route, likely_dialect
 from torpor.gateway.dialects.base import Dialect, Route
 from torpor.gateway.request import Headers, RequestLine, Unreadable
 
@@ -49,7 +49,8 @@ def admit(line: RequestLine, port: int) -> Admitted | LocalAnswer:
         return refuse(line, 426, "websocket_refused", reason, headers=(("upgrade", "HTTP/1.1"),))
     if (line.method, line.path) == ("HEAD", "/"):
         return LocalAnswer(head=line.shape(200, "OK", (("content-type", "application/json"),)), body=b"")
-    found = find_route(line.method, line.path, header_names(line))
+    own = OWN.route(line.method, line.path)
+    found = (OWN, own) if own is not None else find_route(line.method, line.path, header_names(line))
     if found is None:
         reason = f"{line.method} {line.path[:200]} is not among the requests that agents may make"
         return refuse(line, 404, "path_unknown", reason)

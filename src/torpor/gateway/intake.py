@@ -11,6 +11,8 @@ from torpor.core.match import request_key
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
 from torpor.gateway.admission import Admitted, LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.dialects import OWN
+from torpor.gateway.own import answer_here
 from torpor.gateway.record import Claim
 from torpor.gateway.request import (
     Request,
@@ -117,6 +119,8 @@ async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
     request = await read_body(stream, reader)
     if isinstance(request, Unreadable):
         return refuse_unreadable(request)
+    if admitted.dialect is OWN and (answer := answer_here(request)) is not None:
+        return answer
     # Keys of a long conversation take a while: the loop goes on meanwhile.
     return await asyncio.to_thread(_intake, request, admitted)
 

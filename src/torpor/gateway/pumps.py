@@ -12,7 +12,9 @@ from typing import Any
 from torpor.core.call import Call
 from torpor.core.ids import CallId
 from torpor.gateway.delivery import Recording
+from torpor.gateway.dialects import OWN
 from torpor.gateway.intake import Intake, from_log
+from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.upstream import UpstreamClient
@@ -48,15 +50,17 @@ class Pumps:
         upstreams: UpstreamClient,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
+        checkpoint_for: CheckpointFor,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
         self._on_call = on_call
         self._on_failed = on_failed
+        self._checkpoint_for = checkpoint_for
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._closing = asyncio.Event()
-        self._pumps: dict[CallId, Pump] = {}
+        self._pumps: dict[CallId, Pump | OwnPump] = {}
         self._held: dict[CallId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -87,10 +91,14 @@ class Pumps:
 
     def start(self, call: Call, intake: Intake, *, announce: bool) -> Answer:
         """Send a call, or send it again, as its next attempt."""
-        pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
+        if intake.admitted.dialect is OWN:
+            request, checkpoint_for = intake.request, self._checkpoint_for
+            pump = OwnPump(call=call, request=request, recorder=self._recorder, checkpoint_for=checkpoint_for)
+        else:
+            pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
         self._pumps[call.call_id] = pump
         self._spawn(self._run(pump))
-        if announce and call.is_llm:
+        if announce and call.is_llm and isinstance(pump, Pump):
             self._held[call.call_id] = asyncio.Event()
             self._spawn(self._announce(pump))
         return self._answer(call, pump.recording)
@@ -119,7 +127,7 @@ class Pumps:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, pump: Pump) -> None:
+    async def _run(self, pump: Pump | OwnPump) -> None:
         await pump.run()
         del self._pumps[pump.call.call_id]
         if pump.failed:

@@ -5,7 +5,7 @@ anything is delivered, which survives the death of every process; the next durab
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from torpor.core.crash import crash_point
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import calls, log, redo, requests, sessions
+from torpor.db import calls, checkpoints, log, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
+from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.delivery import Recording
 from torpor.gateway.request import expects_continue
 from torpor.gateway.reshape import Shape
@@ -113,6 +114,50 @@ class Recorder:
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
+
+    async def answer(self, call_id: CallId, write: Callable[[Transaction], LocalAnswer]) -> LocalAnswer:
+        """Do what a call of Torpor's own asks for, and record its whole answer, in one durable transaction.
+
+        A kill -9 before it leaves a call that was never sent, after it an answer that was not delivered.
+        """
+
+        def work(tx: Transaction) -> LocalAnswer:
+            wall_ns = self._clock.wall_ns()
+            number = calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=wall_ns).number
+            answer = write(tx)
+            step: dict[str, Any] = {**self._fence, "call_id": call_id}
+            calls.record_head(tx, **step, attempt=number, head=answer.head, wall_ns=wall_ns)
+            chunks = [Chunk(number=0, offset_ns=0, data=answer.body)] if answer.body else []
+            calls.append_chunks(tx, **step, attempt=number, chunks=chunks)
+            calls.complete(tx, **step, usage={}, facts={"status": answer.head.status}, wall_ns=wall_ns)
+            return answer
+
+        answer = await self._database.write(work, durable=True)
+        crash_point("call.completed")
+        return answer
+
+    def append_note(self, tx: Transaction, call_id: CallId, text: str) -> int:
+        """Within `answer`: the agent's note; its seq."""
+        incarnation = sessions.get(tx, self._session_id).incarnation
+        return self._append(tx, Kind.NOTE_ADDED, incarnation, call_id, {"text": text})
+
+    def describe(self, tx: Transaction) -> dict[str, Any]:
+        """Within `answer`: what an agent may know of its session."""
+        session = sessions.get(tx, self._session_id)
+        newest = checkpoints.newest(tx, self._session_id)
+        started = log.last_of_kind(tx, self._session_id, Kind.INCARNATION_STARTED)
+        slept_ns = 0
+        if started is not None and started.data.get("mode") == "restore":
+            point = checkpoints.numbered(tx, self._session_id, started.data["checkpoint"])
+            slept_ns = max(0, started.wall_ns - point.wall_ns) if point is not None else 0
+        return {
+            "session": session.session_id,
+            "name": session.name,
+            "incarnation": session.incarnation,
+            "slept_for": slept_ns // 1_000_000 / 1000,
+            "checkpoint": newest.number if newest is not None else None,
+            "head": session.head_seq,
+        }
 
     async def fail(self, call_id: CallId, *, error: str, response: tuple[ResponseHead, bytes] | None) -> Call:
         """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
@@ -246,9 +291,9 @@ class Recorder:
 
     def _append(
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
-    ) -> None:
+    ) -> int:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())
+        return log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())[0].seq
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})

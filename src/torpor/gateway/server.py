@@ -24,6 +24,7 @@ from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
+from torpor.gateway.own import CheckpointFor
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Recorder
 from torpor.gateway.upstream import UpstreamClient
@@ -62,6 +63,7 @@ class Gateway:
     Args:
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
+        checkpoint_for: makes the checkpoint that the agent itself asks for.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Gateway:
         clock: Clock,
         upstreams: Sequence[Upstream],
         on_call: OnCall,
+        checkpoint_for: CheckpointFor,
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
         self._pumps = Pumps(
@@ -80,6 +83,7 @@ class Gateway:
             upstreams=UpstreamClient(upstreams, clock),
             on_call=on_call,
             on_failed=self._failed,
+            checkpoint_for=checkpoint_for,
         )
         self._turnstile = asyncio.Lock()
         self._open: dict[StreamId, _Attachment] = {}

@@ -147,6 +147,7 @@ class UpstreamClient:
 
     def _upstream(self, outgoing: Outgoing) -> Upstream:
         family = outgoing.dialect.family
+        assert family is not None, "a call of Torpor's own goes nowhere"
         upstream = self._upstreams.get(family)
         if upstream is None:
             variable = f"{family.upper()}_API_KEY"

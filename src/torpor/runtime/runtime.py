@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from torpor.config import Upstream, guest_environment, read_upstreams, torpor_home
+from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, InvalidInput
-from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, sessions
 from torpor.db.database import Database, Transaction, open_database
@@ -220,13 +221,21 @@ class Runtime:
         spec = msgspec.convert(session.spec, SessionSpec)
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
+
+        async def on_call(_call_id: CallId) -> None:
+            await checkpointer.take("call")
+
+        async def checkpoint_for(call: Call) -> Checkpoint | None:
+            return await checkpointer.take_for(call)
+
         gateway = Gateway(
             database=self.database,
             session_id=session.session_id,
             owner_token=records.owner_token,
             clock=self.clock,
             upstreams=self.upstreams,
-            on_call=lambda _call_id: checkpointer.take("call"),
+            on_call=on_call,
+            checkpoint_for=checkpoint_for,
         )
         checkpointer = Checkpointer(
             records=records,

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from torpor.gateway.dialects.anthropic import Anthropic
 from torpor.gateway.dialects.base import Dialect, Route
 from torpor.gateway.dialects.openai_chat import OpenAIChat
+from torpor.gateway.dialects.own import Own
 
 OPENAI_CHAT = OpenAIChat()
 ANTHROPIC = Anthropic()
+OWN = Own()
 _DIALECTS: tuple[Dialect, ...] = (OPENAI_CHAT, ANTHROPIC)
 
 
@@ -28,7 +30,7 @@ def dialect_named(name: str) -> Dialect:
     Raises:
         StopIteration: there is none of that name.
     """
-    return next(dialect for dialect in _DIALECTS if dialect.name == name)
+    return next(dialect for dialect in (OWN, *_DIALECTS) if dialect.name == name)
 
 
 def likely_dialect(path: str, header_names: Iterable[str]) -> Dialect | None:

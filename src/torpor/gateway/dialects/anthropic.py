@@ -22,7 +22,7 @@ class Anthropic:
     """POST /v1/messages, its token count, and the list of models."""
 
     name = "anthropic"
-    family: Family = "anthropic"
+    family: Family | None = "anthropic"
     last_event: bytes | None = None
 
     def route(self, method: str, path: str) -> Route | None:

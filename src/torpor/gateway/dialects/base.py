@@ -53,11 +53,12 @@ class Dialect(Protocol):
 
     Attributes:
         name: keys the matching rules of `core.match`.
+        family: whose upstreams speak it; None: no upstream does.
         last_event: data of an event that is no JSON and ends every stream.
     """
 
     name: str
-    family: Family
+    family: Family | None
     last_event: bytes | None
 
     def route(self, method: str, path: str) -> Route | None:

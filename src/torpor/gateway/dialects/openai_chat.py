@@ -12,7 +12,7 @@ class OpenAIChat:
     """POST /v1/chat/completions, and the list of models."""
 
     name = "openai_chat"
-    family: Family = "openai"
+    family: Family | None = "openai"
     last_event: bytes | None = b"[DONE]"
 
     def route(self, method: str, path: str) -> Route | None:
