@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from torpor.core.errors import TorporError
 from torpor.gateway.request import Headers, Request, RequestLine
 
 PREFIX = "/torpor/v1"
@@ -143,15 +144,15 @@ class Reply:
     headers: Headers = ()
 
 
-class Refused(Exception):
+class Refused(TorporError):
     """A request that asks for nothing that there is. `reply` says so."""
 
     def __init__(
-        self, status: int, code: str, reason: str, *, hint: str = "See docs/agent-api.md.", headers: Headers = ()
+        self, code: str, reason: str, *, status: int, hint: str = "See docs/agent-api.md.", headers: Headers = ()
     ) -> None:
-        super().__init__(reason)
-        message = f"cannot take this request: {reason}"
-        self.reply = Reply(status=status, body={"code": code, "message": message, "hint": hint}, headers=headers)
+        super().__init__(code, f"cannot take this request: {reason}", hint=hint)
+        body = {"code": code, "message": str(self), "hint": hint}
+        self.reply = Reply(status=status, body=body, headers=headers)
 
 
 def read_wish(request: Request, body: bytes) -> Wish | Reply:
@@ -169,7 +170,7 @@ def read_wish(request: Request, body: bytes) -> Wish | Reply:
     allowed = {rule.method: rule for rule in RULES if rule.path == line.path}
     if not allowed:
         hint = f"GET {DOCUMENT_PATH} says what there is."
-        raise Refused(404, "path_unknown", f"there is no {line.path[:200]}", hint=hint)
+        raise Refused("path_unknown", f"there is no {line.path[:200]}", status=404, hint=hint)
     rule = allowed.get(line.method)
     if rule is None:
         raise refuse_method(line, ", ".join(allowed))
@@ -186,12 +187,12 @@ def check_origin(line: RequestLine) -> None:
     origin = line.header("origin")
     host = origin.partition("://")[2].rpartition(":")[0] or origin.partition("://")[2]
     if origin and host not in {"127.0.0.1", "localhost"}:
-        raise Refused(403, "origin_refused", f"it comes from a page of {origin[:200]}")
+        raise Refused("origin_refused", f"it comes from a page of {origin[:200]}", status=403)
 
 
 def refuse_method(line: RequestLine, allowed: str) -> Refused:
     reason = f"{line.path[:200]} takes {allowed}, not {line.method[:20]}"
-    return Refused(405, "method_refused", reason, headers=(("allow", allowed),))
+    return Refused("method_refused", reason, status=405, headers=(("allow", allowed),))
 
 
 def parse(body: bytes, kind: type[Any]) -> Any:
@@ -201,11 +202,11 @@ def parse(body: bytes, kind: type[Any]) -> Any:
         Refused: it is not that.
     """
     if len(body) > BODY_BYTES_MAX:
-        raise Refused(413, "request_too_large", f"its body is longer than {BODY_BYTES_MAX >> 20} MiB")
+        raise Refused("request_too_large", f"its body is longer than {BODY_BYTES_MAX >> 20} MiB", status=413)
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise Refused(400, "request_invalid", f"its body is not what is wanted ({error})") from error
+        raise Refused("request_invalid", f"its body is not what is wanted ({error})", status=400) from error
 
 
 def json_bytes(body: Mapping[str, Any]) -> bytes:
