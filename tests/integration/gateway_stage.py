@@ -26,6 +26,7 @@ from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, Transaction, open_database
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
@@ -274,6 +275,7 @@ class Stage:
         incarnation: int = 1,
         redo: RedoSet | None = None,
         cut: Mapping[StreamId, OpenCall] | None = None,
+        crossroads: Crossroads | None = None,
     ) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
         database = WatchedDatabase(await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK))
@@ -287,6 +289,7 @@ class Stage:
                 upstreams=self.upstreams,
                 on_call=self.on_call,
                 checkpoint_for=self.checkpoint_for,
+                crossroads=crossroads,
             )
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run())

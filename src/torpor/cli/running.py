@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
+from torpor import wire
 from torpor.cli.printer import err, notice, print_json
-from torpor.core.errors import InvalidInput, SandboxFailed
+from torpor.core.divergence import OnDivergence
+from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.session import SessionStatus
-from torpor.node import open_node
+from torpor.node import open_node, socket_of
 from torpor.runtime.owner import Outcome, Watcher
 from torpor.runtime.runtime import Request
+
+ANSWER_SECONDS = 10
 
 
 class TerminalWatcher(Watcher):
@@ -54,6 +58,9 @@ def run(
     mount: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
     ] = None,
+    on_divergence: Annotated[
+        OnDivergence, typer.Option(help="What happens when a restored agent takes another path than the log's.")
+    ] = OnDivergence.CONTINUE,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Run a command as a durable session.
@@ -69,6 +76,7 @@ def run(
         workspace=workspace or Path.cwd(),
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
+        on_divergence=on_divergence,
     )
 
     async def work() -> Outcome | None:
@@ -87,6 +95,9 @@ def run(
 def resume(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")],
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
+    let_go: Annotated[
+        bool, typer.Option("--continue", help="Let the agent take another path than the log's; a living node is asked.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Go on with a session whose node or sandbox died, or that was stopped.
@@ -98,12 +109,16 @@ def resume(
     async def work() -> Outcome | None:
         async with open_node() as node:
             found = await node.runtime.session(session)
+            socket = socket_of(node.runtime.home.lock(found.session_id)) if let_go else None
+            if socket is not None:
+                await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
+                return None
             if detach:
-                _detach(found.session_id)
+                _detach(found.session_id, *(["--continue"] if let_go else []))
                 _print_id(found.session_id, json)
                 return None
             err.print(f"session {found.session_id}", markup=False)
-            return await node.own(found.session_id, TerminalWatcher())
+            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go)
 
     _exit_with(asyncio.run(work()))
 
@@ -125,7 +140,7 @@ def _print_id(session_id: SessionId, as_json: bool) -> None:
         typer.echo(session_id)
 
 
-def _detach(session_id: SessionId) -> None:
+def _detach(session_id: SessionId, *options: str) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -135,7 +150,7 @@ def _detach(session_id: SessionId) -> None:
     home = Home(torpor_home(os.environ))
     log = home.session(session_id) / "node.log"
     ready = start_daemon(
-        [sys.executable, "-m", "torpor", "resume", session_id], log, lambda: is_held(home.lock(session_id))
+        [sys.executable, "-m", "torpor", "resume", *options, session_id], log, lambda: is_held(home.lock(session_id))
     )
     if not ready:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -148,4 +163,10 @@ def _exit_with(outcome: Outcome | None) -> None:
     if outcome.status is SessionStatus.CANCELLED:
         notice("the session was killed")
         raise typer.Exit(137)
+    if outcome.status is SessionStatus.FAILED and outcome.exit_status is None:
+        raise Conflict(
+            "session_diverged",
+            "cannot go on with this session: after its restore the agent took another path than the log's",
+            hint="`torpor log` shows where; `torpor pull` brings the files of the newest checkpoint.",
+        )
     raise typer.Exit(outcome.exit_status or 0)

@@ -19,6 +19,7 @@ CRASH_POINTS: dict[str, str] = {
     "checkpoint.resumed": "an image in memory that nobody names",
     "checkpoint.stored": "a whole snapshot that no checkpoint names",
     "checkpoint.committed": "a checkpoint; its image is still staged in memory",
+    "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",
     "backend.partial_written": "a partial file with bytes, invisible, removed when the store is opened again",

@@ -1,7 +1,7 @@
 """Turns the bytes of a stream, or a request of the log, into what the gateway needs to know of a call."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -25,6 +25,7 @@ from torpor.gateway.request import (
     read_line,
 )
 from torpor.gateway.reshape import Shape
+from torpor.gateway.telling import with_note
 from torpor.gateway.upstream import Outgoing, without_credentials
 from torpor.sandbox.streams import Stream
 
@@ -83,6 +84,15 @@ class Intake:
             request_bytes=self.request.length,
             is_llm=self.admitted.route.is_llm,
         )
+
+    def may_carry(self, note: str | None) -> bool:
+        """Whether this is a request to a model that has a place for a note."""
+        return note is not None and self.admitted.route.is_llm and self.outgoing_with(note) is not None
+
+    def outgoing_with(self, note: str) -> Outgoing | None:
+        """The request with a note of Torpor's own in it."""
+        body = with_note(self.admitted.dialect.name, self.request.body, note)
+        return None if body is None else replace(self.outgoing, body=body)
 
     def shape_for(self, key: RequestKey) -> Shape:
         """How this request wants the answer of the call with this key, which matched it on some level."""

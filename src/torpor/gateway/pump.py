@@ -32,15 +32,20 @@ class Pump:
         recording: its rows as they are written.
         sent: set when call.sent is durable, as the request goes upstream.
         failed: it ended without an answer.
+
+    Args:
+        note: goes to the model with the request (`agent.told`).
     """
 
-    def __init__(self, *, call: Call, intake: Intake, recorder: Recorder, upstreams: UpstreamClient) -> None:
+    def __init__(
+        self, *, call: Call, intake: Intake, recorder: Recorder, upstreams: UpstreamClient, note: str | None = None
+    ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
         self.sent = asyncio.Event()
         self.failed = False
         self._line = intake.request.line
-        self._outgoing = intake.outgoing
+        self._outgoing = (intake.outgoing_with(note) if note is not None else None) or intake.outgoing
         self._recorder = recorder
         self._upstreams = upstreams
         self._scrubber = Scrubber(None)

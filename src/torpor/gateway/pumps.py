@@ -89,13 +89,14 @@ class Pumps:
         """Wait until `run` runs."""
         await self._running.wait()
 
-    def start(self, call: Call, intake: Intake, *, announce: bool) -> Answer:
-        """Send a call, or send it again, as its next attempt."""
+    def start(self, call: Call, intake: Intake, *, announce: bool, note: str | None = None) -> Answer:
+        """Send a call, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
         if intake.admitted.dialect is OWN:
             request, checkpoint_for = intake.request, self._checkpoint_for
             pump = OwnPump(call=call, request=request, recorder=self._recorder, checkpoint_for=checkpoint_for)
         else:
-            pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=self._upstreams)
+            upstreams = self._upstreams
+            pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=upstreams, note=note)
         self._pumps[call.call_id] = pump
         self._spawn(self._run(pump))
         if announce and call.is_llm and isinstance(pump, Pump):
@@ -111,7 +112,8 @@ class Pumps:
         call = await self._recorder.load(call_id)
         if needs_sending(call):
             head, body = await self._recorder.load_request(call_id)
-            return self.start(call, from_log(head, body), announce=announce)
+            note = await self._recorder.load_note(call_id)
+            return self.start(call, from_log(head, body), announce=announce, note=note)
         return self._answer(call, await self._recorder.replay(call))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:

@@ -13,6 +13,7 @@ from torpor.core.branch import ContextTree
 from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.divergence import OnDivergence, note_to_agent
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
@@ -44,6 +45,19 @@ class Claim:
     shape: Shape = Shape.AS_SENT
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """The agent left the log's path: calls that it was expected to make again, those of them that are effects."""
+
+    pending: Sequence[CallId]
+    orphaned: Sequence[CallId]
+    policy: OnDivergence
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"pending": list(self.pending), "orphaned": list(self.orphaned), "policy": self.policy.value}
+
+
 class Recorder:
     """One session's log, as this owner writes it."""
 
@@ -60,15 +74,22 @@ class Recorder:
         return self._clock.wall_ns()
 
     async def intend(
-        self, call: NewCall, *, head: RequestHead, body: bytes, diverged_from: Sequence[CallId] | None
+        self,
+        call: NewCall,
+        *,
+        head: RequestHead,
+        body: bytes,
+        left: Departure | None = None,
+        note: str | None = None,
     ) -> Call:
-        """Record that a call will be made; with it, if so, that the agent left the path that was expected."""
+        """Record that a call will be made; with it, if so, that the agent left the log's path, and what it is told."""
         prepared = await asyncio.to_thread(requests.prepare, body)
 
         def work(tx: Transaction) -> Call:
-            if diverged_from is not None:
-                data = {"pending": list(diverged_from)}
-                self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, data)
+            if left is not None:
+                self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
+            if note is not None:
+                self._append(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, {"text": note})
             return calls.intend(
                 tx,
                 session_id=self._session_id,
@@ -257,6 +278,42 @@ class Recorder:
 
         return await self._database.read(work)
 
+    async def note_about(self, orphaned: Sequence[CallId]) -> str:
+        """What the agent is told of the path that it left."""
+
+        def work(tx: Transaction) -> str:
+            return _note(tx, orphaned)
+
+        return await self._database.read(work)
+
+    async def load_untold(self, incarnation: int) -> str | None:
+        """The note that an incarnation is still to be told, if it left the path under the policy `tell`."""
+
+        def work(tx: Transaction) -> str | None:
+            untold: str | None = None
+            for event in log.events(tx, self._session_id):
+                if event.incarnation == incarnation and event.kind is Kind.AGENT_TOLD:
+                    untold = None
+                elif event.incarnation == incarnation and event.kind is Kind.CALL_DIVERGED:
+                    tell = event.data.get("policy") == OnDivergence.TELL
+                    untold = _note(tx, event.data["orphaned"]) if tell else None
+            return untold
+
+        return await self._database.read(work)
+
+    async def load_note(self, call_id: CallId) -> str | None:
+        """The note that goes with a call."""
+
+        def work(tx: Transaction) -> str | None:
+            found = [
+                event.data["text"]
+                for event in log.events(tx, self._session_id)
+                if event.kind is Kind.AGENT_TOLD and event.call_id == call_id
+            ]
+            return found[-1] if found else None
+
+        return await self._database.read(work)
+
     async def load_claims(self, incarnation: int) -> list[Claim]:
         """The streams of an incarnation that have a call and whose end is not logged, in the order of the log."""
 
@@ -324,6 +381,11 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
         continued=continued,
         shape=Shape(event.data.get("shape", Shape.AS_SENT)),
     )
+
+
+def _note(tx: Transaction, orphaned: Sequence[CallId]) -> str:
+    made = [calls.load_call(tx, call_id) for call_id in orphaned]
+    return note_to_agent([f"{call.method} {call.target}" for call in made])
 
 
 def needs_sending(call: Call) -> bool:

@@ -16,9 +16,11 @@ from enum import Enum
 from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.session import ENDED, SessionStatus
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
@@ -43,6 +45,8 @@ class Ending(Enum):
     LOST = "lost"
     STOPPED = "stopped"
     KILLED = "killed"
+    DIVERGED = "diverged"
+    """The agent left the log's path, and the policy is to fail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,7 @@ class Owner:
         incarnations: Incarnations,
         ladder: Ladder,
         gateway: Gateway,
+        crossroads: Crossroads,
         checkpointer: Checkpointer,
         staging: Staging,
         clock: Clock,
@@ -89,6 +94,7 @@ class Owner:
         self._incarnations = incarnations
         self._ladder = ladder
         self._gateway = gateway
+        self._crossroads = crossroads
         self._checkpointer = checkpointer
         self._staging = staging
         self._clock = clock
@@ -122,6 +128,10 @@ class Owner:
         """End the session for good."""
         self._wanted = Ending.KILLED
         self._asked.set()
+
+    def let_go(self) -> None:
+        """A person lets the agent take another path than the log's."""
+        self._crossroads.go_on()
 
     async def forward_signal(self, number: int) -> None:
         """Send a signal to the agent's process group."""
@@ -187,6 +197,8 @@ class Owner:
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
                 tasks.create_task(self._prepare_slot(life.number + 1))
+                if self._crossroads.policy is OnDivergence.ASK:
+                    tasks.create_task(self._ask_at_crossroads())
                 while True:
                     ending = await self._wait_for_ending(life, tasks)
                     if await self._conclude(ending, life, outputs):
@@ -211,6 +223,8 @@ class Owner:
             tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
             tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
         ]
+        if self._crossroads.policy is OnDivergence.FAIL:
+            waiting.append(tasks.create_task(_as(Ending.DIVERGED, self._crossroads.reached())))
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         ending = done.pop().result()
         return self._wanted or ending if ending is Ending.STOPPED else ending
@@ -220,6 +234,11 @@ class Owner:
         if ending is Ending.EXITED:
             await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
             await self._finish(life)
+        elif ending is Ending.DIVERGED:
+            pending = self._gateway.pending_redo()
+            await self._records.fail_diverged(life.number, self._crossroads.what, pending)
+            crash_point("divergence.failed")
+            self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
         elif ending is Ending.STOPPED:
             await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
             committed = await self._checkpointer.take_and_commit("stop")
@@ -325,6 +344,14 @@ class Owner:
                 await self._checkpointer.take("age")
                 age = 0
             await asyncio.sleep(CHECKPOINT_AGE_SECONDS - age)
+
+    async def _ask_at_crossroads(self) -> None:
+        """Under the policy `ask`: the session waits, with its sandbox, until a person lets the held call go."""
+        what = await self._crossroads.reached()
+        await self._records.set_status(SessionStatus.WAITING, f"the agent takes another path than the log's: {what}")
+        self._watcher.notice(f"waiting: the agent takes another path ({what}); `torpor resume --continue` lets it")
+        await self._crossroads.decided()
+        await self._records.set_status(SessionStatus.RUNNING, "a person let the agent take another path")
 
     async def _prepare_slot(self, number: int) -> None:
         """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""

@@ -4,10 +4,12 @@ Every method is one transaction. Superseded from any of them means: stop at once
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
@@ -154,6 +156,20 @@ class Records:
                 reason="the agent exited",
                 exit_status=exit_status,
             )
+
+        await self.database.write(work, durable=True)
+
+    async def fail_diverged(self, incarnation: int, what: str, pending: Sequence[CallId]) -> None:
+        """The agent left the log's path, and its session's policy is to fail: the event and the status, together."""
+
+        def work(tx: Transaction) -> None:
+            data = {"pending": list(pending), "orphaned": [], "policy": OnDivergence.FAIL.value, "request": what}
+            draft = EventDraft(kind=Kind.CALL_DIVERGED, incarnation=incarnation, data=data)
+            wall_ns = self._clock.wall_ns()
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            log.append(tx, **fence, drafts=[draft], wall_ns=wall_ns)
+            reason = f"after a restore the agent took another path than the log's: {what}"
+            sessions.set_status(tx, **fence, status=SessionStatus.FAILED, wall_ns=wall_ns, reason=reason)
 
         await self.database.write(work, durable=True)
 

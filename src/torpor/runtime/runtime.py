@@ -14,11 +14,13 @@ from torpor.config import Upstream, guest_environment, read_upstreams, torpor_ho
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, sessions
 from torpor.db.database import Database, Transaction, open_database
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime import leasing, workspaces
 from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
@@ -51,6 +53,7 @@ class Request:
     workspace: Path
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
+    on_divergence: OnDivergence = OnDivergence.CONTINUE
 
 
 class Runtime:
@@ -100,9 +103,18 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def own(
-        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: Watcher
+        self,
+        session_id: SessionId,
+        me: leasing.Holder,
+        answers: leasing.HolderAnswers,
+        watcher: Watcher,
+        *,
+        let_go: bool = False,
     ) -> AsyncGenerator[Owner]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
+
+        Args:
+            let_go: a person lets the agent take another path than the log's.
 
         Raises:
             Conflict: `session_running`, `session_ended`.
@@ -121,7 +133,7 @@ class Runtime:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, watcher)
+            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -217,8 +229,11 @@ class Runtime:
             wall_ns=self.clock.wall_ns(),
         )
 
-    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher) -> Owner:
+    def _owner(
+        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher, *, let_go: bool
+    ) -> Owner:
         spec = msgspec.convert(session.spec, SessionSpec)
+        crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
 
@@ -236,6 +251,7 @@ class Runtime:
             upstreams=self.upstreams,
             on_call=on_call,
             checkpoint_for=checkpoint_for,
+            crossroads=crossroads,
         )
         checkpointer = Checkpointer(
             records=records,
@@ -251,6 +267,7 @@ class Runtime:
             incarnations=incarnations,
             ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock),
             gateway=gateway,
+            crossroads=crossroads,
             checkpointer=checkpointer,
             staging=staging,
             clock=self.clock,
@@ -294,6 +311,7 @@ class Runtime:
             image=image_spec(image),
             init_directory=str(self.home.init_directory()),
             workspace_source=str(source),
+            on_divergence=request.on_divergence,
         )
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
