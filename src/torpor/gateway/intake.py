@@ -1,6 +1,7 @@
 """Turns the bytes of a stream, or a request of the log, into what the gateway needs to know of a call."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -18,6 +19,7 @@ from torpor.gateway.request import (
     Request,
     RequestLine,
     RequestReader,
+    Room,
     Unreadable,
     decoded_body,
     expects_continue,
@@ -111,8 +113,8 @@ class Intake:
         )
 
 
-async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
-    """Read a stream's request; None if the client said nothing.
+async def take_in(stream: Stream, room: Room, reserved: AsyncExitStack) -> Intake | LocalAnswer | None:
+    """Read a stream's request; None if the client said nothing. `reserved` is the memory that a large one takes.
 
     Raises:
         StreamGone: the client left in the middle.
@@ -126,7 +128,7 @@ async def take_in(stream: Stream) -> Intake | LocalAnswer | None:
     admitted = admit(line, stream.port)
     if isinstance(admitted, LocalAnswer):
         return admitted
-    request = await read_body(stream, reader)
+    request = await read_body(stream, reader, room, reserved)
     if isinstance(request, Unreadable):
         return refuse_unreadable(request)
     if admitted.dialect is OWN and (answer := answer_here(request)) is not None:

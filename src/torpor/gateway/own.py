@@ -51,6 +51,10 @@ class OwnPump:
         self._recorder = recorder
         self._checkpoint_for = checkpoint_for
 
+    @property
+    def request_bytes(self) -> int:
+        return len(self._request.body)
+
     async def run(self) -> None:
         """Carry the call to its answer.
 

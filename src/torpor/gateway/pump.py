@@ -51,6 +51,10 @@ class Pump:
         self._scrubber = Scrubber(None)
         self._sent_ns = 0
 
+    @property
+    def request_bytes(self) -> int:
+        return len(self._outgoing.body)
+
     async def run(self) -> None:
         """Carry the attempt to its end.
 

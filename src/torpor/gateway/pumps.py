@@ -18,6 +18,12 @@ from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.upstream import UpstreamClient
+from torpor.sandbox.fifos import Pulse
+
+PUMPS_MAX = 512
+"""Answers that are fetched at one time: twice the connections that a sandbox can have."""
+REQUESTS_BYTES_MAX = 256 << 20
+"""Bodies of the requests whose answers are fetched, beyond which the next call waits."""
 
 OnCall = Callable[[CallId], Awaitable[None]]
 
@@ -60,6 +66,7 @@ class Pumps:
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._closing = asyncio.Event()
+        self._ended = Pulse()
         self._pumps: dict[CallId, Pump | OwnPump] = {}
         self._held: dict[CallId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,6 +91,14 @@ class Pumps:
     def alive(self, call_id: CallId) -> bool:
         """Whether an answer is arriving here."""
         return call_id in self._pumps
+
+    async def room(self) -> None:
+        """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
+        while len(self._pumps) >= PUMPS_MAX or self._requests_bytes() > REQUESTS_BYTES_MAX:
+            await self._ended.wait()
+
+    def _requests_bytes(self) -> int:
+        return sum(pump.request_bytes for pump in self._pumps.values())
 
     async def ready(self) -> None:
         """Wait until `run` runs."""
@@ -132,6 +147,7 @@ class Pumps:
     async def _run(self, pump: Pump | OwnPump) -> None:
         await pump.run()
         del self._pumps[pump.call.call_id]
+        self._ended.fire()
         if pump.failed:
             self._on_failed(pump.call.call_id)
 

@@ -7,7 +7,7 @@ Pumps belong to `run` and outlive every stream and every sandbox.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from torpor.config import Upstream
@@ -29,6 +29,7 @@ from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.own import CheckpointFor
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Departure, Recorder
+from torpor.gateway.request import Room
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -90,6 +91,7 @@ class Gateway:
             checkpoint_for=checkpoint_for,
         )
         self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
+        self._room = Room()
         self._to_tell: str | None = None
         self._turnstile = asyncio.Lock()
         self._open: dict[StreamId, _Attachment] = {}
@@ -150,14 +152,14 @@ class Gateway:
             Superseded: this node lost the session.
         """
         try:
-            taken_in = await take_in(stream)
-            if taken_in is None:
+            received = await self._receive(stream, incarnation)
+            if received is None:
                 await stream.finish(stream.sent)
                 await closed(stream)
-            elif isinstance(taken_in, LocalAnswer):
-                await deliver_locally(stream, taken_in.head, taken_in.body)
+            elif isinstance(received, LocalAnswer):
+                await deliver_locally(stream, received.head, received.body)
             else:
-                await self._attend(stream, await self._claim(stream, taken_in, incarnation))
+                await self._attend(stream, received)
         except StreamGone:
             await closed(stream)
 
@@ -202,9 +204,16 @@ class Gateway:
         """Calls that an equal request would join: a checkpoint keeps them."""
         return self._redo.joinable
 
+    async def _receive(self, stream: Stream, incarnation: int) -> _Attachment | LocalAnswer | None:
+        """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
+        async with AsyncExitStack() as reserved:
+            taken_in = await take_in(stream, self._room, reserved)
+            return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
+
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
         await self._pumps.ready()
+        await self._pumps.room()
         await self._settle(intake)
         while True:
             async with self._turnstile:

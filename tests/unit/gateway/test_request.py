@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import itertools
+from contextlib import AsyncExitStack
 
 import pytest
 import zstandard
@@ -13,7 +14,7 @@ from torpor.config import GATEWAY_PORT, PROXY_PORT
 from torpor.core.call import response_bytes
 from torpor.gateway.admission import Admitted, LocalAnswer, admit
 from torpor.gateway.intake import Intake, from_log, take_in
-from torpor.gateway.request import HEAD_BYTES_MAX, RequestLine, decoded_body
+from torpor.gateway.request import HEAD_BYTES_MAX, RequestLine, Room, decoded_body
 from torpor.sandbox.streams import StreamGone
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}]}'
@@ -63,12 +64,20 @@ class PiecewiseStream:
         self.continued += data
 
 
+def read(stream: PiecewiseStream) -> Intake | LocalAnswer | None:
+    async def work() -> Intake | LocalAnswer | None:
+        async with AsyncExitStack() as reserved:
+            return await take_in(stream, Room(), reserved)  # pyright: ignore[reportArgumentType]
+
+    return asyncio.run(work())
+
+
 def outcome(request: bytes, cuts: list[int]) -> object:
     """Everything that follows from a request: what the socket gets, or the call."""
     points = sorted({cut % (len(request) + 1) for cut in cuts} | {0, len(request)})
     pieces = [request[start:end] for start, end in itertools.pairwise(points) if end > start]
     stream = PiecewiseStream(pieces)
-    taken_in = asyncio.run(take_in(stream))  # pyright: ignore[reportArgumentType]
+    taken_in = read(stream)
     if isinstance(taken_in, LocalAnswer):
         assert stream.continued == (b"HTTP/1.1 100 Continue\r\n\r\n" if taken_in.head.continued else b"")
         return response_bytes(taken_in.head, [taken_in.body], finished=True)
@@ -91,7 +100,7 @@ def test_what_becomes_of_a_request_does_not_depend_on_its_pieces(name: str, cuts
 
 def test_a_request_ends_where_its_body_ends() -> None:
     stream = PiecewiseStream([REQUESTS["two requests"]])
-    intake = asyncio.run(take_in(stream))  # pyright: ignore[reportArgumentType]
+    intake = read(stream)
     assert isinstance(intake, Intake)
     assert intake.request.length == len(REQUESTS["plain"]) - len("Authorization: Bearer fake\r\n")
     assert (intake.model, intake.wants_events) == ("m", True)
@@ -99,7 +108,7 @@ def test_a_request_ends_where_its_body_ends() -> None:
 
 def test_a_logged_request_makes_the_same_call_again() -> None:
     for name in ("plain", "chunked", "continued", "http/1.0"):
-        intake = asyncio.run(take_in(PiecewiseStream([REQUESTS[name]])))  # pyright: ignore[reportArgumentType]
+        intake = read(PiecewiseStream([REQUESTS[name]]))
         assert isinstance(intake, Intake)
         again = from_log(intake.head, intake.request.body)
         assert again.key == intake.key
@@ -116,7 +125,7 @@ def test_a_client_that_leaves_in_the_middle_is_gone() -> None:
             return await super().receive()
 
     with pytest.raises(StreamGone):
-        asyncio.run(take_in(Leaving([REQUESTS["plain"][:30]])))  # pyright: ignore[reportArgumentType]
+        read(Leaving([REQUESTS["plain"][:30]]))
 
 
 def line(method: str, target: str, port: int = GATEWAY_PORT, **headers: str) -> Admitted | LocalAnswer:
