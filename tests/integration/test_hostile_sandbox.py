@@ -27,7 +27,7 @@ from torpor.config import GATEWAY_PORT
 from torpor.core.events import Kind
 from torpor.gateway import pumps, server
 from torpor.gateway.request import BODY_BYTES_MAX, HEAD_BYTES_MAX, SMALL_BODY_BYTES_MAX, Room
-from torpor.sandbox.frames import STREAMS_MAX
+from torpor.sandbox.frames import STREAMS_MAX, StreamStatus
 
 POST = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 BODY = question()
@@ -251,9 +251,10 @@ async def test_a_flood_of_connections_is_served_in_its_turn(tmp_path: Path) -> N
                 group.create_task(flood(number))
             assert status_of(await scene.honest.raw(http_request(CHAT, BODY))) == 200
         await scene.still_work()
-        while [stream for stream in (await status_of_guest(scene.node)) if stream.kind == "call"]:
-            await asyncio.sleep(0)
-        assert scene.node.gateway.open_streams() == {}
+        while any(stream.kind == "call" for stream in await streams_of_guest(scene.node)):
+            pass
+        while scene.node.gateway.open_streams():
+            await scene.node.database.written.wait()
 
 
 async def test_answers_that_nobody_waits_for_are_fetched_only_so_many_at_a_time(
@@ -275,7 +276,7 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-async def status_of_guest(node: Node):
+async def streams_of_guest(node: Node) -> tuple[StreamStatus, ...]:
     status = await node.link.cut(30)
     node.link.release()
-    return status.streams
+    return tuple(status.streams)

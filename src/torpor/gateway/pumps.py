@@ -94,11 +94,13 @@ class Pumps:
 
     async def room(self) -> None:
         """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
-        while len(self._pumps) >= PUMPS_MAX or self._requests_bytes() > REQUESTS_BYTES_MAX:
+        while self.full:
             await self._ended.wait()
 
-    def _requests_bytes(self) -> int:
-        return sum(pump.request_bytes for pump in self._pumps.values())
+    @property
+    def full(self) -> bool:
+        held_bytes = sum(pump.request_bytes for pump in self._pumps.values())
+        return len(self._pumps) >= PUMPS_MAX or held_bytes > REQUESTS_BYTES_MAX
 
     async def ready(self) -> None:
         """Wait until `run` runs."""

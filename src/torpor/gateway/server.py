@@ -213,11 +213,15 @@ class Gateway:
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
         await self._pumps.ready()
-        await self._pumps.room()
         await self._settle(intake)
         while True:
+            await self._pumps.room()
             async with self._turnstile:
                 self._check_current(stream, incarnation)
+                if stream.closed is not None:
+                    raise StreamGone(stream.id, "its client left before its turn came")
+                if self._pumps.full:
+                    continue
                 if self._crossroads.open or not self._leaves_path(intake):
                     return await self._attach(stream, intake, incarnation)
             await self._crossroads.hold(stream, f"{intake.request.line.method} {intake.request.line.target}"[:200])
