@@ -7,8 +7,11 @@ was understood once can be understood from the log again. A finding ends the run
 """
 
 import asyncio
+import itertools
 import sys
+import tempfile
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 try:
     import atheris
@@ -31,6 +34,23 @@ with atheris.instrument_imports(include=["torpor", "h11"]):
 from torpor.core.call import ResponseHead, response_bytes
 
 PORT = 4100
+QUESTION = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "{}"}], "system": []}'
+SEEDS = (
+    QUESTION,
+    b"content-length: %d\r\ncontent-encoding: gzip\r\n\r\n" % len(QUESTION) + QUESTION,
+    b"transfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n5d\r\n" + QUESTION + b"\r\n0\r\n\r\n",
+    b"POST /v1/models/a HTTP/1.0\r\nupgrade: websocket\r\n\r\n",
+    b'{"text": "a"}',
+    b'{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "torpor_note", "arguments": {}}}',
+    b'{"id": "a", "type": "message", "content": [{"type": "text", "text": "a"}], "usage": {"input_tokens": 1}}',
+    b'{"choices": [{"index": 0, "message": {"content": "a", "tool_calls": [{"function": {}}]}}], "usage": {}}',
+    (
+        b'event: message_start\ndata: {"type": "message_start", "message": {"content": []}}\n\n'
+        b'data: {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use"}}\r\n\r\n'
+        b'data: {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta"}}\n\n'
+    ),
+    b'data: {"choices": [{"index": 0, "delta": {"content": "a", "tool_calls": [{"index": 0}]}}]}\n\ndata: [DONE]\n\n',
+)
 HEADS = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n",
     b"POST /v1/messages HTTP/1.1\r\nhost: x\r\nanthropic-version: 1\r\n",
@@ -51,7 +71,7 @@ class Pieces:
     async def receive(self) -> bytes:
         return self.pieces.pop(0) if self.pieces else b""
 
-    async def send(self, offset: int, data: bytes) -> None:
+    async def send(self, offset: int, _data: bytes) -> None:
         assert offset == 0
 
 
@@ -92,9 +112,8 @@ def fuzz_answer(data: atheris.FuzzedDataProvider) -> None:
     reader.feed(body[:cut])
     reader.feed(body[cut:])
     assert isinstance(reader.complete(), bool)
-    assert EventSplitter().feed(body) == [
-        event for s in [EventSplitter()] for p in (body[:cut], body[cut:]) for event in s.feed(p)
-    ]
+    splitter = EventSplitter()
+    assert EventSplitter().feed(body) == [*splitter.feed(body[:cut]), *splitter.feed(body[cut:])]
     head = ResponseHead(status=200, reason="OK", headers=(("content-type", kind),))
     for shape in Shape:
         reshaped(dialect, shape, head, [body[:cut], body[cut:]])
@@ -156,8 +175,13 @@ def one(raw: bytes) -> None:
 
 def main() -> None:
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 30
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4200", "-rss_limit_mb=2048"], one)
-    atheris.Fuzz()
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, (target, payload) in enumerate(itertools.product(range(len(TARGETS)), SEEDS)):
+            # Numbers are taken from the end: the target first, then zeros.
+            Path(corpus, str(number)).write_bytes(payload + bytes(16) + bytes([target]))
+        options = [f"-max_total_time={seconds}", "-max_len=4200", "-len_control=0", "-rss_limit_mb=2048"]
+        atheris.Setup([sys.argv[0], corpus, *options, f"-artifact_prefix={tempfile.gettempdir()}/torpor-fuzz-"], one)
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":
