@@ -18,7 +18,8 @@ from torpor.core.crash import CRASH_POINTS
 
 TURNS = 20
 KILLS_PER_SESSION = 10
-NODE_POINTS = [point for point in CRASH_POINTS if not point.startswith("backend.")]
+NODE_POINTS = [point for point in CRASH_POINTS if not point.startswith(("backend.", "divergence."))]
+"""Those that a node of the coding agent passes: it never takes another path under a policy that minds."""
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 
 
