@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup demo test check fuzz test-crash test-simulator bench clean
+.PHONY: help setup demo test check fuzz test-crash test-simulator bench bench-gateway bench-log clean
 
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -30,6 +30,12 @@ test-simulator: setup ## 100,000 random schedules of the recovery rules
 
 bench: setup ## freeze, restore and bytes per turn beside raw runsc
 	@$(PY) scripts/bench.py
+
+bench-gateway: setup ## latency that the gateway adds, beside LiteLLM's proxy (which it installs below .tools)
+	@$(PY) scripts/bench_gateway.py
+
+bench-log: setup ## bytes per turn of a session of 1,000 turns, and the time to read one
+	@$(PY) scripts/bench_log.py
 
 clean: ## remove what was built
 	rm -rf .venv build dist native/init/build src/torpor/sandbox/torpor-init .pytest_cache .ruff_cache

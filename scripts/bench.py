@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from tests.stage import Followed, Stage, stage  # noqa: E402
+from tests.stage import Log, Stage, stage  # noqa: E402
 
 from torpor.config import torpor_home  # noqa: E402
 from torpor.core.clock import SystemClock  # noqa: E402
@@ -156,7 +156,7 @@ def raw_restore(made: Stage, runsc: Runsc, image: Path) -> float:
         shutil.rmtree(sandbox.plan.directory, ignore_errors=True)
 
 
-def kill_living(made: Stage, runsc: Runsc, log: Followed) -> Callable[[], None]:
+def kill_living(made: Stage, runsc: Runsc, log: Log) -> Callable[[], None]:
     """kill -9 of the sandbox that runs, and of nothing else: the warm slot beside it is what is measured."""
 
     def kill() -> None:
@@ -170,7 +170,7 @@ def kill_living(made: Stage, runsc: Runsc, log: Followed) -> Callable[[], None]:
     return kill
 
 
-def kill_and_wait(log: Followed, kill: Callable[[], None]) -> float:
+def kill_and_wait(log: Log, kill: Callable[[], None]) -> float:
     """Milliseconds from the request for a life to its ALIVE with all streams inherited, as the log has it."""
     log.wait("checkpoint.committed", log.count("checkpoint.committed") + 2)
     before = log.count("recovery.chosen")

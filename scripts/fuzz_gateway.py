@@ -22,18 +22,20 @@ except ImportError:
 with atheris.instrument_imports(include=["torpor", "h11"]):
     from torpor.core.match import request_key
     from torpor.gateway import agent_api, mcp
-    from torpor.gateway.admission import Admitted, LocalAnswer, admit
+    from torpor.gateway.admission import LocalAnswer, admit
     from torpor.gateway.answer import AnswerReader
-    from torpor.gateway.dialects import _DIALECTS as DIALECTS
+    from torpor.gateway.dialects import DIALECTS
     from torpor.gateway.dialects.sse import EventSplitter, json_object
     from torpor.gateway.intake import Intake, from_log, take_in
     from torpor.gateway.request import Request, RequestLine, Room
     from torpor.gateway.reshape import Shape, reshaped
+    from torpor.gateway.routing import Destination
     from torpor.gateway.telling import with_note
 
 from torpor.core.call import ResponseHead, response_bytes
 
 PORT = 4100
+NOWHERE = Routing(())
 QUESTION = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "{}"}], "system": []}'
 SEEDS = (
     QUESTION,
@@ -78,11 +80,17 @@ class Pieces:
 def read(pieces: list[bytes]) -> object:
     async def work() -> Intake | LocalAnswer | None:
         async with AsyncExitStack() as reserved:
-            return await take_in(Pieces([piece for piece in pieces if piece]), Room(), reserved)
+            return await take_in(Pieces([piece for piece in pieces if piece]), NOWHERE, Room(), reserved)
 
     found = asyncio.run(work())
     if isinstance(found, Intake):
-        again = from_log(found.head, found.request.body)
+        again = from_log(
+            found.head,
+            found.request.body,
+            NOWHERE,
+            dialect=found.destination.dialect.name,
+            is_llm=found.destination.route.is_llm,
+        )
         assert (again.key, again.head) == (found.key, found.head), "the log's request is another one"
         assert b"\r" not in found.request.line.target.encode("latin-1")
         assert not any("\r" in value or "\n" in value for _, value in found.request.line.headers)
@@ -158,8 +166,8 @@ def fuzz_line(data: atheris.FuzzedDataProvider) -> None:
         headers=((data.ConsumeUnicodeNoSurrogates(20), data.ConsumeUnicodeNoSurrogates(40)),),
         continued=data.ConsumeBool(),
     )
-    found = admit(line, data.PickValueInList([PORT, 4101]))
-    if isinstance(found, Admitted):
+    found = admit(line, data.PickValueInList([PORT, 4101]), NOWHERE)
+    if isinstance(found, Destination):
         assert target.startswith("/")
         assert not target.startswith("//")
         assert ".." not in found.route.path.split("/") or found.dialect.family is None

@@ -10,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from examples.demo.demo import Log
 
 ROOT = Path(__file__).resolve().parents[1]
 TORPOR = [sys.executable, "-m", "torpor"]
@@ -25,51 +26,13 @@ REAL_KEY = "sk-real-0123456789abcdefghijklmnopqrstuvwxyz"
 PATIENCE_SECONDS = 240
 
 
-class Followed:
-    """`torpor log --follow --json` of one session, waited on."""
-
-    def __init__(self, stage: "Stage", session: str) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._arrived = threading.Condition()
-        self._process = stage.start("log", session, "--follow", "--json", stdout=subprocess.PIPE)
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._arrived:
-                self.events.append(json.loads(line))
-                self._arrived.notify_all()
-
-    def wait(self, kind: str, count: int = 1) -> dict[str, Any]:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        with self._arrived:
-            while True:
-                found = [event for event in self.events if event["kind"] == kind]
-                if len(found) >= count:
-                    return found[count - 1]
-                if not self._arrived.wait(deadline - time.monotonic()):
-                    raise AssertionError(f"no {kind} number {count}; got {[event['kind'] for event in self.events]}")
-
-    def count(self, kind: str) -> int:
-        with self._arrived:
-            return sum(event["kind"] == kind for event in self.events)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._thread.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
 @dataclass(slots=True)
 class Stage:
     """One TORPOR_HOME with its model server."""
 
     directory: Path
     environment: dict[str, str]
+    command: Sequence[str] = tuple(TORPOR)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -88,7 +51,7 @@ class Stage:
     def start(self, *command: str, stdout: Any = None, stderr: Any = None, **variables: str) -> subprocess.Popen[str]:
         """Start a torpor command in the project directory."""
         process = subprocess.Popen(
-            [*TORPOR, *command],
+            [*self.command, *command],
             env={**self.environment, **variables},
             cwd=self.project,
             stdin=subprocess.DEVNULL,
@@ -102,7 +65,7 @@ class Stage:
     def torpor(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a torpor command to its end."""
         finished = subprocess.run(
-            [*TORPOR, *command],
+            [*self.command, *command],
             env={**self.environment, **variables},
             cwd=self.project,
             stdin=subprocess.DEVNULL,
@@ -112,7 +75,9 @@ class Stage:
             check=False,
         )
         if check and finished.returncode != 0:
-            raise AssertionError(f"torpor {command} exited with {finished.returncode}:\n{finished.stderr}")
+            raise AssertionError(
+                f"torpor {command} exited with {finished.returncode}:\n{finished.stderr}{finished.stdout}"
+            )
         return finished
 
     def node(self, *command: str, log: str = "node.log", **variables: str) -> subprocess.Popen[str]:
@@ -126,11 +91,12 @@ class Stage:
     def events(self, session: str) -> list[dict[str, Any]]:
         return self.rows("log", session)
 
-    def follow(self, session: str) -> Followed:
+    def follow(self, session: str) -> Log:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not any(row["name"] == session for row in self.rows("ls")):
             assert time.monotonic() < deadline, f"session {session} never appeared"
-        return Followed(self, session)
+        following = self.start("log", session, "--follow", "--json", stdout=subprocess.PIPE)
+        return Log(following, patience_seconds=PATIENCE_SECONDS)
 
     def sandbox_pids(self) -> list[int]:
         """Every process of every sandbox of this home."""
@@ -155,11 +121,11 @@ class Stage:
 
 
 @contextmanager
-def model_server(directory: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def model_server(directory: Path, arguments: Sequence[str], *, key: str = REAL_KEY) -> Iterator[tuple[str, str]]:
     """The scripted model in a process of its own; gives its URL and the URL of its control."""
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "torpor.testing.model_server", "--key", REAL_KEY),
+            *(sys.executable, "-m", "torpor.testing.model_server", "--key", key),
             *("--witness", str(directory / "witness.jsonl"), *arguments),
         ],
         stdout=subprocess.PIPE,

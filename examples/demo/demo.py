@@ -5,6 +5,7 @@ kills processes, and lets `torpor resume` go on. The model is the project's scri
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -38,103 +39,192 @@ console = Console(highlight=False)
 
 
 class Log:
-    """The session's events as they come, from `torpor log --follow --json`."""
+    """A session's events as they come, from a `torpor log --follow --json` that was started with a pipe as stdout."""
 
-    def __init__(self, session: str, environment: dict[str, str]) -> None:
+    def __init__(self, process: subprocess.Popen, *, patience_seconds: float = 300) -> None:
         self.events: list[dict] = []
+        self._is_over = False
+        self._patience_seconds = patience_seconds
         self._arrived = threading.Condition()
-        self._process = subprocess.Popen(
-            [TORPOR, "log", session, "--follow", "--json"], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._process = process
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
     def _read(self) -> None:
         for line in self._process.stdout:
             with self._arrived:
                 self.events.append(json.loads(line))
                 self._arrived.notify_all()
+        with self._arrived:
+            self._is_over = True
+            self._arrived.notify_all()
 
-    def wait(self, kind: str, count: int, *, seconds: float = 300) -> dict:
-        """The count-th event of a kind, as soon as it is there."""
-        deadline = time.monotonic() + seconds
+    def wait(self, kind: str, count: int = 1, *, call: int | None = None) -> dict:
+        """The count-th event of a kind, or of a kind and a call (1 is the agent's first), as soon as it is there."""
+        deadline = time.monotonic() + self._patience_seconds
         with self._arrived:
             while True:
-                found = [event for event in self.events if event["kind"] == kind]
+                found = [event for event in self._of_call(call) if event["kind"] == kind]
                 if len(found) >= count:
                     return found[count - 1]
-                if not self._arrived.wait(deadline - time.monotonic()):
-                    raise SystemExit(f"demo: no {kind} number {count} within {seconds:.0f} s; see `torpor log`")
+                if self._is_over or not self._arrived.wait(deadline - time.monotonic()):
+                    seen = [event["kind"] for event in self.events]
+                    raise TimeoutError(f"no {kind} number {count} (call {call}) came: {seen}")
+
+    def _of_call(self, number: int | None) -> list[dict]:
+        """A call is known by the order of `call.intended`: its other events come late, repeated, or among another's."""
+        if number is None:
+            return self.events
+        made = [event["call"] for event in self.events if event["kind"] == "call.intended"]
+        return [event for event in self.events if event["call"] in made[number - 1 : number]]
 
     def count(self, kind: str) -> int:
         with self._arrived:
             return sum(event["kind"] == kind for event in self.events)
 
     def close(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.wait()
+        self._thread.join()
+        self._process.stdout.close()
 
 
-def kill_sandbox(home: Path) -> None:
-    """kill -9 of every process of the sandbox."""
-    pattern = f"runsc-(sandbox|gofer) .*{home}"
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
-    for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+class Shown:
+    """What a node shows of its agent: passed on to the terminal, and waited on."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._text = ""
+        self._arrived = threading.Condition()
+        self._process = process
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            print(line, end="", flush=True)
+            with self._arrived:
+                self._text += line
+                self._arrived.notify_all()
+
+    def wait(self, words: str, count: int) -> None:
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: self._text.count(words) >= count, timeout=300):
+                raise TimeoutError(f"the agent did not write {words!r} {count} times in 300 s")
+
+    def close(self) -> None:
+        self._thread.join()
+        self._process.stdout.close()
+
+
+class Stage:
+    """One TORPOR_HOME, and every process that is started on it."""
+
+    def __init__(self, home: Path, workspace: Path) -> None:
+        self.home = home
+        self.workspace = workspace
+        self.environment = {**os.environ, "TORPOR_HOME": str(home), "TORPOR_RUNSC": str(_runsc())}
+        self._started: list[subprocess.Popen] = []
+
+    def start(self, *command: object) -> subprocess.Popen:
+        """Start a program in a session of its own: Ctrl-C is for the demo, which then ends what it has started."""
+        process = subprocess.Popen(
+            command,
+            env=self.environment,
+            cwd=self.workspace,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def node(self, *command: object) -> tuple[subprocess.Popen, Shown]:
+        process = self.start(TORPOR, *command)
+        return process, Shown(process)
+
+    def output(self, *command: str) -> str:
+        return subprocess.run(
+            [TORPOR, *command], env=self.environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+
+    def kill_sandbox(self, pattern: str = "runsc-(sandbox|gofer) ") -> bool:
+        """kill -9 of every process of the sandbox; False when there was none."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"{pattern}.*{self.home}/"], capture_output=True, text=True, check=False
+        ).stdout.split()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        return bool(found)
+
+    def close(self) -> None:
+        """Leave no process: first the nodes, which would restore a sandbox that died."""
+        for process in reversed(self._started):
+            process.kill()
+            process.wait()
+        while self.kill_sandbox("runsc"):
+            time.sleep(0.1)
+
+    def remove(self) -> None:
+        """Leave nothing in memory or on disk either."""
+        subprocess.run([TORPOR, "rm", "demo"], env=self.environment, capture_output=True, check=False)
+        shutil.rmtree(self.home.parent)
 
 
 def say(text: str) -> None:
     console.print(f"\n[bold magenta]demo[/bold magenta] {text}")
 
 
-def start(command: list, environment: dict[str, str], workspace: Path) -> subprocess.Popen:
-    return subprocess.Popen([TORPOR, *command], env=environment, cwd=workspace)
-
-
-def kill_node(node: subprocess.Popen) -> None:
+def kill_node(node: subprocess.Popen, shown: Shown) -> None:
     node.kill()
     node.wait()
+    shown.close()
 
 
-def perform(environment: dict[str, str], home: Path, workspace: Path) -> tuple[str, int]:
-    """Run the session through its three disasters; gives its id and the agent's exit status."""
-    node = start(["run", "--name", "demo", "--", str(PYTHON), "agent.py"], environment, workspace)
-    while "demo" not in _output(environment, "ls"):
+def perform(stage: Stage) -> int:
+    """Run the session through its three disasters; gives the agent's exit status."""
+    node, shown = stage.node("run", "--name", "demo", "--", PYTHON, "agent.py")
+    while "demo" not in stage.output("ls"):
         if node.poll() is not None:
             raise SystemExit("demo: the session did not start")
-    log = Log("demo", environment)
-    session = log.wait("session.created", 1)["session"]
+    log = Log(stage.start(TORPOR, "log", "demo", "--follow", "--json"))
 
-    log.wait("call.answering", 4)
+    log.wait("call.answering", call=4)
     say("the model is answering turn 4: [bold red]kill -9 of the sandbox[/bold red]. Its node restores it by itself.")
-    kill_sandbox(home)
+    stage.kill_sandbox()
     log.wait("recovery.chosen", 2)
 
-    log.wait("call.delivered", SLOW_STEP + 1 + 1)
-    log.wait("call.completed", SLOW_STEP + 1)
+    # The answer is on disk and in the agent, which has said so and now runs what it was told to: no call is open.
+    log.wait("call.completed", call=SLOW_STEP + 1)
+    log.wait("call.delivered", call=SLOW_STEP + 1)
+    shown.wait("[model]", SLOW_STEP + 1)
     say("a slow tool is running: [bold red]kill -9 of the node and of the sandbox[/bold red], then `torpor resume`.")
-    kill_node(node)
-    kill_sandbox(home)
-    node = start(["resume", "demo"], environment, workspace)
+    kill_node(node, shown)
+    stage.kill_sandbox()
+    node, shown = stage.node("resume", "demo")
     log.wait("recovery.chosen", 3)
 
-    answering = log.count("call.answering")
-    log.wait("call.answering", answering + 2)
+    # The call before may be on its way to the disk still while the agent makes its next one.
+    log.wait("call.completed", call=SLOW_STEP + 2)
+    log.wait("call.answering", call=SLOW_STEP + 3)
     say("the model is answering: [bold red]kill -9 of the node[/bold red], then `torpor resume`.")
-    kill_node(node)
-    node = start(["resume", "demo"], environment, workspace)
+    kill_node(node, shown)
+    node, shown = stage.node("resume", "demo")
     log.wait("recovery.chosen", 4)
     status = node.wait()
+    shown.close()
     log.close()
-    return session, status
+    return status
 
 
-def report(environment: dict[str, str], witness: Path | None) -> bool:
+def report(stage: Stage, witness: Path | None) -> bool:
     """The timeline and the table; True when nothing was lost."""
     say("the session's timeline (`torpor log demo`):")
-    subprocess.run([TORPOR, "log", "demo"], env=environment, check=True)
-    events = [json.loads(line) for line in _output(environment, "log", "demo", "--json").splitlines()]
-    points = [json.loads(line) for line in _output(environment, "checkpoints", "demo", "--json").splitlines()]
-    text = _output(environment, "output", "demo")
+    subprocess.run([TORPOR, "log", "demo"], env=stage.environment, check=True)
+    events = [json.loads(line) for line in stage.output("log", "demo", "--json").splitlines()]
+    points = [json.loads(line) for line in stage.output("checkpoints", "demo", "--json").splitlines()]
+    text = stage.output("output", "demo")
     last = json.loads(text.rpartition("[report] ")[2].splitlines()[0]) if "[report] " in text else {}
     attempts: dict[str, int] = {}
     for event in events:
@@ -146,7 +236,7 @@ def report(environment: dict[str, str], witness: Path | None) -> bool:
     restores = [event for event in events if event["kind"] == "recovery.chosen"][1:]
     freezes = sorted(point["freeze_ns"] for point in points if point["freeze_ns"])
     kept = tools > 0 and all(last.get(name) == tools for name in COUNTERS)
-    verified = "is whole" in _output(environment, "log", "demo", "--verify")
+    verified = "is whole" in stage.output("log", "demo", "--verify")
 
     table = Table(title="What became of it", show_header=False)
     table.add_row("model calls", str(len(attempts)))
@@ -170,63 +260,59 @@ def report(environment: dict[str, str], witness: Path | None) -> bool:
     return kept and verified and twice == torn == 1 and once == len(attempts) - 1
 
 
-def _output(environment: dict[str, str], *command: str) -> str:
-    return subprocess.run([TORPOR, *command], env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def scripted_model(scratch: Path) -> tuple[subprocess.Popen, str, Path]:
-    witness = scratch / "witness.jsonl"
-    server = subprocess.Popen(
-        [
-            *(PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--witness", witness),
-            *("--turns", str(TURNS), "--slow-step", str(SLOW_STEP), "--slow-seconds", "8"),
-            *("--first-byte-seconds", "0.3", "--chunk-seconds", "0.1"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
+def scripted_model(stage: Stage, witness: Path) -> str:
+    server = stage.start(
+        *(PYTHON, "-m", "torpor.testing.model_server", "--script", "coding", "--witness", witness),
+        *("--turns", str(TURNS), "--slow-step", str(SLOW_STEP), "--slow-seconds", "8"),
+        *("--first-byte-seconds", "0.3", "--chunk-seconds", "0.1"),
     )
-    return server, server.stdout.readline().strip() + "/v1", witness
+    return server.stdout.readline().strip() + "/v1"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A coding agent survives kill -9 of everything.")
     parser.add_argument("--provider", choices=sorted(PROVIDERS), help="a real provider; its key is in the environment")
     provider = parser.parse_args().provider
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = Path(tempfile.mkdtemp(prefix="torpor-demo-"))
-    home, workspace = scratch / "home", scratch / "project"
-    workspace.mkdir()
-    shutil.copy(ROOT / "examples/coding_agent/agent.py", workspace)
-    environment = {**os.environ, "TORPOR_HOME": str(home), "TORPOR_RUNSC": str(_runsc())}
-    server, witness = None, None
+    stage = Stage(scratch / "home", scratch / "project")
     try:
-        model = "scripted-large"
-        if provider:
-            variable, url, model = PROVIDERS[provider]
-            if variable not in os.environ:
-                raise SystemExit(f"demo: set {variable} to run against {provider}")
-            environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": os.environ[variable]}
-        else:
-            server, url, witness = scripted_model(scratch)
-            environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-scripted"}
-        (workspace / "task.txt").write_text(TASK)
-        (workspace / "model.txt").write_text(model)
-        say(f"a coding agent starts under `torpor run` (home {home})")
-        session, status = perform(environment, home, workspace)
-        good = report(environment, witness) and status == 0
-        say(
-            "nothing was lost."
-            if good
-            else f"[red]something went wrong[/red]; look at TORPOR_HOME={home}, session {session}"
-        )
+        good = play(stage, provider)
+    except KeyboardInterrupt:
+        stage.close()
+        stage.remove()
+        say("interrupted; nothing is left behind")
+        return 130
+    except (TimeoutError, subprocess.CalledProcessError) as error:
+        good = False
+        say(f"[red]it did not go as it should[/red]: {error}")
     finally:
-        if server:
-            server.terminate()
-            server.wait()
-        kill_sandbox(home)
+        stage.close()
     if good:
-        subprocess.run([TORPOR, "rm", "demo"], env=environment, check=True)
-        shutil.rmtree(scratch)
+        stage.remove()
+    say("nothing was lost." if good else f"[red]something went wrong[/red]; look at TORPOR_HOME={stage.home}")
     return 0 if good else 1
+
+
+def play(stage: Stage, provider: str | None) -> bool:
+    """The session and its report; True when all is as it should be."""
+    stage.workspace.mkdir()
+    shutil.copy(ROOT / "examples/coding_agent/agent.py", stage.workspace)
+    model, witness = "scripted-large", None
+    if provider:
+        variable, url, model = PROVIDERS[provider]
+        if variable not in os.environ:
+            raise SystemExit(f"demo: set {variable} to run against {provider}")
+        stage.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": os.environ[variable]}
+    else:
+        witness = stage.home.parent / "witness.jsonl"
+        url = scripted_model(stage, witness)
+        stage.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-scripted"}
+    (stage.workspace / "task.txt").write_text(TASK)
+    (stage.workspace / "model.txt").write_text(model)
+    say(f"a coding agent starts under `torpor run` (TORPOR_HOME={stage.home})")
+    status = perform(stage)
+    return report(stage, witness) and status == 0
 
 
 def _runsc() -> Path:

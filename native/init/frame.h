@@ -33,6 +33,7 @@ enum host_frame {
     HOST_PING,
     HOST_SIGNAL,
     HOST_EXIT_ACK,
+    HOST_FORGET,
 };
 
 enum guest_frame {

@@ -67,22 +67,17 @@ static void on_fin(struct stream *stream, uint64_t length) {
     relay_deliver(stream);
 }
 
-/* A closed stream is forgotten when the host, having been told, acknowledges the request or resets it. */
-static void on_ack(struct init *init, struct stream *stream, uint64_t below) {
-    request_ack(&init->streams, stream, below);
-    bool told = stream->ending != ENDING_NONE && !stream->owes_closed;
-    if (told && stream->acked >= stream->read_bytes) stream_forget(&init->streams, stream);
-}
-
+/* What the client did first stays true: the RESET may have crossed a CLOSED that no log has yet. */
 static void on_reset(struct init *init, struct stream *stream) {
     if (stream->output) return;
-    if (stream->ending == ENDING_NONE) {
-        relay_close(stream, ENDING_RESET);
-        request_discard(&init->streams, stream);
-        stream->quiet = false; /* so that CLOSED follows, also right after HELLO */
-    } else {
-        stream_forget(&init->streams, stream);
-    }
+    relay_close(stream, ENDING_RESET);
+    request_discard(&init->streams, stream);
+    stream->quiet = false; /* so that CLOSED follows, also right after HELLO */
+}
+
+/* Only this ends the memory of an end: the host says that its log has it. Output has no end of that kind. */
+static void on_forget(struct init *init, struct stream *stream) {
+    if (stream->ending != ENDING_NONE) stream_forget(&init->streams, stream);
 }
 
 static void on_resume(struct init *init, struct stream *stream, uint64_t position) {
@@ -91,7 +86,7 @@ static void on_resume(struct init *init, struct stream *stream, uint64_t positio
         return;
     }
     request_rewind(stream, position);
-    stream->owes_fin = stream->ended;
+    stream->owes_fin = stream->ended && !stream_end_is_told(stream);
     stream->quiet = false;
 }
 
@@ -105,7 +100,8 @@ static void on_stream_frame(struct init *init, struct stream *stream, const stru
     case HOST_DATA: on_data(init, stream, frame); break;
     case HOST_FIN: on_fin(stream, frame->arg); break;
     case HOST_RESET: on_reset(init, stream); break;
-    case HOST_ACK: on_ack(init, stream, frame->arg); break;
+    case HOST_FORGET: on_forget(init, stream); break;
+    case HOST_ACK: request_ack(&init->streams, stream, frame->arg); break;
     case HOST_CREDIT: on_credit(stream, frame->arg); break;
     case HOST_RESUME: on_resume(init, stream, frame->arg); break;
     default: break;

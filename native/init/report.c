@@ -7,13 +7,13 @@
 #include "init.h"
 
 enum { STATUS_HEAD_BYTES = 56, STATUS_STREAM_BYTES = 48 };
-enum { FLAG_HALF_CLOSED = 1, FLAG_GONE = 2, FLAG_FIN_RECEIVED = 4, FLAG_NOT_RESUMABLE = 8 };
+enum { FLAG_HALF_CLOSED = 1, FLAG_FIN_RECEIVED = 4, FLAG_NOT_RESUMABLE = 8 };
+static const uint8_t ending_flag[] = {[ENDING_NONE] = 0, [ENDING_CONSUMED] = 16, [ENDING_GONE] = 2, [ENDING_RESET] = 32};
 _Static_assert(STATUS_HEAD_BYTES + STREAMS_MAX * STATUS_STREAM_BYTES <= FRAME_PAYLOAD_MAX, "STATUS is one frame");
 
 static size_t put_stream(uint8_t *at, const struct stream *stream) {
-    uint8_t flags = 0;
+    uint8_t flags = ending_flag[stream->ending];
     if (stream->ended) flags |= FLAG_HALF_CLOSED;
-    if (stream->ending != ENDING_NONE) flags |= FLAG_GONE;
     if (stream->fin_known) flags |= FLAG_FIN_RECEIVED;
     if (stream->not_resumable) flags |= FLAG_NOT_RESUMABLE;
     put_u32(at, stream->id);
@@ -53,9 +53,8 @@ void report_hello(struct init *init) {
         stream->quiet = true;
         stream->credit = 0;
         request_rewind(stream, stream->acked);
-        stream->owes_open = stream->owes_taken = false; /* STATUS says it */
-        stream->owes_fin = stream->ended;
-        stream->owes_closed = stream->ending != ENDING_NONE;
+        stream->owes_open = stream->owes_taken = stream->owes_closed = false; /* STATUS says it */
+        stream->owes_fin = stream->ended && !stream_end_is_told(stream);
     }
     init->agent.owes_started = false;
     init->agent.owes_exit = init->agent.phase == PHASE_EXITED;
@@ -99,6 +98,7 @@ static void pump_link(struct init *init) {
 static bool pump_data(struct init *init, struct stream *stream) {
     const uint8_t *bytes;
     if (stream->quiet || stream->sent >= stream->credit || !link_has_room_for_data(&init->link)) return false;
+    if (stream_end_is_told(stream)) return false;
     size_t len = request_peek(stream, &bytes);
     if (len == 0) return false;
     if (len > FRAME_PAYLOAD_MAX) len = FRAME_PAYLOAD_MAX;
@@ -132,7 +132,7 @@ static void pump_stream(struct init *init, struct stream *stream) {
         uint8_t how = (uint8_t)stream->ending;
         request_cut_unsent(&init->streams, stream);
         link_queue(&init->link, GUEST_CLOSED, stream->id, stream->accepted, &how, 1);
-        stream->owes_closed = false;
+        stream->owes_closed = stream->owes_fin = false; /* nothing of a stream goes after its CLOSED */
     }
 }
 
@@ -150,15 +150,37 @@ static void pump_opens(struct init *init) {
     }
 }
 
+/* Its client has left or half-closed, and the host will be told as soon as there is room, or its first credit after
+ * HELLO. A half-closed stream at the end of its credit may wait for ever, so nobody waits for it. */
+static bool end_is_untold(const struct stream *stream) {
+    if (!stream->used || stream->output) return false;
+    return stream->owes_closed || (stream->owes_fin && (stream->credit == 0 || stream->sent < stream->credit));
+}
+
+/* Ends go before all else. A retry must not reach the host before the end that caused it, or it is taken for a second
+ * request on purpose: as long as an end waits behind its own data, the data of newer streams waits too.
+ * Returns the newest stream whose data may go. */
+static uint32_t pump_ends(struct init *init) {
+    uint32_t newest = UINT32_MAX;
+    for (int i = OUTPUTS; i < STREAMS_MAX; i++) {
+        struct stream *stream = &init->streams.slot[i];
+        bool ends = stream->used && (stream->owes_fin || stream->owes_closed);
+        if (ends && !stream->owes_open) pump_stream(init, stream);
+        if (end_is_untold(stream) && stream->id < newest) newest = stream->id;
+    }
+    return newest;
+}
+
 static bool pump_streams(struct init *init) {
     bool progress = false;
     unsigned first = init->turn++;
+    uint32_t newest = pump_ends(init);
     pump_opens(init);
     for (unsigned i = 0; i < STREAMS_MAX; i++) {
         struct stream *stream = &init->streams.slot[(first + i) % STREAMS_MAX];
         if (!stream->used) continue;
         if (stream->owes_open) continue; /* nothing of a stream goes before its OPEN */
-        if (init->barrier == BARRIER_NONE) progress |= pump_data(init, stream);
+        if (init->barrier == BARRIER_NONE && stream->id <= newest) progress |= pump_data(init, stream);
         pump_stream(init, stream);
     }
     return progress;

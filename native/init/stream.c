@@ -93,6 +93,10 @@ void stream_forget(struct streams *all, struct stream *stream) {
     stream->used = false;
 }
 
+bool stream_end_is_told(const struct stream *stream) {
+    return stream->ending != ENDING_NONE && !stream->owes_closed;
+}
+
 /* How many more bytes this stream may read by its own limits. */
 static uint64_t request_allowance(struct streams *all, struct stream *stream) {
     if (stream->output) {

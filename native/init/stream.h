@@ -77,6 +77,8 @@ bool streams_have_room(const struct streams *all);
 struct stream *stream_open_call(struct streams *all, int fd, uint16_t port);
 struct stream *stream_open_output(struct streams *all, uint32_t id, int fd);
 void stream_forget(struct streams *all, struct stream *stream);
+/* True once the host was told how it ended, by CLOSED or STATUS: the last word about a stream on this link. */
+bool stream_end_is_told(const struct stream *stream);
 
 /* Where to put the next request bytes, and how many are welcome: 0 = not now. `*out_of_memory` tells apart. */
 size_t request_space(struct streams *all, struct stream *stream, uint8_t **where, bool *out_of_memory);

@@ -4,10 +4,12 @@ Providers come from TORPOR_HOME/config.toml, else from the variables that the pr
 taken whole from one of the two, so that a key never goes to an address that was not given together with it.
 """
 
+import re
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -15,17 +17,20 @@ from urllib.parse import urlsplit
 import msgspec
 
 from torpor.core.errors import InvalidInput
+from torpor.core.money import Price
 
-Family = Literal["openai", "anthropic"]
-"""Which paths and which error shape an upstream has."""
+Family = Literal["openai", "anthropic", "gemini"]
+"""Which dialects an upstream speaks, and where its key goes."""
 
-FAMILIES: tuple[Family, ...] = ("openai", "anthropic")
+FAMILIES: tuple[Family, ...] = ("openai", "anthropic", "gemini")
 DEFAULT_BASE_URLS: Mapping[Family, str] = {
     "openai": "https://api.openai.com/v1",
     "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
 }
 GATEWAY_PORT = 4100
 PROXY_PORT = 4101
+PRICE_DOLLARS_MAX = 1_000_000
 FAKE_KEY = "torpor-keeps-the-real-key-outside"
 
 
@@ -66,7 +71,12 @@ class Upstream:
 
     Attributes:
         base_url: without a slash at its end; for the family "openai" it includes /v1.
-        bearer: the key goes into `authorization: Bearer`, else into `x-api-key`.
+        bearer: the key goes into `authorization: Bearer`, else into the family's own header.
+        models: patterns (`*`, `?`) of the models that it is asked for; with none it is its family's default.
+        path_prefix: what paths begin with that go to it whatever the model; it is taken away before.
+        paths, llm_paths: requests of no known dialect that it takes, as "POST /v1/embeddings"; for the second ones a
+            model thinks, so a checkpoint fits.
+        retries, retry_seconds: how often, and for how long in all, a refused request is sent again within its call.
     """
 
     name: str
@@ -74,8 +84,33 @@ class Upstream:
     base_url: str
     key: KeySource
     bearer: bool
+    models: tuple[str, ...] = ()
+    path_prefix: str = ""
+    paths: tuple[str, ...] = ()
+    llm_paths: tuple[str, ...] = ()
     connect_seconds: float = 10.0
     read_seconds: float = 600.0
+    retries: int = 4
+    retry_seconds: float = 60.0
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it takes its family's requests that nothing else is said of."""
+        return not self.models and not self.path_prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceRule:
+    """What the user says that models cost.
+
+    Attributes:
+        pattern: of model names (`*`, `?`); the first rule that fits counts.
+        output_tokens_max: the longest answer of such a model; None if nothing is said of it.
+    """
+
+    pattern: str
+    price: Price
+    output_tokens_max: int | None = None
 
 
 class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -87,12 +122,30 @@ class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     key_env: str | None = None
     key_command: list[str] | None = None
     bearer: bool | None = None
+    models: tuple[str, ...] = ()
+    path_prefix: str = ""
+    paths: tuple[str, ...] = ()
+    llm_paths: tuple[str, ...] = ()
     connect_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     read_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 4
+    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+
+
+class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One [prices."PATTERN"] table, as it is written: dollars for a million tokens, as strings."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
 
 
 class _FileFields(msgspec.Struct, frozen=True):
+    workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
+    prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
 
 def torpor_home(environment: Mapping[str, str]) -> Path:
@@ -112,44 +165,91 @@ def torpor_home(environment: Mapping[str, str]) -> Path:
     return home
 
 
+def read_workspace_bytes_max(home: Path) -> int:
+    """How large a directory `run` copies without asking.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return _read_file(home / "config.toml").workspace_bytes_max
+
+
 def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream, ...]:
-    """The providers that are configured, at most one of each family.
+    """The providers that are configured, at most one of each family without models or prefix of its own.
 
     Raises:
         InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
     """
-    named = _read_file(home / "config.toml")
+    named = _read_file(home / "config.toml").upstreams
     upstreams = [_from_file(name, fields, environment) for name, fields in named.items()]
-    families = [upstream.family for upstream in upstreams]
+    _check_unambiguous(upstreams)
     for family in FAMILIES:
-        if families.count(family) > 1:
-            raise _invalid(f"two upstreams are of the family {family!r}")
-        if family not in families:
+        taken = any(upstream.family == family and upstream.is_default for upstream in upstreams)
+        if not taken and family not in named:
             upstreams += _from_environment(family, environment)
     return tuple(upstreams)
 
 
-def _read_file(path: Path) -> Mapping[str, _UpstreamFields]:
+def read_prices(home: Path) -> tuple[PriceRule, ...]:
+    """The prices that the user gives, in the order of the file.
+
+    Raises:
+        InvalidInput: config.toml is malformed, or a price is no amount.
+    """
+    return tuple(_rule(pattern, fields) for pattern, fields in _read_file(home / "config.toml").prices.items())
+
+
+def _rule(pattern: str, fields: _PriceFields) -> PriceRule:
+    def or_input(amount: Decimal | None) -> Decimal:
+        return fields.input if amount is None else amount
+
+    amounts = (fields.input, fields.output, or_input(fields.cache_read), or_input(fields.cache_write))
+    if not all(amount.is_finite() and 0 <= amount <= PRICE_DOLLARS_MAX for amount in amounts):
+        raise _invalid(f"a price of {pattern!r} is no amount of dollars")
+    price = Price(input=amounts[0], output=amounts[1], cache_read=amounts[2], cache_write=amounts[3])
+    return PriceRule(pattern=pattern, price=price, output_tokens_max=fields.max_output_tokens)
+
+
+def _check_unambiguous(upstreams: Sequence[Upstream]) -> None:
+    """Refuse two upstreams that the same request would go to."""
+    seen: dict[tuple[str, ...], str] = {}
+    for upstream in upstreams:
+        claims = [("models", upstream.family, pattern) for pattern in upstream.models]
+        claims += [("path_prefix", upstream.path_prefix)] if upstream.path_prefix else []
+        claims += [("family", upstream.family)] if upstream.is_default else []
+        for claim in claims:
+            if claim in seen:
+                both = f"two upstreams, {seen[claim]!r} and {upstream.name!r},"
+                if claim[0] == "family":
+                    reason = f"{both} are of the family {upstream.family!r} and have neither models nor a path_prefix"
+                else:
+                    reason = f"{both} claim {claim[-1]!r} in {claim[0]}"
+                raise _invalid(reason)
+            seen[claim] = upstream.name
+
+
+def _read_file(path: Path) -> _FileFields:
     try:
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return {}
+        return _FileFields()
     except (OSError, UnicodeDecodeError) as error:
         raise _invalid(str(error)) from error
     try:
-        named = msgspec.convert(tomllib.loads(text), _FileFields).upstreams
+        said = msgspec.convert(tomllib.loads(text), _FileFields)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in named.values()):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in said.upstreams.values()):
         raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
-    return named
+    return said
 
 
 def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:
     family = fields.family or _family_named(name)
     if family is None:
-        raise _invalid(f"upstream {name!r} says no family", hint='Add family = "openai" or family = "anthropic".')
+        hint = "Add " + " or ".join(f'family = "{family}"' for family in FAMILIES) + "."
+        raise _invalid(f"upstream {name!r} says no family", hint=hint)
     if sum(source is not None for source in (fields.key, fields.key_env, fields.key_command)) > 1:
         raise _invalid(f"upstream {name!r} has more than one of key, key_env and key_command")
     return Upstream(
@@ -162,8 +262,14 @@ def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str
             command=tuple(fields.key_command or ()),
         ),
         bearer=family == "openai" if fields.bearer is None else fields.bearer,
+        models=fields.models,
+        path_prefix=_checked_prefix(name, fields.path_prefix),
+        paths=_checked_paths(name, fields.paths),
+        llm_paths=_checked_paths(name, fields.llm_paths),
         connect_seconds=fields.connect_seconds,
         read_seconds=fields.read_seconds,
+        retries=fields.retries,
+        retry_seconds=fields.retry_seconds,
     )
 
 
@@ -174,19 +280,39 @@ def _family_named(name: str) -> Family | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variables:
+    """What the providers' own clients read; the first key that is set counts."""
+
+    keys: tuple[str, ...]
+    base_url: str
+
+
+_VARIABLES: Mapping[Family, _Variables] = {
+    "openai": _Variables(keys=("OPENAI_API_KEY", "OPENAI_AUTH_TOKEN"), base_url="OPENAI_BASE_URL"),
+    "anthropic": _Variables(keys=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"), base_url="ANTHROPIC_BASE_URL"),
+    "gemini": _Variables(keys=("GOOGLE_API_KEY", "GEMINI_API_KEY"), base_url="GOOGLE_GEMINI_BASE_URL"),
+}
+
+
+def key_variable(family: Family) -> str:
+    """The variable to name to somebody who has set none."""
+    return f"{family.upper()}_API_KEY"
+
+
 def _from_environment(family: Family, environment: Mapping[str, str]) -> list[Upstream]:
-    prefix = family.upper()
-    key_names = [name for name in (f"{prefix}_API_KEY", f"{prefix}_AUTH_TOKEN") if environment.get(name)]
-    base_url = environment.get(f"{prefix}_BASE_URL")
-    if not key_names and not base_url:
+    variables = _VARIABLES[family]
+    key_name = next((name for name in variables.keys if environment.get(name)), None)
+    base_url = environment.get(variables.base_url)
+    if key_name is None and not base_url:
         return []
     return [
         Upstream(
             name=family,
             family=family,
             base_url=_checked_url(family, base_url or DEFAULT_BASE_URLS[family]),
-            key=_key_from_environment(key_names[0], environment) if key_names else KeySource(),
-            bearer=family == "openai" or key_names == ["ANTHROPIC_AUTH_TOKEN"],
+            key=_key_from_environment(key_name, environment) if key_name else KeySource(),
+            bearer=family == "openai" or key_name == "ANTHROPIC_AUTH_TOKEN",
         )
     ]
 
@@ -208,6 +334,27 @@ def _checked_url(name: str, text: str) -> str:
     return text.rstrip("/")
 
 
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+_PREFIXES_TAKEN = ("/v1", "/v1beta", "/v1alpha", "/torpor", "/mcp")
+"""What the first segment of a prefix can't be: addresses of the gateway's own."""
+_PATH = re.compile(r"(?:[A-Z]+|\*) /[^\s?#\[\]]*")
+
+
+def _checked_prefix(name: str, text: str) -> str:
+    if text and (not _PREFIX.fullmatch(text) or "/" + text.split("/")[1] in _PREFIXES_TAKEN):
+        hint = 'Take a word of your own, such as path_prefix = "/ollama".'
+        raise _invalid(f"the path_prefix {text!r} of upstream {name!r} is no path that is free", hint=hint)
+    return text
+
+
+def _checked_paths(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if not _PATH.fullmatch(text):
+            reason = f"{text!r} in the paths of upstream {name!r} is not a method and a path"
+            raise _invalid(reason, hint='Write them as "POST /v1/embeddings" or "GET /api/*".')
+    return texts
+
+
 def _invalid(reason: str, *, hint: str = "") -> InvalidInput:
     return InvalidInput("config_invalid", f"cannot read the configuration: {reason}", hint=hint)
 
@@ -222,6 +369,8 @@ def guest_environment() -> dict[str, str]:
         "OPENAI_API_KEY": FAKE_KEY,
         "ANTHROPIC_BASE_URL": gateway,
         "ANTHROPIC_API_KEY": FAKE_KEY,
+        "GOOGLE_GEMINI_BASE_URL": gateway,
+        "GEMINI_API_KEY": FAKE_KEY,
         "HTTP_PROXY": proxy,
         "HTTPS_PROXY": proxy,
         "NO_PROXY": direct,

@@ -10,16 +10,21 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torpor import wire
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, new_node_id
-from torpor.runtime.owner import Outcome, Owner, Watcher
 from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
+
+if TYPE_CHECKING:
+    from torpor.runtime.owner import Owner
+    from torpor.runtime.watcher import Outcome, Watcher
 
 
 class Node:
@@ -29,7 +34,7 @@ class Node:
         self.runtime = runtime
         self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
 
-    async def own(self, session_id: SessionId, watcher: Watcher, *, let_go: bool = False) -> Outcome:
+    async def own(self, session_id: SessionId, watcher: "Watcher", *, let_go: bool = False) -> "Outcome":
         """Acquire a session and drive it to its end, or until a signal or another command asks to stop.
 
         Args:
@@ -40,9 +45,10 @@ class Node:
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
+                "budget": partial(_budget, owner),
                 "continue": lambda: _let_go(owner),
-                "kill": lambda: _ask(owner.ask_to_kill, ended),
-                "stop": lambda: _ask(owner.ask_to_stop, ended),
+                "kill": lambda: _kill(owner, ended),
+                "stop": lambda: _stop(owner, ended),
             }
             async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
                 try:
@@ -75,7 +81,7 @@ def _harden() -> None:
 
 
 @contextlib.asynccontextmanager
-async def _signals(owner: Owner, watcher: Watcher) -> AsyncGenerator[None]:
+async def _signals(owner: "Owner", watcher: "Watcher") -> AsyncGenerator[None]:
     """Ctrl-C goes to the agent first; the second one, and SIGTERM, checkpoint the session and leave it to `resume`."""
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -107,12 +113,12 @@ async def _ping() -> dict[str, Any]:
     return {"pid": os.getpid()}
 
 
-async def _let_go(owner: Owner) -> dict[str, Any]:
+async def _let_go(owner: "Owner") -> dict[str, Any]:
     owner.let_go()
     return {}
 
 
-async def _checkpoint(owner: Owner) -> dict[str, Any]:
+async def _checkpoint(owner: "Owner") -> dict[str, Any]:
     made = await owner.checkpoint()
     if made is None:
         raise SandboxFailed(
@@ -121,10 +127,31 @@ async def _checkpoint(owner: Owner) -> dict[str, Any]:
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
 
 
-async def _ask(request: Callable[[], None], ended: asyncio.Event) -> dict[str, Any]:
-    """Ask the owner to end, and answer when it has ended."""
-    request()
+async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
+    return asdict(await owner.add_to_budget(add))
+
+
+async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
+    """End the session, and answer when it has ended."""
+    owner.ask_to_kill()
     await ended.wait()
+    return {}
+
+
+async def _stop(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
+    """Put the session to sleep, and answer when it sleeps or can't."""
+    refused = owner.ask_to_stop()
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(ended.wait()), tasks.create_task(refused.wait())]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+    if not ended.is_set():
+        raise SandboxFailed(
+            "checkpoint_failed",
+            "cannot stop the session: no checkpoint could be made, it runs on",
+            hint="`torpor log SESSION` has the reason.",
+        )
     return {}
 
 

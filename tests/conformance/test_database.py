@@ -2,7 +2,9 @@
 
 import asyncio
 import inspect
+import re
 import threading
+from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
@@ -13,7 +15,7 @@ from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
-from torpor.db import blocks, calls, checkpoints, log, outputs, redo, requests, sessions, verify
+from torpor.db import blocks, calls, checkpoints, log, outputs, redaction, redo, requests, sessions, verify
 from torpor.db.database import Database, Row, Transaction, Value, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
@@ -55,6 +57,38 @@ async def test_reader_sees_one_state_while_a_writer_commits(scene: Scene) -> Non
         written.set()
     assert seen.result() == (2, 2)
     assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
+
+
+async def test_a_write_that_fails_undoes_nothing_of_those_that_waited_with_it(scene: Scene) -> None:
+    holding, release = threading.Event(), threading.Event()
+
+    def hold(tx: Transaction) -> None:
+        holding.set()
+        assert release.wait(10)
+
+    def append_and_fail(tx: Transaction) -> None:
+        append(tx, scene)
+        raise LookupError("changed its mind")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.write(hold))
+        await asyncio.to_thread(holding.wait, 10)
+        works = [lambda tx: append(tx, scene), append_and_fail, lambda tx: append(tx, scene)]
+        waiting = [tasks.create_task(_caught(scene.write(work, durable=True))) for work in works]
+        await asyncio.sleep(0)
+        release.set()
+    first, failed, last = [task.result() for task in waiting]
+    assert first == [3]
+    assert isinstance(failed, LookupError)
+    assert last == [4]
+    assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 4
+
+
+async def _caught(writing: Awaitable[list[int]]) -> list[int] | Exception:
+    try:
+        return await writing
+    except LookupError as error:
+        return error
 
 
 async def test_cancelled_write_that_did_not_start_leaves_no_row(scene: Scene) -> None:
@@ -121,7 +155,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 # --- the fence ----------------------------------------------------------------------------------------------------
 
-AREAS: list[ModuleType] = [sessions, log, calls, requests, blocks, checkpoints, redo, outputs]
+AREAS: list[ModuleType] = [sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
     for area in AREAS
@@ -180,7 +214,11 @@ class Rows:
             "requests.store": {"head": REQUEST_HEAD, "body": requests.prepare(b"never seen")},
             "requests.attach": {"call_id": self.bare, "request": self.request},
             "blocks.put": {"data": b"block"},
-            "blocks.redact": {"digest": self.request.manifest},
+            "blocks.redact": {"digest": self.request.manifest, "masked": b"*"},
+            "redaction.apply": {
+                "plan": redaction.plan_pattern(tx, self.scene.session_id, re.compile(b"x|hello|accept")),
+                "wall_ns": NOW,
+            },
             "checkpoints.commit": {"checkpoint": self.scene.checkpoint(1, self.checkpoint.seq), "wall_ns": NOW},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
@@ -272,6 +310,8 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
     unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
     for name, text in statements().items():
+        if name.startswith(("search/", "transfer/insert_")):
+            continue  # the index is nobody's; a session that is being imported is no node's
         words = [line for line in text.splitlines() if not line.startswith("--")]
         if words[0].split()[0] in {"INSERT", "UPDATE", "DELETE"} and name not in unfenced:
             assert name.endswith("_fenced") or name == "log/hold_head", name

@@ -18,8 +18,13 @@ from torpor.core.crash import CRASH_POINTS
 
 TURNS = 20
 KILLS_PER_SESSION = 10
-NODE_POINTS = [point for point in CRASH_POINTS if not point.startswith(("backend.", "divergence."))]
-"""Those that a node of the coding agent passes: it never takes another path under a policy that minds."""
+NODE_POINTS = [
+    point
+    for point in CRASH_POINTS
+    # The model of these sessions refuses nothing (the gateway's own tests have one that does), and their agent never
+    # takes another path under a policy that minds.
+    if not point.startswith(("backend.", "divergence.", "session.")) and point != "call.retried"
+]
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 
 
@@ -71,13 +76,14 @@ def test_no_kill_loses_anything(runsc: Path, scratch: Path, request: pytest.Fixt
 def disturb(made: Stage, plan: Plan, wanted: int) -> tuple[int, int]:
     """Run one session to its end through `wanted` kills; gives how many there were, and how many killed the node."""
     kills = node_kills = 0
-    command = ["run", "--name", "victim", "--", made_python(), "agent.py"]
     while True:
+        command = (
+            ["resume", "victim"] if _exists(made) else ["run", "--name", "victim", "--", made_python(), "agent.py"]
+        )
         what, point = plan.next() if kills < wanted else ("", "")
         variables = {"TORPOR_CRASH_POINT": point} if point else {}
         node = made.node(*command, **variables)
         status = await_end(node, plan.seconds() if what in ("node", "sandbox", "both") else PATIENCE_SECONDS)
-        command = ["resume", "victim"] if _exists(made) else command
         if status is None and what == "sandbox":
             made.kill_sandbox()
             plan.counted["sandbox"] += 1
@@ -112,8 +118,13 @@ def await_end(node: subprocess.Popen[str], seconds: float) -> int | None:
 
 
 def _exists(made: Stage) -> bool:
-    rows = made.rows("ls")
-    return bool(rows) and made.rows("checkpoints", "victim") != []
+    """Whether there is something to resume; a session that was killed before its first checkpoint is removed."""
+    if not made.rows("ls"):
+        return False
+    if made.rows("checkpoints", "victim"):
+        return True
+    made.torpor("rm", "victim")
+    return False
 
 
 def ended(made: Stage) -> bool:

@@ -1,6 +1,8 @@
 """Bad input and broken surroundings: one clear sentence, a hint, a stable code, an exit status, and nothing lost."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,37 @@ def test_malformed_options_are_refused_before_anything_is_made(quick: Stage) -> 
     assert quick.rows("ls") == []
 
 
+def test_a_huge_workspace_is_not_copied_unasked(quick: Stage) -> None:
+    with (quick.project / "huge").open("wb") as file:
+        file.truncate(1_000_000_001)
+    status, code, message = refusal(quick, "run", "--", "true")
+    assert (status, code) == (64, "workspace_needs_consent")
+    assert "--yes" in message
+    assert quick.rows("ls") == []
+    assert list((quick.home / "sessions").iterdir()) == []
+    quick.torpor("run", "--yes", "--", "true")
+    (quick.home / "config.toml").write_text("workspace_bytes_max = 2000000000\n")
+    quick.torpor("run", "--", "true")
+    assert [row["status"] for row in quick.rows("ls")] == ["succeeded", "succeeded"]
+
+
+@pytest.mark.parametrize(("typed", "sessions"), [(b"n\n", 0), (b"y\n", 1)])
+def test_a_person_at_a_terminal_is_asked_about_a_huge_workspace(quick: Stage, typed: bytes, sessions: int) -> None:
+    with (quick.project / "huge").open("wb") as file:
+        file.truncate(1_000_000_001)
+    ours, theirs = pty.openpty()
+    os.write(ours, typed)
+    command = [*quick.command, "run", "--", "true"]
+    finished = subprocess.run(
+        command, cwd=quick.project, env=quick.environment, stdin=theirs, capture_output=True, text=True, check=False
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert "Copy it? [y/N]" in finished.stderr
+    assert finished.returncode == (0 if sessions else 64)
+    assert len(quick.rows("ls")) == sessions
+
+
 def stopped_in_the_middle(made: Stage) -> None:
     """A session with a few checkpoints and neither node nor sandbox nor images in memory."""
     node = made.node(*RUN_AGENT)
@@ -139,5 +172,23 @@ def test_no_space_left_fails_the_checkpoint_and_not_the_session(scratch: Path, r
             assert failed
             assert failed[0]["code"] == "no_space"
             assert "is whole" in made.torpor("log", "one", "--verify").stdout
+        finally:
+            subprocess.run(["umount", "--lazy", made.home], check=True)
+
+
+def test_a_session_that_cannot_be_checkpointed_is_not_stopped_and_runs_on(scratch: Path, runsc: Path) -> None:
+    with stage(scratch, runsc) as made:
+        made.home.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", made.home], check=True)
+        try:
+            fill = "head -c 20000000 /dev/urandom > /tmp/more; echo full; read -r line"
+            node = made.start("run", "--name", "one", "--", "bash", "-c", f"{fill} < <(sleep 600)", stdout=-1)
+            assert node.stdout is not None
+            assert node.stdout.readline() == "full\n"
+            assert refusal(made, "stop", "one")[:2] == (75, "checkpoint_failed")
+            assert made.rows("ls")[0]["status"] == "running"
+            made.torpor("kill", "one")
+            assert node.wait(120) == 137
+            node.stdout.close()
         finally:
             subprocess.run(["umount", "--lazy", made.home], check=True)

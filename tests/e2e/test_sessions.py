@@ -1,6 +1,7 @@
 """The main job as a user sees it: run, kill -9, resume; what is kept, what is shown, what stays hidden."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 from tests.crash.witness import check_attempts, check_nothing_left
 from tests.stage import REAL_KEY, Stage
+
+from torpor.core.clock import SystemClock
+from torpor.sandbox.driver import SandboxPlan
+from torpor.sandbox.gvisor import GvisorDriver
+from torpor.sandbox.rootfs import directory_image
+from torpor.sandbox.tools import inspect_runsc
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 COUNTERS = ("memory", "mapped", "sqlite", "subprocess")
@@ -56,6 +63,10 @@ def test_a_killed_node_costs_one_reported_attempt_and_nothing_else(slow: Stage) 
     counted = check_attempts(slow, slow.events("one"), node_kills=1)
     assert counted == {"calls": 6, "sent": 7, "torn": 1, "asked": 7}
     assert report_of(slow)["memory"] == 5
+    timeline = slow.torpor("log", "one").stdout
+    assert "boot from checkpoint #0: started" in timeline
+    assert timeline.count("call 3: attempt 1 was cut short: its node died") == 1
+    assert timeline.count("call 3: attempt 2\n") == 1
 
 
 def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick: Stage) -> None:
@@ -77,14 +88,88 @@ def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
     node = lasting.node(*RUN_AGENT)
     log = lasting.follow("one")
     log.wait("call.delivered")
-    lasting.torpor("stop", "one")
-    node.wait(300)
+    stopped = lasting.torpor("stop", "one").stderr
+    newest = lasting.rows("show", "one")[0]["newest_checkpoint"]
+    assert f"stopped at checkpoint #{newest}" in stopped
+    assert node.wait(300) == 79
+    assert "the session was stopped" in (lasting.directory / "node.log").read_text()
     assert lasting.rows("ls")[0]["status"] == "asleep"
     assert lasting.sandbox_pids() == []
     resumed = lasting.node("resume", "one")
     assert resumed.wait(300) == 0
     log.close()
     assert report_of(lasting) == {**dict.fromkeys(COUNTERS, 10), "background": {"ticker": None}}
+
+
+COUNTING = "for ((i = 1; ; i++)); do echo $i > count; echo $i; sleep 0.005; done"
+
+
+def lines_of(stage: Stage) -> list[int]:
+    return [int(line) for line in stage.torpor("output", "one").stdout.splitlines()]
+
+
+def test_after_the_cut_of_a_stop_the_agent_does_nothing_more(quick: Stage) -> None:
+    """Its counter in the workspace is never behind what it printed: at the cut, and still when all is over."""
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", COUNTING)
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("checkpoint", "one")
+    quick.torpor("stop", "one")
+    node.wait(300)
+    quick.torpor("pull", "one", "pulled")
+    counted = int((quick.project / "pulled/count").read_text())
+    printed = lines_of(quick)
+    assert printed == list(range(1, len(printed) + 1))
+    assert len(printed) <= counted
+
+    resumed = quick.node("resume", "one")
+    log.wait("recovery.chosen", 2)
+    quick.torpor("checkpoint", "one")
+    quick.torpor("kill", "one")
+    resumed.wait(300)
+    log.close()
+    goes_on = lines_of(quick)
+    assert goes_on == list(range(1, len(goes_on) + 1))
+    assert len(goes_on) > counted
+    assert "output.differed" not in {event["kind"] for event in quick.events("one")}
+
+
+def test_a_sandbox_that_outlives_its_stop_is_not_adopted(quick: Stage) -> None:
+    """The node dies when the session is asleep and its sandbox, paused, is not destroyed yet."""
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", COUNTING, TORPOR_CRASH_POINT="session.asleep")
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("stop", "one", check=False)
+    node.wait(300)
+    assert quick.rows("ls")[0]["status"] == "asleep"
+    assert quick.sandbox_pids() != []
+    resumed = quick.node("resume", "one")
+    assert log.wait("recovery.chosen", 2)["data"]["mode"] == "restore"
+    quick.torpor("kill", "one")
+    resumed.wait(300)
+    log.close()
+    check_nothing_left(quick)
+
+
+def test_output_that_the_last_life_did_not_write_again_is_superseded(quick: Stage) -> None:
+    """After the cut the first life prints more, and dies; the second finds another workspace, and exits instead."""
+    script = "echo begin; until [ -e more ]; do [ -e end ] && exit 0; sleep 0.05; done; echo more; sleep 600"
+    node = quick.node("run", "--name", "one", "--", "bash", "-c", script)
+    log = quick.follow("one")
+    log.wait("session.status")
+    quick.torpor("checkpoint", "one")
+    lives = next((quick.home / "sessions").glob("*/incarnations"))
+    (lives / "1/workspace/more").write_text("go\n")
+    while quick.torpor("output", "one").stdout != "begin\nmore\n":
+        assert node.poll() is None
+    quick.kill_sandbox()
+    log.wait("recovery.chosen", 2)
+    (lives / "2/workspace/end").write_text("go\n")
+    assert node.wait(300) == 0
+    log.close()
+    assert quick.torpor("output", "one").stdout == "begin\n"
+    [differed] = [event for event in quick.events("one") if event["kind"] == "output.differed"]
+    assert differed["data"] == {"channel": 1, "offset": len("begin\n")}
 
 
 def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
@@ -99,18 +184,74 @@ def test_interrupt_goes_to_the_agent(quick: Stage) -> None:
 
 
 def test_detached_sessions_can_be_watched_checkpointed_and_killed(lasting: Stage) -> None:
-    session = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py").stdout.strip()
+    started = lasting.torpor("run", "--detach", "--name", "one", "--", sys.executable, "agent.py")
+    session = started.stdout.strip()
     assert session.startswith("ses_")
+    assert "torpor log -f one" in started.stderr
     log = lasting.follow("one")
     log.wait("call.delivered")
     made = json.loads(lasting.torpor("checkpoint", "one", "--json").stdout)
     assert made["freeze_ns"] > 0
     assert made["number"] in [row["number"] for row in lasting.rows("checkpoints", "one")]
-    lasting.torpor("kill", "one")
+    assert f"{session} killed" in lasting.torpor("kill", "one").stderr
     log.wait("session.status", 2)
     log.close()
     assert lasting.rows("ls")[0]["status"] == "cancelled"
     check_nothing_left(lasting)
+    assert f"{session} removed" in lasting.torpor("rm", "one").stderr
+
+
+def test_a_foreground_session_says_that_it_was_killed_from_outside(quick: Stage) -> None:
+    node = quick.start("run", "--name", "one", "--", "sh", "-c", "echo up; sleep 600", stdout=-1, stderr=-1)
+    assert node.stdout is not None
+    assert node.stdout.readline() == "up\n"
+    quick.torpor("kill", "one")
+    _, said = node.communicate(timeout=120)
+    assert node.returncode == 137
+    assert "the session was killed by another command" in said
+
+
+def test_show_has_times_and_sizes_for_people_and_says_nothing_of_nothing(quick: Stage) -> None:
+    quick.torpor("run", "--", "true")
+    session = quick.rows("ls")[0]["session"]
+    shown = dict(line.split("  ", 1) for line in map(str.strip, quick.torpor("show", session).stdout.splitlines()))
+    assert shown["name"].strip() == shown["node"].strip() == "-"
+    assert re.fullmatch(r" *\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d+[sm] ago\)", shown["created"])
+    assert shown["stored bytes"].endswith("B")
+    assert "None" not in "".join(shown.values())
+
+
+def test_files_that_are_mapped_for_writing_are_known_to_the_host(quick: Stage, runsc: Path) -> None:
+    """Stores through a mapping need not move a time stamp: a checkpoint has to read such files again."""
+    script = """
+import mmap, time
+file = open("mapped", "wb+")
+file.truncate(4096)
+mapped = mmap.mmap(file.fileno(), 4096)
+file.close()
+print("up", flush=True)
+time.sleep(600)
+"""
+    node = quick.start("run", "--", sys.executable, "-c", script, stdout=subprocess.PIPE)
+    assert node.stdout is not None
+    assert node.stdout.readline() == "up\n"
+    workspace = next((quick.home / "sessions").glob("*/incarnations/1/workspace"))
+    driver = GvisorDriver(
+        runsc=inspect_runsc(runsc, SystemClock()), state_directory=quick.home / "runsc", clock=SystemClock()
+    )
+    plan = SandboxPlan(
+        sandbox_id=next(name for name in driver.sandbox_ids() if name.endswith("-1")),
+        directory=workspace.parent,
+        image=directory_image(Path("/")),
+        workspace=workspace,
+        init_directory=quick.home,
+    )
+    sandbox = driver.find(plan)
+    assert sandbox is not None
+    assert (workspace / "mapped").stat().st_ino in (sandbox.open_for_writing() or ())
+    assert (workspace / "agent.py").stat().st_ino not in (sandbox.open_for_writing() or ())
+    node.kill()
+    node.stdout.close()
 
 
 def test_the_workspace_is_a_copy_that_diff_shows_and_pull_brings_back(quick: Stage) -> None:
@@ -131,13 +272,10 @@ def test_a_secret_in_the_home_directory_is_not_visible_inside(quick: Stage) -> N
     secret = "planted-secret-7d1f"
     home = quick.directory / "user"
     (home / ".ssh").mkdir(parents=True)
-    (home / ".ssh/id_rsa").write_text(secret)
-    (Path.home() / ".torpor-planted").write_text(secret)
-    try:
-        look = f"grep -rs {secret} /root /home /etc /var /tmp /run /workspace {home} ~ | head; ls -a /root; env"
-        shown = quick.torpor("run", "--", "bash", "-c", look, HOME=str(Path.home())).stdout
-    finally:
-        (Path.home() / ".torpor-planted").unlink()
+    for name in (".ssh/id_rsa", ".planted"):
+        (home / name).write_text(secret)
+    look = f"grep -rs {secret} /root /home /etc /var /tmp /run /workspace {home} ~ | head; ls -a /root; env"
+    shown = quick.torpor("run", "--", "bash", "-c", look, HOME=str(home)).stdout
     assert secret not in shown
     assert REAL_KEY not in shown
     assert "OPENAI_BASE_URL=http://127.0.0.1:4100" in shown

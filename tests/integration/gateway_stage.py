@@ -13,16 +13,18 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
-from torpor.config import GATEWAY_PORT, PROXY_PORT, KeySource, Secret, Upstream, guest_environment
+from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, PriceRule, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
+from torpor.core.money import Price, parse_dollars
 from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, Transaction, open_database
@@ -35,6 +37,11 @@ from torpor.testing.model_scripts import Script, plain
 from torpor.testing.model_server import ModelServer, serve_model
 
 INIT_SOURCE = Path(__file__).parents[2] / "native" / "init"
+PRICE = PriceRule(
+    pattern="scripted-*",
+    price=Price(input=Decimal(1), output=Decimal(10), cache_read=Decimal("0.1"), cache_write=Decimal(1)),
+)
+"""A token of output is 10 microdollars."""
 REAL_KEY = "sk-real-0123456789abcdefghijklmnopqrstuvwxyz"
 CLOCK = SystemClock()
 T = TypeVar("T")
@@ -231,6 +238,7 @@ class Stage:
     session_id: SessionId
     upstreams: tuple[Upstream, ...]
     process: subprocess.Popen[bytes]
+    prices: tuple[PriceRule, ...] = ()
     on_call: OnCall = field(default_factory=OnCall)
     checkpoint_for: CheckpointFor = field(default_factory=CheckpointFor)
 
@@ -290,6 +298,7 @@ class Stage:
                 on_call=self.on_call,
                 checkpoint_for=self.checkpoint_for,
                 crossroads=crossroads,
+                prices=self.prices,
             )
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run())
@@ -329,8 +338,16 @@ class Stage:
 
 @asynccontextmanager
 async def gateway_stage(
-    directory: Path, *, script: Script = plain, key: str = REAL_KEY, read_seconds: float = 60.0
+    directory: Path,
+    *,
+    script: Script = plain,
+    key: str = REAL_KEY,
+    read_seconds: float = 60.0,
+    retries: int = 0,
+    budget: str | None = None,
 ) -> AsyncGenerator[Stage]:
+    """A stage whose upstreams are one scripted model; with `retries`, refusals are sent again."""
+    limit = None if budget is None else parse_dollars(budget)
     subprocess.run(["make", "-s", "-C", str(INIT_SOURCE)], check=True)
     async with serve_model(script=script, key=key) as model:
         upstreams = tuple(
@@ -341,13 +358,16 @@ async def gateway_stage(
                 key=KeySource(value=Secret(key)),
                 bearer=family == "openai",
                 read_seconds=read_seconds,
+                retries=retries,
             )
-            for family in ("openai", "anthropic")
+            for family in FAMILIES
         )
         session_id = new_session_id(CLOCK.wall_ns())
         database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)
         await database.write(
-            lambda tx: sessions.create(tx, session_id=session_id, name=None, spec={}, wall_ns=CLOCK.wall_ns()),
+            lambda tx: sessions.create(
+                tx, session_id=session_id, name=None, spec={}, wall_ns=CLOCK.wall_ns(), budget_nanousd=limit
+            ),
             durable=True,
         )
         await database.close()
@@ -359,6 +379,7 @@ async def gateway_stage(
             session_id=session_id,
             upstreams=upstreams,
             process=start_init(directory, address),
+            prices=(PRICE,),
         )
         try:
             yield stage

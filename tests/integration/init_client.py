@@ -29,11 +29,11 @@ WINDOW = 262_144
 PAYLOAD_BYTES_MAX = 32768
 
 HELLO, SPEC, START, RESTORED, DATA, FIN, RESET, ACK, CREDIT, RESUME = range(0x01, 0x0B)
-BARRIER, RELEASE, PING, SIGNAL, EXIT_ACK = range(0x0B, 0x10)
+BARRIER, RELEASE, PING, SIGNAL, EXIT_ACK, FORGET = range(0x0B, 0x11)
 STATUS, OPEN, G_DATA, G_FIN, CLOSED, TAKEN, BARRIER_ACK, ALIVE, EXIT, PONG, LOG, STARTED = range(0x81, 0x8D)
 
 CONSUMED, GONE, RESET_BY_HOST = 1, 2, 3
-HALF_CLOSED, CLIENT_GONE, HOST_FIN, NOT_RESUMABLE = 1, 2, 4, 8
+HALF_CLOSED, CLIENT_GONE, HOST_FIN, NOT_RESUMABLE, HAS_CONSUMED, WAS_RESET = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,7 +426,7 @@ def send_in_background(client: socket.socket, data: bytes, host: Host) -> None:
 def closing(host: Host, stream: int) -> tuple[int, int]:
     """How the stream closed, and W; afterwards both ends forget it."""
     frame = host.expect(CLOSED, stream)
-    host.send(RESET, stream)
+    host.send(FORGET, stream)
     return frame.payload[0], frame.arg
 
 

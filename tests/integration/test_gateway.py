@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import signal
+import socket
+import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,10 +16,15 @@ from torpor.config import GATEWAY_PORT
 from torpor.core.call import CallState
 from torpor.core.events import Kind
 from torpor.testing.model_faults import Fault, FaultRule
-from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long
+from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, leaky, long, plain
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-PATHS = pytest.mark.parametrize("path", [CHAT, MESSAGES])
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+GEMINI, GEMINI_ARRAY = (f"/v1beta/models/m:streamGenerateContent{query}" for query in ("?alt=sse", ""))
+PATHS = pytest.mark.parametrize(
+    "path",
+    [CHAT, MESSAGES, RESPONSES, GEMINI, GEMINI_ARRAY],
+    ids=["chat", "messages", "responses", "gemini", "gemini-array"],
+)
 
 
 def question(text: str = "go on", *, stream: bool = True) -> bytes:
@@ -29,6 +37,11 @@ def slow(_conversation: Conversation, this: Try) -> Answer:
     return Answer(
         parts=(Say(text=f"attempt {this.attempt} " + "x" * 1000),), pace=Pace(chunk_seconds=0.01, chunk_characters=1)
     )
+
+
+def unhurried(_conversation: Conversation, this: Try) -> Answer:
+    """About a second."""
+    return Answer(parts=(Say(text=f"{this.attempt}" * 100),), pace=Pace(chunk_seconds=0.01, chunk_characters=1))
 
 
 @asynccontextmanager
@@ -133,6 +146,25 @@ async def test_a_clients_retry_joins_the_call_and_is_not_sent_again(tmp_path: Pa
         assert stage.model.witness.requests == 1
         [joined] = await node.events(Kind.CALL_JOINED)
         assert joined.call_id == call.call_id
+
+
+@pytest.mark.parametrize("complete", [False, True])
+async def test_a_retry_that_comes_together_with_the_end_that_caused_it_joins(tmp_path: Path, complete: bool) -> None:
+    async with gateway_stage(tmp_path, script=plain if complete else unhurried) as stage, stage.node() as node:
+        stage.on_call.gate.clear()
+        async with client(stage, http_request(CHAT, question())) as (_, writer):
+            await node.logged(Kind.CALL_COMPLETED if complete else Kind.CALL_SENT)
+            stage.on_call.gate.set()
+            stage.process.send_signal(signal.SIGSTOP)
+            broken: socket.socket = writer.get_extra_info("socket")
+            broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            async with client(stage, http_request(CHAT, question())) as (reader, _):
+                stage.process.send_signal(signal.SIGCONT)
+                received = await reader.read(-1)
+        [call] = await node.calls()
+        assert received == await node.logged_response(call)
+        assert stage.model.witness.requests == 1
 
 
 async def test_a_retry_after_the_answer_was_complete_joins_as_well(tmp_path: Path) -> None:
@@ -241,9 +273,10 @@ async def test_the_real_key_goes_upstream_and_nowhere_else(tmp_path: Path) -> No
     async with gateway_stage(tmp_path, script=leaky) as stage:
         received = b""
         async with stage.node() as node:
-            for path in (CHAT, MESSAGES):
+            for path in (CHAT, MESSAGES, RESPONSES, GEMINI, f"{GEMINI_ARRAY}?key=from-the-sandbox"):
                 for stream in (False, True):
-                    headers = {"authorization": "Bearer from-the-sandbox", "x-api-key": "from-the-sandbox"}
+                    names = ("x-api-key", "x-goog-api-key", "api-key")
+                    headers = {"authorization": "Bearer from-the-sandbox"} | dict.fromkeys(names, "from-the-sandbox")
                     received += await stage.raw(http_request(path, question(stream=stream), headers))
             assert {call.state for call in await node.calls()} == {CallState.ANSWERED}
         assert all(request.credential == REAL_KEY for request in stage.model.requests)
@@ -252,7 +285,7 @@ async def test_the_real_key_goes_upstream_and_nowhere_else(tmp_path: Path) -> No
         for secret in (REAL_KEY.encode(), b"from-the-sandbox"):
             assert secret not in received
             assert secret not in stored
-    assert not any(b"from-the-sandbox" in str(request.headers).encode() for request in stage.model.requests)
+    assert not any("from-the-sandbox" in f"{request.headers}{request.query}" for request in stage.model.requests)
 
 
 async def test_headers_and_bodies_reach_the_provider_as_they_were_sent(tmp_path: Path) -> None:

@@ -20,6 +20,13 @@ REFUSED = {
     "two slashes": (b"GET //evil/v1/models HTTP/1.1\r\nhost: x\r\n\r\n", 400, "target_refused"),
     "tunnel": (b"CONNECT evil:443 HTTP/1.1\r\nhost: x\r\n\r\n", 400, "target_refused"),
     "websocket": (f"{GET}connection: upgrade\r\nupgrade: websocket\r\n\r\n".encode(), 426, "websocket_refused"),
+    "websocket of responses": (
+        GET.replace("/", "/v1/responses", 1).encode() + b"connection: Upgrade\r\nupgrade: WebSocket\r\n\r\n",
+        426,
+        "websocket_refused",
+    ),
+    "unknown verb of gemini": (b"POST /v1beta/models/m:embed HTTP/1.1\r\nhost: x\r\n\r\n", 404, "path_unknown"),
+    "traversal below a response": (b"GET /v1/responses/../files HTTP/1.1\r\nhost: x\r\n\r\n", 404, "path_unknown"),
     "http/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "http_version_unsupported"),
     "not http": (b"\x16\x03\x01\x02\x00\x01 hello\r\n\r\n", 400, "request_malformed"),
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400, "request_malformed"),

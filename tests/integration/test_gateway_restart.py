@@ -13,6 +13,7 @@ from torpor.core.checkpoint import StreamFate
 from torpor.core.errors import Superseded
 from torpor.core.events import Kind
 from torpor.core.redo import RedoSet, entry_of
+from torpor.gateway.record import Recorder
 from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, long
 
 
@@ -117,6 +118,40 @@ async def test_a_joined_stream_goes_on_under_the_next_node(tmp_path: Path) -> No
         async with stage.node() as node:
             assert list(node.fates.values()) == [StreamFate.RESET]
         await connected.__aexit__(None, None, None)
+
+
+async def test_an_end_that_the_log_lacks_is_told_to_the_next_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node dies between CLOSED and the row: without the end the client's retry would be a second call."""
+    heard = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        heard.set()
+        await asyncio.Event().wait()
+
+    async with gateway_stage(tmp_path) as stage:
+        stage.on_call.gate.clear()
+        async with stage.node() as node:
+            with monkeypatch.context() as patched:
+                patched.setattr(Recorder, "deliver", never)
+                connected = client(stage, http_request(CHAT, question()))
+                _, writer = await connected.__aenter__()
+                await node.logged(Kind.CALL_COMPLETED)
+                writer.transport.abort()
+                await connected.__aexit__(None, None, None)
+                stage.on_call.gate.set()
+                await heard.wait()
+                assert await node.events(Kind.CALL_DELIVERED) == []
+        async with stage.node() as node:
+            [end] = await node.logged(Kind.CALL_DELIVERED)
+            assert end.data["end"] == "gone"
+            received = await stage.raw(http_request(CHAT, question()))
+            [call] = await node.calls()
+            assert received == await node.logged_response(call)
+            assert stage.model.witness.requests == 1
+            while (await node.link.cut(10)).streams:
+                node.link.release()
 
 
 async def test_the_pump_lives_on_when_the_sandbox_dies_and_the_next_life_gets_its_answer(tmp_path: Path) -> None:

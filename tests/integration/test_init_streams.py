@@ -1,5 +1,6 @@
 """torpor-init keeps docs/init-protocol.md: requests, their limits, responses, how clients close."""
 
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from tests.integration.init_client import (
     CONSUMED,
     CREDIT,
     FIN,
+    FORGET,
     G_DATA,
     G_FIN,
     GONE,
     HALF_CLOSED,
+    HAS_CONSUMED,
     HOST_FIN,
     NOT_RESUMABLE,
     OPEN,
@@ -25,7 +28,9 @@ from tests.integration.init_client import (
     RESET_BY_HOST,
     RESUME,
     TAKEN,
+    WAS_RESET,
     WINDOW,
+    Host,
     Pair,
     build,
     bytes_of,
@@ -74,7 +79,9 @@ def test_each_listener_tells_its_port(binary: Path, tmp_path: Path) -> None:
             assert host.expect(OPEN).arg == guest.ports[0]
 
 
-def test_closed_stream_is_forgotten_at_the_acknowledgement_of_its_request(pair: Pair) -> None:
+@pytest.mark.parametrize("crossing", [ACK, RESET])
+def test_end_is_remembered_until_the_host_forgets_it(pair: Pair, crossing: int) -> None:
+    """An acknowledgement, or a reset, may be on its way when the client closes: that is no word about the end."""
     guest, host = pair
     with connect(guest) as client:
         client.sendall(b"request")
@@ -82,15 +89,127 @@ def test_closed_stream_is_forgotten_at_the_acknowledgement_of_its_request(pair: 
         host.send(FIN, 16, 0)
         assert read_all(client) == b""
     assert host.expect(CLOSED).payload[0] == CONSUMED
-    host.send(ACK, 16, 6)
-    status = host.hello()
-    assert status.streams[16].flags & CLIENT_GONE
-    host.send(ACK, 16, 7)  # durable, as the next host begins; it has not heard of the end
-    host.send(RESUME, 16, 7)
-    host.send(CREDIT, 16, WINDOW)
-    assert host.expect(CLOSED).payload[0] == CONSUMED
-    host.send(ACK, 16, 7)
+    host.send(crossing, 16, 7)
+    assert host.hello().streams[16].flags == HAS_CONSUMED | HOST_FIN
+    host.send(crossing, 16, 7)
+    assert host.hello().streams[16].flags == HAS_CONSUMED | HOST_FIN
+    host.send(FORGET, 16)
     assert host.hello().streams == {}
+    assert host.find(CLOSED) is None, "STATUS had it"
+
+
+def test_open_stream_is_not_forgotten(pair: Pair) -> None:
+    guest, host = pair
+    with connect(guest) as client:
+        client.sendall(b"request")
+        host.request(16, 7)
+        host.send(FORGET, 16)
+        assert host.hello().streams[16].read == 7
+
+
+def test_status_says_how_each_client_left(pair: Pair) -> None:
+    guest, host = pair
+    consumed, gone, reset = [connect(guest) for _ in range(3)]
+    for stream in (16, 17, 18):
+        assert host.expect(OPEN).stream == stream
+    host.send(FIN, 16, 0)
+    assert read_all(consumed) == b""
+    consumed.close()
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
+    gone.close()
+    host.send(RESET, 18)
+    for _ in range(3):
+        host.expect(CLOSED)
+    flags = {number: stream.flags for number, stream in host.hello().streams.items()}
+    assert flags == {16: HAS_CONSUMED | HOST_FIN, 17: CLIENT_GONE, 18: WAS_RESET}
+    reset.close()
+
+
+def break_off(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
+    client.close()
+
+
+def order_of(host: Host, *kinds: int) -> list[tuple[int, int]]:
+    """Kind and stream of what came, repetitions left out."""
+    came = [(frame.type, frame.stream) for frame in host.frames if frame.type in kinds]
+    return list(dict.fromkeys(came))
+
+
+def test_end_goes_before_the_retry_that_it_caused(pair: Pair) -> None:
+    guest, host = pair
+    first = connect(guest)
+    first.sendall(b"request")
+    host.request(16, 7)
+    guest.process.send_signal(signal.SIGSTOP)
+    break_off(first)
+    with connect(guest) as retry:
+        retry.sendall(b"request")
+        guest.process.send_signal(signal.SIGCONT)
+        host.request(17, 7)
+    assert order_of(host, OPEN, CLOSED) == [(OPEN, 16), (CLOSED, 16), (OPEN, 17)]
+
+
+def test_retry_waits_behind_what_its_predecessor_still_has_to_send(pair: Pair) -> None:
+    """The host reads nothing, so that both requests wait in init."""
+    guest, host = pair
+    first = connect(guest)
+    first.sendall(bytes(WINDOW - 1))
+    guest.process.send_signal(signal.SIGSTOP)
+    break_off(first)
+    with connect(guest) as retry:
+        retry.sendall(b"request")
+        guest.process.send_signal(signal.SIGCONT)
+        host.request(17, 7)
+        order = order_of(host, G_DATA, CLOSED)
+        assert order.index((CLOSED, 16)) < order.index((G_DATA, 17))
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_retry_waits_until_the_new_host_resumes_the_stream_that_ended(pair: Pair, breaks_off: bool) -> None:
+    guest, host = pair
+    with connect(guest) as first:
+        first.sendall(b"request")
+        host.request(16, 7)
+        if breaks_off:
+            host.hello()
+            break_off(first)
+        else:
+            first.shutdown(socket.SHUT_WR)
+            host.expect(G_FIN, 16)
+            host.hello()
+        with connect(guest) as retry:
+            retry.sendall(b"request")
+            assert host.expect(OPEN, 17)
+            host.ping()
+            assert host.streams[17].data == b""
+            host.frames.clear()
+            host.streams[16].data.clear()
+            host.send(RESUME, 16, 0)
+            host.send(CREDIT, 16, WINDOW)
+            host.request(17, 7)
+    end = CLOSED if breaks_off else G_FIN
+    assert order_of(host, end, G_DATA) == [(G_DATA, 16), (end, 16), (G_DATA, 17)]
+
+
+def test_nothing_of_a_stream_goes_after_its_closed(binary: Path, tmp_path: Path) -> None:
+    """A request too large to be sent again has an end that can't be sent either, until its bytes are acknowledged."""
+    data = bytes_of(3 << 20)
+    with running(binary, tmp_path, "--request-bytes-max", str(1 << 20)) as (guest, host):
+        client = connect(guest)
+        host.expect(OPEN)
+        host.send(CREDIT, 16, 1 << 30)
+        send_in_background(client, data, host)
+        client.shutdown(socket.SHUT_WR)
+        assert host.expect(G_FIN, 16).arg == len(data)
+        host.hello()
+        host.send(CREDIT, 16, 1 << 30)
+        break_off(client)
+        assert host.expect(CLOSED, 16).payload[0] == GONE
+        host.send(ACK, 16, len(data))
+        host.send(RESUME, 16, len(data))
+        host.ping()
+        assert host.find(G_FIN) is None
 
 
 def test_client_that_half_closed_first_is_answered_and_consumes(pair: Pair) -> None:
@@ -220,8 +339,7 @@ def test_reset_of_a_stream_from_before_hello_is_told_and_forgotten(pair: Pair) -
         host.send(RESET, 16)
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-        assert host.expect(CLOSED).payload[0] == RESET_BY_HOST
-        host.send(ACK, 16, 0)
+        assert closing(host, 16)[0] == RESET_BY_HOST
         assert host.hello().streams == {}
 
 

@@ -19,9 +19,9 @@ from tests.integration.guests import (
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.sandbox.fifos import READ_BYTES, Pulse
-from torpor.sandbox.frames import AgentSpec, FromGuest, ToGuest
+from torpor.sandbox.frames import AgentSpec, Closed, FromGuest, ToGuest
 from torpor.sandbox.link import Link
-from torpor.sandbox.streams import WINDOW_BYTES, Closed, StreamGone
+from torpor.sandbox.streams import WINDOW_BYTES, Stream, StreamGone
 
 AGENT = AgentSpec(arguments=("agent",), cwd="/", environment={})
 ENTROPY = bytes(64)
@@ -125,6 +125,7 @@ async def test_a_guest_that_floods_and_does_not_read_costs_no_memory(
         while True:
             stream = await link.accept()
             await stream.wait_closed()
+            stream.forget()
             owned = stream.id
             progress.fire()
 
@@ -144,7 +145,7 @@ async def test_a_guest_that_floods_and_does_not_read_costs_no_memory(
         assert queued._queued_bytes <= choke_bytes + READ_BYTES
         choked_at = owned
         while owned < choked_at + 1000:
-            await guest.expect(ToGuest.RESET)
+            await guest.expect(ToGuest.FORGET)
         for task in busy:
             task.cancel()
 
@@ -405,14 +406,34 @@ async def test_a_stream_that_was_reset_is_forgotten_whatever_it_says(fifos: Fifo
         stream.reset()
         await guest.expect(ToGuest.RESET)
         await guest.say(FromGuest.DATA, 16, 0, b"on its way")
-        await guest.say(FromGuest.CLOSED, 16, 0, b"\3")
         assert await stream.wait_closed() is Closed.RESET
-        await guest.expect(ToGuest.RESET)
+        assert guest.unread() == []
+        stream.forget()
+        await guest.expect(ToGuest.FORGET)
+        await guest.say(FromGuest.CLOSED, 16, 0, b"\2")
         await guest.say(FromGuest.DATA, 16, 0, b"a ghost")
         await guest.say(FromGuest.OPEN, 17, 80)
         assert (await link.accept()).id == 17
         with pytest.raises(StreamGone):
             await stream.send(0, b"x")
+
+
+async def test_the_guest_forgets_a_stream_only_when_its_owner_says_so(fifos: FifoPair, guest: HostileGuest) -> None:
+    async with running(await open_link(fifos, guest)) as link:
+        await guest.say(FromGuest.OPEN, 16, 80)
+        await guest.say(FromGuest.CLOSED, 16, 0, b"\2")
+        stream = await link.accept()
+        with pytest.raises(ValueError, match="not closed"):
+            (await answered_open(link, guest, 17)).forget()
+        assert await stream.wait_closed() is Closed.GONE
+        assert guest.unread() == []
+        stream.forget()
+        assert (await guest.expect(ToGuest.FORGET)).stream == 16
+
+
+async def answered_open(link: Link, guest: HostileGuest, number: int) -> Stream:
+    await guest.say(FromGuest.OPEN, number, 80)
+    return await link.accept()
 
 
 async def test_what_came_before_the_client_left_is_still_received(fifos: FifoPair, guest: HostileGuest) -> None:
@@ -432,8 +453,10 @@ async def test_a_refused_stream_is_reset(fifos: FifoPair, guest: HostileGuest) -
     async with running(await open_link(fifos, guest, status)) as link:
         link.refuse(16)
         assert (await guest.expect(ToGuest.RESET)).stream == 16
+        assert (await guest.expect(ToGuest.FORGET)).stream == 16
         await guest.say(FromGuest.CLOSED, 16, 0, b"\3")
-        assert (await guest.expect(ToGuest.RESET)).stream == 16
+        await guest.say(FromGuest.OPEN, 17, 80)
+        assert (await link.accept()).id == 17
 
 
 async def test_the_end_after_an_acknowledged_exit_is_no_loss(fifos: FifoPair, guest: HostileGuest) -> None:

@@ -155,7 +155,7 @@ def test_every_option_of_a_command_is_documented(name: str) -> None:
 
 
 def test_no_command_is_documented_that_does_not_exist() -> None:
-    told = set(re.findall(r"^## torpor (\w+)$", page("docs/cli.md"), re.MULTILINE))
+    told = set(re.findall(r"^## torpor ([\w-]+)$", page("docs/cli.md"), re.MULTILINE))
     assert told == set(commands())
 
 
@@ -177,7 +177,11 @@ def test_every_configuration_field_is_documented() -> None:
     table = rows(section(page("docs/configuration.md"), "Model providers"))
     upstream_fields = set(config._UpstreamFields.__struct_fields__)
     assert upstream_fields <= table
+    others = rows(section(page("docs/configuration.md"), "Other settings of config.toml"))
+    assert set(config._FileFields.__struct_fields__) - {"upstreams", "prices"} == others
     assert {field.name for field in fields(config.Upstream)} - {"name", "key"} <= table
+    prices = rows(section(page("docs/configuration.md"), "Prices"))
+    assert set(config._PriceFields.__struct_fields__) <= prices
     assert set(config.FAMILIES) == set(get_args(config.Family))
     for family in config.FAMILIES:
         assert f'"{family}"' in page("docs/configuration.md")
@@ -230,7 +234,7 @@ def test_every_dependency_has_a_decision() -> None:
     lists = re.findall(r"^(?:dependencies|test|check) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
     names = {name for part in lists for name in re.findall(r'"([a-z][a-z0-9-]+)[><=]', part)}
     decided = " ".join(path.read_text() for path in (ROOT / "docs/decisions").glob("*.md"))
-    clients_under_test = {"openai", "anthropic"}
+    clients_under_test = {"openai", "anthropic", "google-genai"}
     assert {name for name in names - clients_under_test if f"`{name}`" not in decided} == set()
 
 

@@ -11,6 +11,7 @@ from torpor.sandbox.frames import (
     ENCODED_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
     AgentSpec,
+    Closed,
     Frame,
     FrameReader,
     FromGuest,
@@ -131,8 +132,14 @@ def test_a_status_is_read() -> None:
     stdout, call = status.streams
     assert (stdout.stream, stdout.kind, stdout.resumable) == (1, "output", True)
     assert (call.stream, call.port, call.kind) == (17, 4100, "call")
-    assert (call.half_closed, call.gone, call.fin_received, call.resumable) == (True, False, True, False)
+    assert (call.half_closed, call.closed, call.fin_received, call.resumable) == (True, None, True, False)
     assert (call.read, call.acknowledged, call.taken, call.written, call.sent) == (900, 100, 80, 30, 200)
+
+
+def test_a_status_says_how_each_stream_ended() -> None:
+    ended = [(16 + n, 1, 0, flags, 5, 0, 3, 3, 0) for n, flags in enumerate((0, 2, 4 | 16, 32))]
+    closed = [stream.closed for stream in parse_status(status_record(*ended)).streams]
+    assert closed == [None, Closed.GONE, Closed.CONSUMED, Closed.RESET]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +156,10 @@ def test_a_status_is_read() -> None:
         (status_record((20, 1, 0, 0, 0, 0, 0, 0, 0)), "stream 20 as class 0"),
         (status_record((3, 1, 1, 0, 0, 0, 0, 0, 0)), "stream 3 as class 1"),
         (status_record((16, 1, 2, 0, 0, 0, 0, 0, 0)), "stream 16 as class 2"),
+        (status_record((16, 1, 0, 2 | 16, 0, 0, 0, 0, 0)), "can't have ended"),
+        (status_record((16, 1, 0, 16, 0, 0, 0, 0, 0)), "can't have ended"),
+        (status_record((16, 1, 0, 16 | 4, 0, 0, 5, 4, 0)), "can't have ended"),
+        (status_record((1, 0, 1, 2, 0, 0, 0, 0, 0)), "can't have ended"),
         (status_record((16, 1, 0, 0, 5, 6, 0, 0, 0)), "contradict"),
         (status_record((16, 1, 0, 0, 5, 0, 0, 0, 6)), "contradict"),
         (status_record((16, 1, 0, 0, 0, 0, 5, 6, 0)), "contradict"),

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from torpor import wire
-from torpor.cli.printer import human_bytes, milliseconds, out, print_json
+from torpor.cli.printer import human_bytes, milliseconds, notice, out, print_json
 from torpor.core.errors import Conflict
+from torpor.core.session import SessionStatus
+from torpor.db.sessions import Session
 from torpor.node import Node, open_node, socket_of
 from torpor.runtime.leasing import wait_until_free
 
@@ -36,7 +38,7 @@ def checkpoint(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = F
 def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """End a session for good: its sandbox is destroyed, its log, checkpoints and files stay until `torpor rm`."""
 
-    async def work() -> None:
+    async def work() -> Session:
         async with open_node() as node:
             found = await node.runtime.session(session)
             lock = node.runtime.home.lock(found.session_id)
@@ -46,38 +48,51 @@ def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
                 await wait_until_free(lock)
             else:
                 await node.runtime.cancel(found.session_id, node.holder, wire.answers)
+            return await node.runtime.session(found.session_id)
 
-    asyncio.run(work())
+    now = asyncio.run(work())
+    if now.status is SessionStatus.CANCELLED:
+        notice(f"{now.session_id} killed; `torpor log` and `torpor pull` still work, `torpor rm` forgets it")
+    else:
+        notice(f"{now.session_id} had {now.status} before")
     if json:
-        print_json({"killed": session})
+        print_json({"killed": now.session_id, "status": now.status.value})
 
 
 def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Checkpoint a running session, free its sandbox and end its node; `torpor resume` goes on from there."""
 
-    async def work() -> None:
+    async def work() -> tuple[Session, int]:
         async with open_node() as node:
+            found = await node.runtime.session(session)
             socket = await _socket(node, session)
             await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
-            found = await node.runtime.session(session)
             await wait_until_free(node.runtime.home.lock(found.session_id))
+            newest = await node.runtime.newest_checkpoint(found.session_id)
+            return await node.runtime.session(found.session_id), newest.number
 
-    asyncio.run(work())
+    now, checkpoint = asyncio.run(work())
+    if now.status is SessionStatus.ASLEEP:
+        notice(f"{now.session_id} stopped at checkpoint #{checkpoint}; `torpor resume` goes on from there")
+    else:
+        notice(f"{now.session_id} is over before it was stopped: it has {now.status}")
     if json:
-        print_json({"stopped": session})
+        print_json({"stopped": now.session_id, "status": now.status.value, "checkpoint": checkpoint})
 
 
 def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Forget a session: its log, its checkpoints and its files. Refused while a node runs it."""
 
-    async def work() -> None:
+    async def work() -> Session:
         async with open_node() as node:
             found = await node.runtime.session(session)
             await node.runtime.remove(found.session_id, node.holder, wire.answers)
+            return found
 
-    asyncio.run(work())
+    removed = asyncio.run(work())
+    notice(f"{removed.session_id} removed, with its log of {removed.head_seq} events and its files")
     if json:
-        print_json({"removed": session})
+        print_json({"removed": removed.session_id})
 
 
 async def _ask_node(session: str, verb: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torpor.config import torpor_home
 from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit
 from torpor.runtime.home import Home
-from torpor.sandbox.selftest import Finding, examine
+from torpor.sandbox.selftest import Finding, examine, look_around
 from torpor.sandbox.tools import fetch_runsc, find_runsc
 
 JSON = typer.Option("--json", help="One finding a line as JSON.")
@@ -57,8 +57,13 @@ def doctor(json: Annotated[bool, JSON] = False) -> None:
     clock = SystemClock()
     home = Home(torpor_home(os.environ))
     home.prepare()
-    runsc = find_runsc(home.tools, os.environ, clock)
-    _report(asyncio.run(examine(home.root, runsc, home.init_directory(), clock)), as_json=json, quiet=False)
+    try:
+        runsc = find_runsc(home.tools, os.environ, clock)
+    except MachineUnfit as unfit:
+        findings = [Finding(check="runsc", ok=False, detail=str(unfit), remedy=unfit.hint), *look_around(clock)]
+    else:
+        findings = asyncio.run(examine(home.root, runsc, home.init_directory(), clock))
+    _report(findings, as_json=json, quiet=False)
 
 
 def _report(findings: list[Finding], *, as_json: bool, quiet: bool) -> None:

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from torpor import __version__
-from torpor.cli import lifecycle, machine, reading, running
+from torpor.cli import costs, lifecycle, machine, reading, running, search, transfer, trust, turns
 from torpor.cli.printer import err, print_error
 from torpor.core.errors import TorporError, innermost
 
 EXIT_STATUSES = """
-Exit statuses: `run` and `resume` exit with the agent's own status.
+Exit statuses: `run` and `resume` exit with the agent's own status, 79 if the session was stopped, 137 if it was killed.
 Otherwise 0 done, 64 wrong input, 66 not found, 69 this machine lacks something, 70 a fault of Torpor,
 71 the sandbox failed, 74 stored bytes are damaged, 75 a conflict (running already, ended), 76 an upstream failed,
 130 interrupted.
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (running, reading, lifecycle, machine):
+for group in (running, reading, turns, search, costs, trust, transfer, lifecycle, machine):
     group.register(app)
 
 

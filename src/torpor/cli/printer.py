@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,9 @@ TABLE_WIDTH = 200
 
 def print_json(value: object) -> None:
     """One JSON value on one line, flushed: a listing's element, a followed event, a result."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # Half a character, which an agent may send, has no UTF-8; as an escape it is JSON.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 
@@ -35,7 +38,7 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_jso
     for column in columns:
         table.add_column(column.upper().replace("_", " "), no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(cell(row.get(column)) for column in columns))
     # Ids are there to be copied: a narrow or no terminal cuts no line in two.
     out.width = max(out.width, TABLE_WIDTH)
     out.print(table)
@@ -43,7 +46,8 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_jso
 
 def notice(text: str) -> None:
     """A line about the session, on stderr, so that the agent's stdout stays its own."""
-    err.print(f"[dim]torpor:[/dim] {text}", markup=True)
+    err.print("[dim]torpor:[/dim] ", end="")
+    err.print(printable(text), markup=False)
 
 
 def print_error(error: TorporError, *, as_json: bool = False) -> None:
@@ -51,9 +55,14 @@ def print_error(error: TorporError, *, as_json: bool = False) -> None:
         print_json({"error": {"code": error.code, "message": str(error), "hint": error.hint}})
         return
     err.print(f"[red bold]error[/red bold] [dim]{error.code}[/dim]: ", end="")
-    err.print(str(error), markup=False)
+    err.print(printable(str(error)), markup=False)
     if error.hint:
-        err.print(f"  hint: {error.hint}", markup=False)
+        err.print(f"  hint: {printable(error.hint)}", markup=False)
+
+
+def printable(text: str) -> str:
+    """Text that may come out of a sandbox, on one line and without anything that a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def human_bytes(count: int) -> str:
@@ -76,5 +85,11 @@ def milliseconds(nanoseconds: int) -> str:
     return f"{nanoseconds / 1e6:.0f} ms"
 
 
-def _cell(value: object) -> str:
-    return "" if value is None else str(value)
+def moment(wall_ns: int, now_ns: int) -> str:
+    """A time as people want it: local, ISO 8601, and how long ago."""
+    at = datetime.fromtimestamp(wall_ns / 1e9, tz=UTC).astimezone()
+    return f"{at.isoformat(sep=' ', timespec='seconds')} ({human_age((now_ns - wall_ns) / 1e9)} ago)"
+
+
+def cell(value: object) -> str:
+    return "-" if value is None or value == "" else printable(str(value))

@@ -10,12 +10,25 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from torpor.cli import timeline
-from torpor.cli.printer import err, human_age, human_bytes, milliseconds, out, print_json, print_rows
+from torpor.cli.costs import standing
+from torpor.cli.printer import (
+    cell,
+    err,
+    human_age,
+    human_bytes,
+    milliseconds,
+    moment,
+    out,
+    print_json,
+    print_rows,
+    printable,
+)
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
+from torpor.core.money import dollars_text
 from torpor.core.session import MAY_HOLD_SANDBOX
-from torpor.db import calls, checkpoints, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, outputs, sessions
 from torpor.runtime.leasing import is_held, read_holder
 from torpor.runtime.runtime import Runtime, open_runtime
 
@@ -52,9 +65,10 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
 
     async def work(runtime: Runtime) -> list[dict[str, Any]]:
         found = await runtime.database.read(sessions.list_newest)
-        return [_row(runtime, session) for session in found]
+        spent = await runtime.database.read(budgets.costs)
+        return [_row(runtime, session, spent.get(session.session_id)) for session in found]
 
-    columns = ("session", "name", "status", "node", "age", "events", "command")
+    columns = ("session", "name", "status", "node", "age", "events", "cost", "command")
     print_rows(with_runtime(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
 
 
@@ -66,12 +80,16 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         points = await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
         made = await runtime.database.read(lambda tx: calls.load_calls(tx, found.session_id))
         newest = max(points, key=lambda point: point.seq, default=None)
-        return _row(runtime, found) | {
+        spent = await runtime.database.read(budgets.costs)
+        state = await runtime.database.read(lambda tx: standing(tx, found.session_id))
+        return _row(runtime, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
             "attempts": sum(len(call.attempts) for call in made),
+            **{name: state[name] for name in ("budget", "spent", "reserved", "waits_on", "hint")},
             "checkpoints": len(points),
             "newest_checkpoint": newest.number if newest else None,
+            "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
@@ -83,8 +101,9 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     if json:
         print_json(fields)
         return
+    del fields["age"]
     for name, value in fields.items():
-        out.print(f"{name.replace('_', ' '):>24}  {value}", markup=False)
+        out.print(f"{name.removesuffix('_ns').replace('_', ' '):>24}  {_shown(name, value)}", markup=False)
 
 
 def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
@@ -146,7 +165,7 @@ def diff(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             print_json(row)
         else:
             out.print(marks.get(row["what"], "?"), end=" ")
-            out.print(row["path"], markup=False)
+            out.print(printable(row["path"]), markup=False)
 
 
 def pull(
@@ -175,10 +194,11 @@ def pull(
         return
     out.print(f"{len(report.written)} files written to {target}", markup=False)
     for path in risky:
-        err.print(f"[yellow]look at it before you go on:[/yellow] {path}")
+        err.print("[yellow]look at it before you go on:[/yellow] ", end="")
+        err.print(printable(path), markup=False)
 
 
-def _row(runtime: Runtime, session: sessions.Session) -> dict[str, Any]:
+def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
     lock = runtime.home.lock(session.session_id)
     holder = read_holder(lock) if is_held(lock) else None
     node = f"pid {holder.pid}" if holder else ("none: resume it" if session.status in MAY_HOLD_SANDBOX else "")
@@ -190,6 +210,16 @@ def _row(runtime: Runtime, session: sessions.Session) -> dict[str, Any]:
         "node": node,
         "age": human_age(age),
         "events": session.head_seq,
+        "cost": None if cost_nanousd is None else dollars_text(cost_nanousd),
         "command": " ".join(session.spec.get("argv", ())),
         "created_ns": session.created_ns,
     }
+
+
+def _shown(name: str, value: Any) -> str:
+    """A field of `show` for people."""
+    if isinstance(value, int) and name.endswith("_ns"):
+        return moment(value, SystemClock().wall_ns())
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return human_bytes(value)
+    return cell(value)

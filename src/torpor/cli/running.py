@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,14 @@ from torpor.cli.printer import err, notice, print_json
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
+from torpor.core.money import parse_dollars
 from torpor.core.session import SessionStatus
-from torpor.node import open_node, socket_of
-from torpor.runtime.owner import Outcome, Watcher
+from torpor.node import Node, open_node, socket_of
 from torpor.runtime.runtime import Request
+from torpor.runtime.watcher import Outcome, Watcher
+
+EXIT_STOPPED, EXIT_KILLED = 79, 137
+"""What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
 
 ANSWER_SECONDS = 10
 
@@ -61,6 +66,10 @@ def run(
     on_divergence: Annotated[
         OnDivergence, typer.Option(help="What happens when a restored agent takes another path than the log's.")
     ] = OnDivergence.CONTINUE,
+    budget: Annotated[
+        str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Run a command as a durable session.
@@ -77,14 +86,15 @@ def run(
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
         on_divergence=on_divergence,
+        budget_nanousd=None if budget is None else parse_dollars(budget),
+        any_size=yes,
     )
 
     async def work() -> Outcome | None:
         async with open_node() as node:
-            session_id = await node.create(request)
+            session_id = await _create(node, request)
             if detach:
-                _detach(session_id)
-                _print_id(session_id, json)
+                _detach(session_id, name, json)
                 return None
             err.print(f"session {session_id}", markup=False)
             return await node.own(session_id, TerminalWatcher())
@@ -114,13 +124,24 @@ def resume(
                 await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
                 return None
             if detach:
-                _detach(found.session_id, *(["--continue"] if let_go else []))
-                _print_id(found.session_id, json)
+                _detach(found.session_id, found.name, json, let_go=let_go)
                 return None
             err.print(f"session {found.session_id}", markup=False)
             return await node.own(found.session_id, TerminalWatcher(), let_go=let_go)
 
     _exit_with(asyncio.run(work()))
+
+
+async def _create(node: Node, request: Request) -> SessionId:
+    """Make the session; a person at a terminal is asked about a workspace that is larger than is usual."""
+    try:
+        return await node.create(request)
+    except InvalidInput as error:
+        if error.code != "workspace_needs_consent" or not sys.stdin.isatty():
+            raise
+        if not typer.confirm(f"{error}. Copy it?", err=True):
+            raise
+    return await node.create(replace(request, any_size=True))
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -133,14 +154,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print_id(session_id: SessionId, as_json: bool) -> None:
-    if as_json:
-        print_json({"session": session_id})
-    else:
-        typer.echo(session_id)
-
-
-def _detach(session_id: SessionId, *options: str) -> None:
+def _detach(session_id: SessionId, name: str | None, as_json: bool, *, let_go: bool = False) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -149,20 +163,29 @@ def _detach(session_id: SessionId, *options: str) -> None:
 
     home = Home(torpor_home(os.environ))
     log = home.session(session_id) / "node.log"
+    options = ["--continue"] if let_go else []
     ready = start_daemon(
         [sys.executable, "-m", "torpor", "resume", *options, session_id], log, lambda: is_held(home.lock(session_id))
     )
     if not ready:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         raise SandboxFailed("node_not_started", f"cannot start a node for session {session_id}: {last[0]}")
+    notice(f"runs in the background: `torpor log -f {name or session_id}`, `torpor output {name or session_id}`")
+    if as_json:
+        print_json({"session": session_id})
+    else:
+        typer.echo(session_id)
 
 
 def _exit_with(outcome: Outcome | None) -> None:
     if outcome is None:
         return
     if outcome.status is SessionStatus.CANCELLED:
-        notice("the session was killed")
-        raise typer.Exit(137)
+        notice("the session was killed by another command")
+        raise typer.Exit(EXIT_KILLED)
+    if outcome.status is SessionStatus.ASLEEP:
+        notice("the session was stopped, and is asleep at its newest checkpoint; `torpor resume` goes on with it")
+        raise typer.Exit(EXIT_STOPPED)
     if outcome.status is SessionStatus.FAILED and outcome.exit_status is None:
         raise Conflict(
             "session_diverged",

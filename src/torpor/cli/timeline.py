@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json
+from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json, printable
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Damaged
 from torpor.core.events import Event, Kind
+from torpor.core.ids import CallId
 from torpor.core.session import ENDED
 from torpor.db import log as event_log
-from torpor.db.verify import verify_chain
+from torpor.db.verify import count_redacted, verify_chain
 from torpor.runtime.runtime import Runtime, open_runtime
 
 FOLLOW_SECONDS = 0.25
@@ -26,29 +27,35 @@ def log(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain, the gaps, the parents and bodies.")
     ] = False,
+    after: Annotated[int, typer.Option(metavar="SEQ", min=0, help="Begin behind this event.")] = 0,
 ) -> None:
-    """Show what happened in a session, oldest first."""
-    asyncio.run(_log(session, json, follow, verify))
+    """Show what happened in a session, oldest first.
+
+    With --follow, go on later from where you were: --after the last seq that you saw.
+    """
+    asyncio.run(_log(session, json, follow, verify, after))
 
 
-async def _log(text: str, as_json: bool, follow: bool, verify: bool) -> None:
+async def _log(text: str, as_json: bool, follow: bool, verify: bool, after: int) -> None:
     async with open_runtime(os.environ, SystemClock()) as runtime:
         found = await runtime.session(text)
         if verify:
             await _verify(runtime, found.session_id, as_json)
             return
-        seen, started_ns = 0, found.created_ns
+        seen, started_ns, calls = after, found.created_ns, CallNumbers()
+        if after and not as_json:
+            for event in await runtime.database.read(lambda tx: event_log.events(tx, found.session_id, limit=after)):
+                calls.of(event)
         while True:
             session = await runtime.session(found.session_id)
-            after = seen
             events = await runtime.database.read(
-                lambda tx, after=after: event_log.events(tx, found.session_id, after_seq=after)
+                lambda tx, seen=seen: event_log.events(tx, found.session_id, after_seq=seen)
             )
             for event in events:
                 if as_json:
                     print_json(_fields(event))
                 else:
-                    _print(event, started_ns)
+                    _print(event, started_ns, calls)
             seen = events[-1].seq if events else seen
             if not follow or (session.status in ENDED and seen >= session.head_seq):
                 return
@@ -58,8 +65,10 @@ async def _log(text: str, as_json: bool, follow: bool, verify: bool) -> None:
 
 async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
     problems = await runtime.database.read(lambda tx: verify_chain(tx, session_id))
+    redacted = await runtime.database.read(lambda tx: count_redacted(tx, session_id))
     if as_json:
-        print_json({"session": session_id, "problems": [str(problem) for problem in problems]})
+        listed = [str(problem) for problem in problems]
+        print_json({"session": session_id, "problems": listed, "redacted": redacted})
     if problems:
         for problem in problems:
             err.print(str(problem), markup=False)
@@ -72,6 +81,8 @@ async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
         out.print(
             f"the log of {session_id} is whole: chain, numbers, parents, requests and answers agree", markup=False
         )
+        if redacted:
+            out.print(f"{redacted} of its blocks and answers were redacted")
 
 
 def _fields(event: Event) -> dict[str, Any]:
@@ -90,14 +101,42 @@ def _fields(event: Event) -> dict[str, Any]:
     }
 
 
-def _print(event: Event, started_ns: int) -> None:
-    at = (event.wall_ns - started_ns) / 1e9
+class CallNumbers:
+    """Gives each call the number that people know it by: the order in which the agent made them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[CallId, int] = {}
+
+    def of(self, event: Event) -> int | None:
+        """Show it every event, in order: a call's first one is, or comes with, its `call.intended`."""
+        if event.call_id is None:
+            return None
+        return self._numbers.setdefault(event.call_id, len(self._numbers) + 1)
+
+
+def told(event: Event, calls: CallNumbers) -> str:
+    """What the timeline says of an event besides its kind."""
+    number = calls.of(event)
     tell = _TELLING.get(event.kind)
-    text = tell(event.data) if tell else ""
+    words = [f"call {number}:" if number else "", tell(event.data) if tell else ""]
+    return " ".join(word for word in words if word).strip().removesuffix(":")
+
+
+def _print(event: Event, started_ns: int, calls: CallNumbers) -> None:
+    at = (event.wall_ns - started_ns) / 1e9
     colour = _COLOURS.get(event.kind, "white")
     out.print(f"[dim]{event.seq:>5} {at:>9.3f}s  {event.incarnation:>2}[/dim]  ", end="")
     out.print(f"[{colour}]{event.kind.value:<22}[/{colour}] ", end="")
-    out.print(text, markup=False)
+    out.print(printable(told(event, calls)), markup=False)
+
+
+def _status(data: Any) -> str:
+    reason = f": {data['reason']}" if data.get("reason") else ""
+    return f"{data.get('from')} -> {data.get('to')}{reason}"
+
+
+def _started(data: Any) -> str:
+    return f"{data.get('mode')} from checkpoint #{data.get('checkpoint')}: {data.get('reason')}"
 
 
 def _call(data: Any) -> str:
@@ -108,35 +147,79 @@ def _completed(data: Any) -> str:
     usage: dict[str, Any] = data.get("usage") or {}
     tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
     size = human_bytes(int(data.get("bytes", 0)))
-    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}"
+    cost = f", ${data['cost']}" if data.get("cost") is not None else ""
+    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}{cost}"
+
+
+def _joined(data: Any) -> str:
+    if data.get("inherited"):
+        return f"connection {data.get('stream')}, open at the cut, goes on with attempt {data.get('attempt')}"
+    return f"asked again on connection {data.get('stream')}: the same answer, attempt {data.get('attempt')}"
+
+
+def _repeated(data: Any) -> str:
+    return f"made again on connection {data.get('stream')}: it is the same call, attempt {data.get('attempt')}"
+
+
+def _delivered(data: Any) -> str:
+    taken = human_bytes(int(data.get("taken_bytes", 0)))
+    endings = {
+        "consumed": f"read to its end, {taken}",
+        "gone": f"closed by the agent after {taken}",
+        "reset": f"broken off after {taken}",
+    }
+    return endings.get(str(data.get("end")), "")
+
+
+def _diverged(data: Any) -> str:
+    return f"another one than the log's next, of which {len(data.get('pending', ()))} were to be repeated"
 
 
 def _checkpoint(data: Any) -> str:
-    return f"#{data.get('number')} ({data.get('reason')}) stored {human_bytes(data.get('stored_bytes', 0))}"
+    froze = f"froze {milliseconds(data['freeze_ns'])}, " if data.get("freeze_ns") else ""
+    return f"#{data.get('number')} ({data.get('reason')}) {froze}stored {human_bytes(data.get('stored_bytes', 0))}"
 
 
 def _recovered(data: Any) -> str:
-    return f"{data.get('mode')} from checkpoint #{data.get('checkpoint')} in {milliseconds(data.get('took_ns', 0))}"
+    number = data.get("checkpoint")
+    what = {
+        "boot": f"booted with the files of checkpoint #{number}",
+        "restore": f"restored checkpoint #{number}",
+        "adopt": "adopted the living sandbox",
+    }
+    return f"{what.get(str(data.get('mode')), '')} in {milliseconds(data.get('took_ns', 0))}"
+
+
+def _rejected(data: Any) -> str:
+    number = data.get("checkpoint")
+    return f"{data.get('mode')}{'' if number is None else f' of checkpoint #{number}'}: {data.get('reason')}"
 
 
 _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.SESSION_CREATED: lambda data: " ".join(data.get("spec", {}).get("argv", [])),
-    Kind.SESSION_STATUS: lambda data: f"{data.get('from')} -> {data.get('to')}  {data.get('reason', '')}",
-    Kind.INCARNATION_STARTED: lambda data: (
-        f"{data.get('mode')} from checkpoint #{data.get('checkpoint')}: {data.get('reason')}"
-    ),
+    Kind.SESSION_STATUS: _status,
+    Kind.INCARNATION_STARTED: _started,
     Kind.INCARNATION_ENDED: lambda data: str(data.get("reason", "")),
     Kind.LEASE_ACQUIRED: lambda data: f"owner token {data.get('owner_token')}, pid {data.get('pid')}",
     Kind.CALL_INTENDED: _call,
     Kind.CALL_SENT: lambda data: f"attempt {data.get('attempt')}",
     Kind.CALL_ANSWERING: lambda data: f"status {data.get('status')}",
     Kind.CALL_COMPLETED: _completed,
-    Kind.CALL_FAILED: lambda data: str(data.get("reason", "")),
+    Kind.CALL_FAILED: lambda data: str(data.get("error", "")),
     Kind.CALL_TORN: lambda data: f"attempt {data.get('attempt')} was cut short: its node died",
+    Kind.WAITPOINT_CREATED: lambda data: f"{data.get('kind')}: the call is held, it may cost ${data.get('needed')}",
+    Kind.WAITPOINT_RESOLVED: lambda data: f"{data.get('kind')}: the limit is ${data.get('limit')}",
+    Kind.BUDGET_CHANGED: lambda data: f"from ${data.get('from')} to ${data.get('to')}",
+    Kind.CALL_UNKNOWN: lambda _data: "sent, and nobody knows what came of it",
+    Kind.CALL_REPEATED: _repeated,
+    Kind.CALL_JOINED: _joined,
+    Kind.CALL_DELIVERED: _delivered,
+    Kind.CALL_DIVERGED: _diverged,
+    Kind.STREAM_RESET: lambda data: f"connection {data.get('stream')}: its answer cannot be continued",
     Kind.CHECKPOINT_COMMITTED: _checkpoint,
-    Kind.CHECKPOINT_FAILED: lambda data: str(data.get("message", "")),
+    Kind.CHECKPOINT_FAILED: lambda data: f"({data.get('reason')}) {data.get('message', '')}",
     Kind.RECOVERY_CHOSEN: _recovered,
-    Kind.RECOVERY_REJECTED: lambda data: f"{data.get('mode')} #{data.get('checkpoint')}: {data.get('reason')}",
+    Kind.RECOVERY_REJECTED: _rejected,
     Kind.AGENT_EXITED: lambda data: f"exit status {data.get('exit_status')} {data.get('signal', '')}",
     Kind.OUTPUT_DIFFERED: lambda data: f"channel {data.get('channel')} at byte {data.get('offset')}",
 }
@@ -145,8 +228,11 @@ _COLOURS = {
     Kind.CHECKPOINT_COMMITTED: "blue",
     Kind.RECOVERY_CHOSEN: "magenta",
     Kind.CALL_TORN: "yellow",
+    Kind.WAITPOINT_CREATED: "yellow",
     Kind.CALL_FAILED: "red",
     Kind.CHECKPOINT_FAILED: "red",
     Kind.RECOVERY_REJECTED: "red",
+    Kind.STREAM_RESET: "yellow",
+    Kind.CALL_DIVERGED: "yellow",
     Kind.INCARNATION_ENDED: "yellow",
 }

@@ -80,11 +80,17 @@ class ResponseHead:
 class Attempt:
     number: int
     """Counts from 1."""
+    sent_ns: int = 0
+    """Wall time, for the prices of that day."""
     head: ResponseHead | None
     chunk_count: int
     body_bytes: int
     finished: bool
     """The upstream's answer ended properly and `call.completed` is durable."""
+    reserved_nanousd: int | None = None
+    """Its worst case, when it was sent under a budget."""
+    cost_nanousd: int | None = None
+    """None until it ended, and where nobody knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ SessionId = NewType("SessionId", str)
 CallId = NewType("CallId", str)
 CheckpointId = NewType("CheckpointId", str)
 SnapshotId = NewType("SnapshotId", str)
+WaitpointId = NewType("WaitpointId", str)
 NodeId = NewType("NodeId", str)
 StreamId = NewType("StreamId", int)
 
@@ -38,6 +39,10 @@ def new_checkpoint_id(wall_ns: int) -> CheckpointId:
 
 def new_snapshot_id(wall_ns: int) -> SnapshotId:
     return SnapshotId(_new("snp", wall_ns))
+
+
+def new_waitpoint_id(wall_ns: int) -> WaitpointId:
+    return WaitpointId(_new("wp", wall_ns))
 
 
 def new_node_id(wall_ns: int) -> NodeId:

@@ -35,7 +35,10 @@ SHAPE: Mapping[str, Fields] = {
     "openai_chat": {"stream": None, "stream_options": None},
     "openai_responses": {"stream": None, "stream_options": None},
 }
-"""By dialect: what changes only how the answer is sent. A fallback without streaming is the same logical call."""
+"""By dialect: what changes only how the answer is sent. A fallback without streaming is the same logical call.
+
+Gemini says it in the address: see `_logical_target`.
+"""
 
 DEPTH_MAX = 100
 NESTED_JSON_MAX = 4
@@ -57,13 +60,15 @@ def request_key(
     *, dialect: str, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes
 ) -> RequestKey:
     """The three keys of a request whose body is already free of content-encoding."""
-    head = (method.upper(), target, *_headers_that_matter(headers))
+    rest = _headers_that_matter(headers)
+    head = (method.upper(), target, *rest)
     exact = _digest("raw", head, body)
     volatile = VOLATILE.get(dialect, {})
     try:
         value = _parse_body(body)
         canonical = _digest("json", head, canonical_text(value, volatile).encode())
-        logical = _digest("json", head, canonical_text(value, {**volatile, **SHAPE.get(dialect, {})}).encode())
+        shapeless = (method.upper(), _logical_target(dialect, target), *rest)
+        logical = _digest("json", shapeless, canonical_text(value, {**volatile, **SHAPE.get(dialect, {})}).encode())
     except _NotCanonical:
         return RequestKey(exact=exact, canonical=exact, logical=exact)
     return RequestKey(exact=exact, canonical=canonical, logical=logical)
@@ -83,6 +88,15 @@ def _headers_that_matter(headers: Iterable[tuple[str, str]]) -> list[str]:
         elif lower in HEADERS_THAT_MATTER:
             found.setdefault(lower, []).append(value.strip())
     return [f"{name}: {', '.join(values)}" for name, values in sorted(found.items())]
+
+
+def _logical_target(dialect: str, target: str) -> str:
+    """The target without what only shapes the answer: Gemini streams by the path's verb and by `alt`."""
+    if dialect != "gemini":
+        return target
+    path, _, query = target.partition("?")
+    kept = [field for field in query.split("&") if field and not field.startswith("alt=")]
+    return "?".join([path.replace(":streamGenerateContent", ":generateContent"), *(["&".join(kept)] if kept else [])])
 
 
 def _digest(kind: str, head: Iterable[str], body: bytes) -> str:

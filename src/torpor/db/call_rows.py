@@ -112,7 +112,9 @@ def set_state(
         raise refusal(tx, call.session_id, owner_token, changed(call.call_id))
 
 
-def open_attempt(tx: Transaction, call: Call, owner_token: int, number: int, wall_ns: int) -> None:
+def open_attempt(
+    tx: Transaction, call: Call, owner_token: int, number: int, wall_ns: int, reserved: int | None = None
+) -> None:
     if not tx.run(
         "call/insert_attempt_fenced",
         session_id=call.session_id,
@@ -120,6 +122,7 @@ def open_attempt(tx: Transaction, call: Call, owner_token: int, number: int, wal
         call_id=call.call_id,
         number=number,
         sent_ns=wall_ns,
+        reserved_nanousd=reserved,
     ):
         raise refusal(tx, call.session_id, owner_token, changed(call.call_id))
 
@@ -168,7 +171,14 @@ def append_chunk(
 
 
 def close_attempt(
-    tx: Transaction, call: Call, owner_token: int, *, number: int, body: Mapping[str, Any], finished: bool
+    tx: Transaction,
+    call: Call,
+    owner_token: int,
+    *,
+    number: int,
+    body: Mapping[str, Any],
+    finished: bool,
+    cost_nanousd: int | None = None,
 ) -> None:
     """Let no more chunks in; `body` is `body_facts` of those that came."""
     if not tx.run(
@@ -180,6 +190,7 @@ def close_attempt(
         chunk_count=body["chunks"],
         body_bytes=body["bytes"],
         finished=int(finished),
+        cost_nanousd=cost_nanousd,
     ):
         raise refusal(tx, call.session_id, owner_token, changed(call.call_id))
 
@@ -215,10 +226,13 @@ def call_of(row: Row, attempts: Iterable[Row]) -> Call:
 def _attempt_of(row: Row) -> Attempt:
     return Attempt(
         number=row["number"],
+        sent_ns=row["sent_ns"],
         head=None if row["head"] is None else _head_of(row["head"]),
         chunk_count=row["chunk_count"],
         body_bytes=row["body_bytes"],
         finished=bool(row["finished"]),
+        reserved_nanousd=row["reserved_nanousd"],
+        cost_nanousd=row["cost_nanousd"],
     )
 
 

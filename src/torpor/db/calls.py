@@ -13,7 +13,8 @@ from torpor.core.call import CALL_TRANSITIONS, Attempt, Call, CallState, Respons
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import CONTEXT_KINDS, Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
-from torpor.db import requests
+from torpor.core.money import Bill, dollars_text
+from torpor.db import answers, requests
 from torpor.db.call_rows import (
     Chunk,
     NewCall,
@@ -29,6 +30,7 @@ from torpor.db.call_rows import (
     set_state,
 )
 from torpor.db.database import Transaction
+from torpor.db.encoding import decode_json
 from torpor.db.fence import held_row
 from torpor.db.log import append
 from torpor.db.requests import PreparedBody, RequestHead
@@ -65,14 +67,41 @@ def intend(
     return load_call(tx, call.call_id)
 
 
-def mark_sent(tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId, wall_ns: int) -> Attempt:
-    """Open the call's next attempt, before its first byte goes upstream. Commit it durably."""
+def mark_sent(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    call_id: CallId,
+    wall_ns: int,
+    reserved_nanousd: int | None = None,
+) -> Attempt:
+    """Open the call's next attempt, before its first byte goes upstream. Commit it durably.
+
+    Args:
+        reserved_nanousd: what it may cost at most, if `budgets.admit` was asked in this transaction.
+    """
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.SENT)
     number = len(call.attempts) + 1
-    open_attempt(tx, call, owner_token, number, wall_ns)
-    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, {"attempt": number})
+    open_attempt(tx, call, owner_token, number, wall_ns, reserved_nanousd)
+    reserved = {} if reserved_nanousd is None else {"reserved": dollars_text(reserved_nanousd)}
+    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, {"attempt": number, **reserved})
     set_state(tx, call, owner_token, CallState.SENT)
     return Attempt(number=number, head=None, chunk_count=0, body_bytes=0, finished=False)
+
+
+def note_retry(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    call_id: CallId,
+    facts: Mapping[str, Any],
+    wall_ns: int,
+) -> Event:
+    """The provider refused what was sent, and the same attempt is sent again: no row of the call changes."""
+    call = _held_call(tx, session_id, owner_token, call_id)
+    return _append(tx, owner_token, wall_ns, call, Kind.CALL_RETRIED, {"attempt": len(call.attempts), **facts})
 
 
 def record_head(
@@ -122,6 +151,7 @@ def complete(
     call_id: CallId,
     usage: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
+    bill: Bill | None = None,
     wall_ns: int,
 ) -> Event:
     """The answer that was arriving ended properly. Commit it durably: only then is the call answered.
@@ -129,12 +159,13 @@ def complete(
     Args:
         usage: what the answer says that it cost, kept with the call.
         facts: more for people (finish reason, upstream request id), kept in the event only.
+        bill: what it cost; None for what is never billed.
     """
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.ANSWERED)
     if call.attempts[-1].head is None:
         raise Conflict("call_without_head", f"cannot complete call {call_id}: its answer has no head")
-    body = _close_newest(tx, call, owner_token, finished=True)
-    data = {**(facts or {}), **body, "usage": dict(usage)}
+    body = _close_newest(tx, call, owner_token, finished=True, bill=bill)
+    data = {**(facts or {}), **body, "usage": dict(usage), **bill_data(bill)}
     event = _append(tx, owner_token, wall_ns, call, Kind.CALL_COMPLETED, data, refs=(body["digest"],))
     set_state(tx, call, owner_token, CallState.ANSWERED, ended_seq=event.seq, usage=usage)
     return event
@@ -148,36 +179,61 @@ def fail(
     call_id: CallId,
     error: str,
     response: tuple[ResponseHead, bytes] | None = None,
+    bill: Bill | None = None,
     wall_ns: int,
 ) -> Event:
-    """The call will have no answer. `response` is what the gateway says instead: a finished attempt of its own."""
+    """The call will have no answer. `response` is what the gateway says instead: a finished attempt of its own.
+
+    `bill` is what the attempt that got none cost all the same.
+    """
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.FAILED)
     if call.state is CallState.SENT:
-        _close_newest(tx, call, owner_token, finished=False)
+        _close_newest(tx, call, owner_token, finished=False, bill=bill)
     data = {} if response is None else _record_response(tx, call, owner_token, *response, wall_ns=wall_ns)
-    event = _append(tx, owner_token, wall_ns, call, Kind.CALL_FAILED, {**data, "error": error})
+    event = _append(tx, owner_token, wall_ns, call, Kind.CALL_FAILED, {**data, "error": error, **bill_data(bill)})
     set_state(tx, call, owner_token, CallState.FAILED, ended_seq=event.seq)
     return event
 
 
-def tear(tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId, wall_ns: int) -> Event:
+def tear(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    call_id: CallId,
+    wall_ns: int,
+    bill: Bill | None = None,
+) -> Event:
     """The pump of a sent call died: what came of its answer is kept as this attempt, and no more will come of it."""
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.TORN)
-    body = _close_newest(tx, call, owner_token, finished=False)
-    event = _append(tx, owner_token, wall_ns, call, Kind.CALL_TORN, body)
+    body = _close_newest(tx, call, owner_token, finished=False, bill=bill)
+    event = _append(tx, owner_token, wall_ns, call, Kind.CALL_TORN, {**body, **bill_data(bill)})
     set_state(tx, call, owner_token, CallState.TORN)
     return event
 
 
 def tear_open(
-    tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int, pumped: frozenset[CallId] = frozenset()
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    wall_ns: int,
+    pumped: frozenset[CallId] = frozenset(),
+    bills: Mapping[CallId, Bill] | None = None,
 ) -> list[CallId]:
-    """At recovery: tear every sent call but those whose pump still runs here."""
+    """At recovery: tear every sent call but those whose pump still runs here. `bills` is what came of some."""
     held_row(tx, session_id, owner_token)
     rows = tx.all("call/list_in_state", session_id=session_id, state=CallState.SENT.value)
     torn = [CallId(row["call_id"]) for row in rows if row["call_id"] not in pumped]
     for call_id in torn:
-        tear(tx, session_id=session_id, owner_token=owner_token, call_id=call_id, wall_ns=wall_ns)
+        tear(
+            tx,
+            session_id=session_id,
+            owner_token=owner_token,
+            call_id=call_id,
+            wall_ns=wall_ns,
+            bill=(bills or {}).get(call_id),
+        )
     return torn
 
 
@@ -208,10 +264,15 @@ def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
     return [call_of(row, by_call.get(row["call_id"], [])) for row in rows]
 
 
+def list_llm(tx: Transaction, session_id: SessionId) -> list[CallId]:
+    """The ids of a session's model calls, in the order in which they were intended."""
+    rows = tx.all("call/list_abouts", session_id=session_id)
+    return [CallId(row["call_id"]) for row in rows if decode_json(row["about"])["is_llm"]]
+
+
 def load_chunks(tx: Transaction, call_id: CallId, attempt: int, *, from_number: int = 0) -> list[Chunk]:
-    """The chunks of one attempt, in order, as far as they are written."""
-    rows = tx.all("call/list_chunks", call_id=call_id, attempt=attempt, from_number=from_number)
-    return [Chunk(number=row["number"], offset_ns=row["offset_ns"], data=bytes(row["data"])) for row in rows]
+    """The chunks of one attempt, in order, as far as they are written; of redacted bytes, the mask."""
+    return answers.load(tx, call_id, attempt)[0][from_number:]
 
 
 def _held_call(tx: Transaction, session_id: SessionId, owner_token: int, call_id: CallId) -> Call:
@@ -230,11 +291,30 @@ def _call_to_move(tx: Transaction, session_id: SessionId, owner_token: int, call
     return call
 
 
-def _close_newest(tx: Transaction, call: Call, owner_token: int, *, finished: bool) -> dict[str, Any]:
+def bill_data(bill: Bill | None) -> dict[str, Any]:
+    """What an event says of a bill: the cost in dollars, as an exact decimal, and the table that it is by."""
+    if bill is None:
+        return {}
+    cost = None if bill.cost_nanousd is None else dollars_text(bill.cost_nanousd)
+    return {"cost": cost, "prices": bill.prices}
+
+
+def _close_newest(
+    tx: Transaction, call: Call, owner_token: int, *, finished: bool, bill: Bill | None = None
+) -> dict[str, Any]:
     """Let no more chunks into the attempt that is arriving, and say what came of it."""
     number = call.attempts[-1].number
     body = body_facts(load_chunks(tx, call.call_id, number))
-    close_attempt(tx, call, owner_token, number=number, body=body, finished=finished)
+    close_attempt(
+        tx,
+        call,
+        owner_token,
+        number=number,
+        body=body,
+        finished=finished,
+        cost_nanousd=bill.cost_nanousd if bill else None,
+    )
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **body}
 
 
@@ -250,6 +330,7 @@ def _record_response(
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
     facts = body_facts(chunks)
     close_attempt(tx, call, owner_token, number=number, body=facts, finished=True)
+    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
     return {"attempt": number, **facts, "head_digest": head_digest(head)}
 
 

@@ -51,6 +51,7 @@ def commit_data(checkpoint: Checkpoint) -> dict[str, object]:
         "has_memory": checkpoint.has_memory,
         "reason": checkpoint.reason,
         "row_digest": _row_digest(checkpoint),
+        "freeze_ns": checkpoint.freeze_ns,
         "stored_bytes": checkpoint.stored_bytes,
     }
 

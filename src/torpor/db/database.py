@@ -51,6 +51,14 @@ class Database(Protocol):
         """Run `work` on one consistent state. Neither waits for a writer nor makes one wait."""
         ...
 
+    async def settle(self) -> None:
+        """Leave no byte of what was overwritten or deleted in any file of the database.
+
+        Raises:
+            Conflict: `database_busy`, another process still reads an older state.
+        """
+        ...
+
     async def close(self) -> None:
         """Wait for the work under way and let go of the files."""
         ...

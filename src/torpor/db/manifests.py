@@ -8,12 +8,12 @@
     keep_tail       4   pieces taken from its end; numbers are big-endian
     listed       32*n   digests that stand between the two
 
-A full list is written again when the chain is long and costs as much as the list: so storage grows with what is new,
-and reading costs a small multiple of the list.
+A full list is written again when the chain is long and costs half as much as the list: so storage grows with what is
+new, and reading costs a small multiple of the list.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DIGEST_BYTES = 32
@@ -40,13 +40,10 @@ class Manifest:
         header = (_MAGIC, base, self.chain_length, self.chain_cost, self.keep_head, self.keep_tail)
         return _HEADER.pack(*header) + self.listed
 
-    def apply(self, base_list: bytes) -> bytes:
-        """The whole list, given the base's."""
-        head = self.keep_head * DIGEST_BYTES
-        tail = len(base_list) - self.keep_tail * DIGEST_BYTES
-        if not head <= tail <= len(base_list):
-            raise ValueError("a manifest keeps more than its base has")
-        return base_list[:head] + self.listed + base_list[tail:]
+    @property
+    def pieces(self) -> int:
+        """How many pieces the whole list has."""
+        return self.keep_head + len(self.listed) // DIGEST_BYTES + self.keep_tail
 
 
 def unpack(data: bytes) -> Manifest:
@@ -70,6 +67,41 @@ def unpack(data: bytes) -> Manifest:
     )
 
 
+def resolve(chain: Sequence[Manifest]) -> bytes:
+    """The whole list of the first manifest of a chain, each of which stands against the next; the last lists all.
+
+    Goes down the chain with the ranges that are still open, so it takes the time of what is listed, not of every
+    list on the way.
+
+    Raises:
+        ValueError: a manifest keeps more than its base has, or the chain does not end in a full one.
+    """
+    found: list[tuple[int, bytes]] = []
+    # (place in the result, first, last): pieces of the present manifest's list that are wanted and not found yet.
+    wanted = [(0, 0, chain[0].pieces)]
+    for manifest, base in zip(chain, [*chain[1:], None], strict=True):
+        base_pieces = 0 if base is None else base.pieces
+        if manifest.keep_head + manifest.keep_tail > base_pieces:
+            raise ValueError("a manifest keeps more than its base has")
+        tail = manifest.pieces - manifest.keep_tail
+        below: list[tuple[int, int, int]] = []
+        for place, first, last in wanted:
+            if first < manifest.keep_head:
+                below.append((place, first, min(last, manifest.keep_head)))
+            low, high = max(first, manifest.keep_head), min(last, tail)
+            if low < high:
+                start, end = low - manifest.keep_head, high - manifest.keep_head
+                found.append((place + low - first, manifest.listed[start * DIGEST_BYTES : end * DIGEST_BYTES]))
+            if last > tail:
+                low = max(first, tail)
+                shift = base_pieces - manifest.pieces
+                below.append((place + low - first, low + shift, last + shift))
+        wanted = below
+    if wanted:
+        raise ValueError("a chain of manifests has no end")
+    return b"".join(listed for _, listed in sorted(found))
+
+
 def full(digests: bytes) -> Manifest:
     return Manifest(base=None, chain_length=0, chain_cost=0, keep_head=0, keep_tail=0, listed=digests)
 
@@ -80,7 +112,7 @@ def delta(digests: bytes, *, base_digest: bytes, base: Manifest, base_list: byte
     listed = digests[head * DIGEST_BYTES : len(digests) - tail * DIGEST_BYTES]
     pieces = len(digests) // DIGEST_BYTES
     cost = base.chain_cost + len(listed) // DIGEST_BYTES + 1
-    if head + tail == 0 or (base.chain_length >= CHAIN_LENGTH_MIN and cost >= pieces):
+    if head + tail == 0 or (base.chain_length >= CHAIN_LENGTH_MIN and 2 * cost >= pieces):
         return full(digests)
     return Manifest(
         base=base_digest,

@@ -7,11 +7,11 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from threading import Lock
 
-from torpor.core.errors import Damaged, NotFound
+from torpor.core.errors import Conflict, Damaged, NotFound
 from torpor.core.ids import CallId, SessionId
 from torpor.db import blocks, manifests
 from torpor.db.bodies import split
-from torpor.db.database import Transaction
+from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
 from torpor.db.fence import refusal
 from torpor.db.manifests import DIGEST_BYTES, Manifest
@@ -41,18 +41,29 @@ class PreparedBody:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRequest:
-    """A request row: its head as JSON, its manifest's block, and what the body must come back as."""
+    """A request row: the blocks of its head (JSON) and of its manifest, and what the body must come back as."""
 
-    head: str
+    head_digest: bytes
     manifest: bytes
     body_digest: str
     body_bytes: int
+    head_is_block: bool = True
+    """The first schema kept heads in their rows."""
 
     @property
     def facts(self) -> dict[str, str | int]:
         """What call.intended says of it, beside the manifest in its refs."""
-        head_digest = blocks.digest_of(self.head.encode()).hex()
+        head_digest = self.head_digest.hex()
         return {"head_digest": head_digest, "body_digest": self.body_digest, "body_bytes": self.body_bytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRequest:
+    """A request as it can be read; of what was redacted, the mask. `head` is None if it is no head any more."""
+
+    head: RequestHead | None
+    body: bytes
+    redacted: bool
 
 
 def prepare(body: bytes) -> PreparedBody:
@@ -82,8 +93,10 @@ def store(
             blocks.put(tx, session_id=session_id, owner_token=owner_token, data=body.pieces[index], digest=piece)
         digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=manifest.pack())
         _resolved.put(digest, manifest, body.digests)
+    text = encode_json(asdict(head)).encode()
+    head_digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=text)
     return StoredRequest(
-        head=encode_json(asdict(head)), manifest=digest, body_digest=body.body_digest, body_bytes=body.size_bytes
+        head_digest=head_digest, manifest=digest, body_digest=body.body_digest, body_bytes=body.size_bytes
     )
 
 
@@ -92,21 +105,21 @@ def attach(
 ) -> None:
     """Record that a call was made by this request."""
     if not tx.run(
-        "request/insert_fenced", session_id=session_id, owner_token=owner_token, call_id=call_id, **asdict(request)
+        "request/insert_fenced",
+        session_id=session_id,
+        owner_token=owner_token,
+        call_id=call_id,
+        head_digest=request.head_digest,
+        manifest=request.manifest,
+        body_digest=request.body_digest,
+        body_bytes=request.body_bytes,
     ):
         raise refusal(tx, session_id, owner_token, _damaged(call_id, "it could not be stored"))
 
 
 def find(tx: Transaction, call_id: CallId) -> StoredRequest | None:
     row = tx.one("request/find_by_call", call_id=call_id)
-    if row is None:
-        return None
-    return StoredRequest(
-        head=row["head"],
-        manifest=bytes(row["manifest"]),
-        body_digest=row["body_digest"],
-        body_bytes=row["body_bytes"],
-    )
+    return None if row is None else _request_of(row)
 
 
 def get_request(tx: Transaction, call_id: CallId) -> tuple[RequestHead, bytes]:
@@ -117,19 +130,46 @@ def get_request(tx: Transaction, call_id: CallId) -> tuple[RequestHead, bytes]:
         Damaged: `request_damaged`, `block_damaged`.
         Conflict: `block_redacted`.
     """
+    found = read_request(tx, call_id)
+    if found.redacted or found.head is None:
+        raise Conflict("block_redacted", f"cannot read the request of call {call_id}: a part of it was redacted")
+    return found.head, found.body
+
+
+def read_head(tx: Transaction, call_id: CallId) -> RequestHead | None:
+    """A call's request line and headers; None if redaction left no head."""
+    row = tx.one("request/find_by_call", call_id=call_id)
+    return None if row is None else _head_of(_head_text(tx, SessionId(row["session_id"]), row).data)
+
+
+def read_request(tx: Transaction, call_id: CallId) -> ReadRequest:
+    """A call's request as it was received, or what redaction left of it.
+
+    Raises:
+        NotFound: the call is unknown.
+        Damaged: `request_damaged`, `block_damaged`.
+    """
     row = tx.one("request/find_by_call", call_id=call_id)
     if row is None:
         raise NotFound("request_not_found", f"cannot read the request of call {call_id}: there is none")
     session_id = SessionId(row["session_id"])
-    digests = read_list(tx, session_id, row["manifest"])
-    body = b"".join(
-        blocks.get(tx, session_id, digests[at : at + DIGEST_BYTES]) for at in range(0, len(digests), DIGEST_BYTES)
-    )
-    if blocks.digest_of(body).hex() != row["body_digest"]:
+    pieces = pieces_of(read_list(tx, session_id, row["manifest"]))
+    contents = blocks.read_many(tx, session_id, pieces)
+    body = b"".join([contents[piece].data for piece in pieces])
+    redacted = any(content.redacted for content in contents.values())
+    if not redacted and blocks.digest_of(body).hex() != row["body_digest"]:
+        for piece in contents:
+            blocks.read(tx, session_id, piece)  # says which one it is
         raise _damaged(call_id, "its pieces do not make up its body")
-    head = decode_json(row["head"])
-    headers = tuple((name, value) for name, value in head["headers"])
-    return RequestHead(method=head["method"], target=head["target"], headers=headers), body
+    if redacted and len(body) != row["body_bytes"]:
+        raise _damaged(call_id, "its pieces do not make up its body")
+    text = _head_text(tx, session_id, row)
+    return ReadRequest(head=_head_of(text.data), body=body, redacted=redacted or text.redacted)
+
+
+def pieces_of(digests: bytes) -> list[bytes]:
+    """A list of digests that are joined, one by one."""
+    return [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
 
 
 def read_list(tx: Transaction, session_id: SessionId, manifest_digest: bytes) -> bytes:
@@ -138,16 +178,19 @@ def read_list(tx: Transaction, session_id: SessionId, manifest_digest: bytes) ->
     Raises:
         Damaged: a manifest is missing or damaged.
     """
-    chain = [read_manifest(tx, session_id, manifest_digest)]
-    while (base := chain[-1].base) is not None:
-        chain.append(read_manifest(tx, session_id, base))
-    digests = b""
+    chain: list[Manifest] = []
+    digest: bytes | None = manifest_digest
+    while digest is not None:
+        for content_digest, data in blocks.read_chain(tx, session_id, digest):
+            try:
+                chain.append(manifests.unpack(data))
+            except ValueError as error:
+                raise _unreadable(session_id, content_digest, error) from error
+        digest = chain[-1].base
     try:
-        for manifest in reversed(chain):
-            digests = manifest.apply(digests)
+        return manifests.resolve(chain)
     except ValueError as error:
         raise _unreadable(session_id, manifest_digest, error) from error
-    return digests
 
 
 def read_manifest(tx: Transaction, session_id: SessionId, digest: bytes) -> Manifest:
@@ -155,6 +198,32 @@ def read_manifest(tx: Transaction, session_id: SessionId, digest: bytes) -> Mani
         return manifests.unpack(blocks.get(tx, session_id, digest))
     except ValueError as error:
         raise _unreadable(session_id, digest, error) from error
+
+
+def _request_of(row: Row) -> StoredRequest:
+    head_digest = row["head_digest"] or blocks.digest_of(row["head"].encode())
+    return StoredRequest(
+        head_digest=bytes(head_digest),
+        manifest=bytes(row["manifest"]),
+        body_digest=row["body_digest"],
+        body_bytes=row["body_bytes"],
+        head_is_block=row["head_digest"] is not None,
+    )
+
+
+def _head_text(tx: Transaction, session_id: SessionId, row: Row) -> blocks.Content:
+    if row["head_digest"] is None:
+        return blocks.Content(row["head"].encode(), redacted=False)
+    return blocks.read(tx, session_id, bytes(row["head_digest"]))
+
+
+def _head_of(text: bytes) -> RequestHead | None:
+    try:
+        head = decode_json(text.decode())
+        headers = tuple((str(name), str(value)) for name, value in head["headers"])
+        return RequestHead(method=head["method"], target=head["target"], headers=headers)
+    except (ValueError, TypeError, KeyError):
+        return None  # redaction went through its middle
 
 
 def _choose(tx: Transaction, session_id: SessionId, digests: bytes) -> tuple[bytes | None, Manifest | None]:

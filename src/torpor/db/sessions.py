@@ -11,6 +11,7 @@ from torpor.core.errors import Conflict, InvalidInput, NotFound, TorporError
 from torpor.core.events import GENESIS_HASH, EventDraft, Kind
 from torpor.core.ids import NodeId, SessionId
 from torpor.core.lease import Lease
+from torpor.core.money import dollars_text
 from torpor.core.session import SessionStatus, check_transition
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
@@ -48,6 +49,7 @@ class Session:
     created_ns: int
     updated_ns: int
     exit_status: int | None
+    budget_nanousd: int | None
 
     @property
     def lease(self) -> Lease | None:
@@ -64,7 +66,13 @@ class Session:
 
 
 def create(
-    tx: Transaction, *, session_id: SessionId, name: str | None, spec: Mapping[str, Any], wall_ns: int
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    name: str | None,
+    spec: Mapping[str, Any],
+    wall_ns: int,
+    budget_nanousd: int | None = None,
 ) -> Session:
     """Record a new session with its session.created event, which is the root of its tree.
 
@@ -81,6 +89,7 @@ def create(
         status=SessionStatus.CREATED.value,
         spec=encode_json(dict(spec)),
         head_hash=GENESIS_HASH,
+        budget_nanousd=budget_nanousd,
         wall_ns=wall_ns,
     )
     if not created:
@@ -89,7 +98,10 @@ def create(
             f"cannot create session {name!r}: another session has this name",
             hint="Choose another name, or forget that session.",
         )
-    draft = EventDraft(kind=Kind.SESSION_CREATED, incarnation=0, data={"name": name, "spec": dict(spec)})
+    data: dict[str, Any] = {"name": name, "spec": dict(spec)}
+    if budget_nanousd is not None:
+        data["budget"] = dollars_text(budget_nanousd)
+    draft = EventDraft(kind=Kind.SESSION_CREATED, incarnation=0, data=data)
     root = append(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, drafts=[draft], wall_ns=wall_ns)[0]
     set_cursor(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, cursor_seq=root.seq)
     return get(tx, session_id)
@@ -103,7 +115,7 @@ def get(tx: Transaction, session_id: SessionId) -> Session:
     """
     row = tx.one("session/find_by_id", session_id=session_id)
     if row is None:
-        raise _not_found(session_id)
+        raise not_found(session_id)
     return _session_of(row)
 
 
@@ -126,7 +138,7 @@ def find(tx: Transaction, text: str) -> Session:
             hint="Give more of the id; `torpor ls` lists the sessions.",
         )
     if not rows:
-        raise _not_found(text)
+        raise not_found(text)
     return _session_of(rows[0])
 
 
@@ -160,7 +172,7 @@ def acquire(
         wall_ns=wall_ns,
     )
     if row is None:
-        raise refusal(tx, session_id, seen_token, _changed(session_id))
+        raise refusal(tx, session_id, seen_token, changed(session_id))
     token = int(row["owner_token"])
     draft = EventDraft(
         kind=Kind.LEASE_ACQUIRED,
@@ -174,7 +186,7 @@ def acquire(
 def release(tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int) -> None:
     """Say that no node drives the session any more. The token stays: only the next acquisition raises it."""
     if not tx.run("session/release_fenced", session_id=session_id, owner_token=owner_token, wall_ns=wall_ns):
-        raise refusal(tx, session_id, owner_token, _changed(session_id))
+        raise refusal(tx, session_id, owner_token, changed(session_id))
 
 
 def set_status(
@@ -194,7 +206,7 @@ def set_status(
     """
     seen = _session_of(held_row(tx, session_id, owner_token))
     check_transition(session_id, seen.status, status)
-    changed = tx.run(
+    moved = tx.run(
         "session/set_status_fenced",
         session_id=session_id,
         owner_token=owner_token,
@@ -203,8 +215,8 @@ def set_status(
         exit_status=exit_status,
         wall_ns=wall_ns,
     )
-    if not changed:
-        raise refusal(tx, session_id, owner_token, _changed(session_id))
+    if not moved:
+        raise refusal(tx, session_id, owner_token, changed(session_id))
     data = {"from": seen.status.value, "to": status.value, "reason": reason, "exit_status": exit_status}
     draft = EventDraft(kind=Kind.SESSION_STATUS, incarnation=seen.incarnation, data=data)
     append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
@@ -224,10 +236,10 @@ def set_incarnation(
     Raises:
         Conflict: `incarnation_not_new`, numbers only rise.
     """
-    changed = tx.run(
+    moved = tx.run(
         "session/set_incarnation_fenced", session_id=session_id, owner_token=owner_token, incarnation=incarnation
     )
-    if not changed:
+    if not moved:
         otherwise = Conflict(
             "incarnation_not_new", f"cannot start incarnation {incarnation} of session {session_id}: it is not new"
         )
@@ -251,11 +263,13 @@ def set_cursor(tx: Transaction, *, session_id: SessionId, owner_token: int, curs
 
 
 _ROWS_OF_A_SESSION = (
+    "waitpoint/delete_of_session_fenced",
     "redo/delete_of_session_fenced",
     "output/delete_of_session_fenced",
     "checkpoint/delete_of_session_fenced",
     "request/delete_of_session_fenced",
     "call/delete_chunks_of_session_fenced",
+    "call/delete_answers_of_session_fenced",
     "call/delete_attempts_of_session_fenced",
     "call/delete_of_session_fenced",
     "block/delete_of_session_fenced",
@@ -269,7 +283,7 @@ def forget(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
     for query in _ROWS_OF_A_SESSION:
         tx.run(query, session_id=session_id, owner_token=owner_token)
     if not tx.run("session/delete_fenced", session_id=session_id, owner_token=owner_token):
-        raise refusal(tx, session_id, owner_token, _changed(session_id))
+        raise refusal(tx, session_id, owner_token, changed(session_id))
 
 
 def _check_name(name: str) -> None:
@@ -298,14 +312,15 @@ def _session_of(row: Row) -> Session:
         created_ns=row["created_ns"],
         updated_ns=row["updated_ns"],
         exit_status=row["exit_status"],
+        budget_nanousd=row["budget_nanousd"],
     )
 
 
-def _not_found(text: str) -> NotFound:
+def not_found(text: str) -> NotFound:
     return NotFound(
         "session_not_found", f"cannot find session {text!r}: there is none", hint="`torpor ls` lists the sessions."
     )
 
 
-def _changed(session_id: SessionId) -> TorporError:
+def changed(session_id: SessionId) -> TorporError:
     return Conflict("session_changed", f"cannot write session {session_id}: it changed meanwhile")

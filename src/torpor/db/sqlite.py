@@ -1,7 +1,8 @@
 """SQLite behind the Database protocol: one writer thread, two reader threads, WAL, and every sqlite3 error translated.
 
-Other processes may use the same file; SQLite's own locks keep the writers apart. A commit that must be durable runs
-with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
+Other processes may use the same file; SQLite's own locks keep the writers apart. Writes that wait together are
+committed together, each in a savepoint of its own, so that many streams share one sync. A commit that must be durable
+runs with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
 nothing. After a failed sync nothing can be promised any more (the kernel may have dropped the pages): all later writes
 are refused.
 """
@@ -9,9 +10,11 @@ are refused.
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 10.0
 READERS = 2
+WRITES_PER_COMMIT_MAX = 64
 
 
 class SqliteTransaction:
@@ -45,6 +49,23 @@ class SqliteTransaction:
         return self._connection.execute(self._statements[query], values).rowcount
 
 
+@dataclass(slots=True)
+class _Write:
+    """One caller's transaction, waiting for its turn."""
+
+    work: Callable[[Transaction], Any]
+    durable: bool
+    outcome: Future[Any] = field(default_factory=Future[Any])
+    result: Any = None
+    failure: BaseException | None = None
+
+    def tell(self) -> None:
+        if self.failure is not None:
+            self.outcome.set_exception(self.failure)
+        else:
+            self.outcome.set_result(self.result)
+
+
 class SqliteDatabase:
     """One file. Build it with `open_sqlite`."""
 
@@ -53,18 +74,25 @@ class SqliteDatabase:
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="torpor-db-writer")
         self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
         self._idle_readers: list[sqlite3.Connection] = []
+        self._queued: deque[_Write] = deque()
         self._writer: sqlite3.Connection | None = None
         self._synchronous = ""
         self._sync_failed = False
 
     async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        return await self._on(self._writer_thread, lambda: self._write(work, durable=durable))
+        write = _Write(work, durable)
+        self._queued.append(write)
+        self._submit(self._writer_thread, self._commit_queued)
+        return await _outcome(write.outcome)
 
     async def read(self, work: Callable[[Transaction], T], /) -> T:
         return await self._on(self._reader_threads, lambda: self._read(work))
 
-    async def open(self, clock: Clock) -> None:
-        await self._on(self._writer_thread, lambda: self._open(clock))
+    async def settle(self) -> None:
+        await self._on(self._writer_thread, self._settle)
+
+    async def open(self, clock: Clock, schema: str) -> None:
+        await self._on(self._writer_thread, lambda: self._open(clock, schema))
 
     async def close(self) -> None:
         with suppress(Conflict):
@@ -72,24 +100,33 @@ class SqliteDatabase:
         self._writer_thread.shutdown(wait=False)
 
     async def _on(self, thread: Executor, work: Callable[[], T]) -> T:
-        """Run `work` on `thread`; a cancelled caller waits until it is clear whether it ran."""
+        return await _outcome(self._submit(thread, work))
+
+    def _submit(self, thread: Executor, work: Callable[[], T]) -> Future[T]:
         try:
-            running = thread.submit(work)
+            return thread.submit(work)
         except RuntimeError as error:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed") from error
-        outcome = asyncio.wrap_future(running)
-        try:
-            return await asyncio.shield(outcome)
-        except asyncio.CancelledError:
-            running.cancel()
-            while not outcome.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([outcome])
-            if not outcome.cancelled():
-                outcome.exception()  # seen: what counts for the caller is that it was cancelled
-            raise
 
-    def _write(self, work: Callable[[Transaction], T], *, durable: bool) -> T:
+    def _commit_queued(self) -> None:
+        """Commit what waits by now; whoever comes meanwhile has submitted a turn of his own."""
+        batch: list[_Write] = []
+        while self._queued and len(batch) < WRITES_PER_COMMIT_MAX:
+            write = self._queued.popleft()
+            if write.outcome.set_running_or_notify_cancel():
+                batch.append(write)
+        if not batch:
+            return
+        try:
+            self._commit(batch)
+        except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
+            for write in batch:
+                write.failure = error
+        for write in batch:
+            write.tell()
+
+    def _commit(self, batch: Sequence[_Write]) -> None:
+        """One transaction. A write that fails is undone alone; an error from here is the whole batch's."""
         connection = self._writer
         if connection is None:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
@@ -99,14 +136,33 @@ class SqliteDatabase:
                 f"cannot write database {self._path}: the disk failed to keep earlier writes",
                 hint="Mend the disk, then start this node anew.",
             )
+        durable = any(write.durable for write in batch)
         with self._translating():
             self._set_synchronous(connection, "FULL" if durable else "NORMAL")
             with _transaction(connection, "BEGIN IMMEDIATE"):
                 before = connection.total_changes
-                result = work(SqliteTransaction(connection))
+                for write in batch:
+                    try:
+                        write.result = self._in_savepoint(connection, write.work)
+                    except BaseException as error:
+                        if not connection.in_transaction:  # SQLite has rolled back everything: the disk is full
+                            raise
+                        write.failure = error
                 if durable and connection.total_changes == before:
                     connection.execute("UPDATE durability SET mark = mark + 1")
-            return result
+
+    def _in_savepoint(self, connection: sqlite3.Connection, work: Callable[[Transaction], T]) -> T:
+        connection.execute("SAVEPOINT work")
+        try:
+            with self._translating():
+                result = work(SqliteTransaction(connection))
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK TO work")
+                connection.execute("RELEASE work")
+            raise
+        connection.execute("RELEASE work")
+        return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         with self._translating():
@@ -119,6 +175,19 @@ class SqliteDatabase:
                     return work(SqliteTransaction(connection))
             finally:
                 self._idle_readers.append(connection)
+
+    def _settle(self) -> None:
+        """Deleted bytes are zeros in the file already (secure_delete); the WAL is emptied into it."""
+        if self._writer is None:
+            raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
+        with self._translating():
+            busy = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]
+        if busy:
+            raise Conflict(
+                "database_busy",
+                f"cannot empty the WAL of database {self._path}: another process reads an older state",
+                hint="What was erased is in the -wal file until the last process that uses the database ends.",
+            )
 
     def _set_synchronous(self, connection: sqlite3.Connection, level: str) -> None:
         if level != self._synchronous:
@@ -134,13 +203,13 @@ class SqliteDatabase:
                 self._sync_failed = True
             raise translated(error, self._path) from error
 
-    def _open(self, clock: Clock) -> None:
+    def _open(self, clock: Clock, schema: str) -> None:
         with self._translating():
             _create_file(self._path)
             connection = _connect(self._path, read_only=False)
             try:
                 self._set_synchronous(connection, "FULL")
-                migrate(connection, self._path, clock)
+                migrate(connection, self._path, clock, schema)
             except BaseException:
                 connection.close()
                 raise
@@ -155,11 +224,26 @@ class SqliteDatabase:
             self._writer = None
 
 
-async def open_sqlite(path: str, *, clock: Clock) -> Database:
+async def _outcome(running: Future[T]) -> T:
+    """The result of work on a thread; a cancelled caller waits until it is clear whether it ran."""
+    outcome = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(outcome)
+    except asyncio.CancelledError:
+        running.cancel()
+        while not outcome.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([outcome])
+        if not outcome.cancelled():
+            outcome.exception()  # seen: what counts for the caller is that it was cancelled
+        raise
+
+
+async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite") -> Database:
     """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
     database = SqliteDatabase(Path(path))
     try:
-        await database.open(clock)
+        await database.open(clock, schema)
     except BaseException:
         await database.close()
         raise
@@ -187,18 +271,15 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         cached_statements=256,
     )
     try:
-        connection.row_factory = _as_dict
+        connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA secure_delete = ON")  # what is redacted or forgotten is not left in free pages
         connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-def _as_dict(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, values, strict=True)}
 
 
 def _create_file(path: Path) -> None:

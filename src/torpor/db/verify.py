@@ -4,20 +4,22 @@ Nothing is repaired and nothing is raised: what is wrong is listed, as far as it
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torpor.core.call import Call, CallState
-from torpor.core.errors import Conflict, Damaged
+from torpor.core.errors import Damaged
 from torpor.core.events import CONTEXT_KINDS, GENESIS_HASH, Event, EventDraft, Kind, event_hash
 from torpor.core.ids import SessionId
-from torpor.db import blocks, requests
+from torpor.core.money import dollars_text
+from torpor.db import answers, blocks, log, redaction, requests
 from torpor.db.call_rows import body_facts, head_digest, intent_data
-from torpor.db.calls import load_calls, load_chunks
+from torpor.db.calls import load_calls
 from torpor.db.checkpoints import commit_data, list_intact
 from torpor.db.database import Row, Transaction
 from torpor.db.log import EVERYTHING, event_of
-from torpor.db.manifests import DIGEST_BYTES
+
+Masks: TypeAlias = "Mapping[str | redaction.Answer, str]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +41,10 @@ def verify_chain(tx: Transaction, session_id: SessionId) -> list[Problem]:
     if problems:
         return problems  # what follows believes the events
     events = {event.seq: event for event in map(event_of, rows)}
+    masks = redaction.masks(events.values())
     return [
         *_tree_problems(session, events),
-        *_call_problems(tx, session_id, events),
+        *_call_problems(tx, session_id, events, masks),
         *_checkpoint_problems(tx, session_id, events),
     ]
 
@@ -96,7 +99,14 @@ def _tree_problems(session: Row, events: Mapping[int, Event]) -> Iterator[Proble
         yield Problem(code="cursor_wrong", seq=session["cursor_seq"], text="the cursor is on no context event")
 
 
-def _call_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:
+def count_redacted(tx: Transaction, session_id: SessionId) -> int:
+    """How many blocks and answers of a session were masked."""
+    return len(redaction.masks(log.events(tx, session_id)))
+
+
+def _call_problems(
+    tx: Transaction, session_id: SessionId, events: Mapping[int, Event], masks: Masks
+) -> Iterator[Problem]:
     calls = {call.call_id: call for call in load_calls(tx, session_id)}
     seen: set[bytes] = set()
     ended: set[str] = set()
@@ -109,14 +119,14 @@ def _call_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, 
             continue
         match event.kind:
             case Kind.CALL_INTENDED:
-                yield from _intent_problems(tx, call, event, seen)
+                yield from _intent_problems(tx, call, event, masks, seen)
             case Kind.CALL_ANSWERING:
                 yield from _head_problems(call, event)
             case Kind.CALL_COMPLETED | Kind.CALL_FAILED:
                 ended.add(call.call_id)
-                yield from _response_problems(tx, call, event)
+                yield from _response_problems(tx, call, event, masks)
             case Kind.CALL_TORN:
-                yield from _response_problems(tx, call, event)
+                yield from _response_problems(tx, call, event, masks)
             case _:
                 pass
     for call in calls.values():
@@ -125,8 +135,8 @@ def _call_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, 
             yield Problem(code="call_state_wrong", seq=call.ended_seq, text=text)
 
 
-def _intent_problems(tx: Transaction, call: Call, event: Event, seen: set[bytes]) -> Iterator[Problem]:
-    """The call and its request are what was intended; every block is as it was written, or redacted."""
+def _intent_problems(tx: Transaction, call: Call, event: Event, masks: Masks, seen: set[bytes]) -> Iterator[Problem]:
+    """The call and its request are what was intended; every block is as it was written, or as it was masked."""
     if call.intended_seq != event.seq or any(event.data[name] != value for name, value in intent_data(call).items()):
         yield Problem(code="call_changed", seq=event.seq, text=f"call {call.call_id} is not what was intended")
     request = requests.find(tx, call.call_id)
@@ -134,11 +144,17 @@ def _intent_problems(tx: Transaction, call: Call, event: Event, seen: set[bytes]
         yield Problem(code="request_changed", seq=event.seq, text=f"the request of {call.call_id} is not as written")
         return
     try:
-        digests = requests.read_list(tx, call.session_id, request.manifest)
-        for digest in {digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)} - seen:
-            seen.add(digest)
-            with suppress(Conflict):  # redacted: its absence is as it was decided
-                blocks.get(tx, call.session_id, digest)
+        digests = requests.pieces_of(requests.read_list(tx, call.session_id, request.manifest))
+        heads = [request.head_digest] if request.head_is_block else []
+        fresh = {*digests, *heads} - seen
+        seen |= fresh
+        for digest, content in blocks.read_many(tx, call.session_id, fresh).items():
+            found = blocks.digest_of(content.data)
+            if content.redacted and masks.get(digest.hex()) != found.hex():
+                text = f"block {digest.hex()} is masked, and no event says so"
+                yield Problem(code="redaction_unknown", seq=event.seq, text=text)
+            elif not content.redacted and found != digest:
+                blocks.read(tx, call.session_id, digest)
     except Damaged as error:
         yield Problem(code="request_damaged", seq=event.seq, text=str(error))
 
@@ -150,15 +166,28 @@ def _head_problems(call: Call, event: Event) -> Iterator[Problem]:
         yield Problem(code="head_changed", seq=event.seq, text=f"a response head of {call.call_id} is not as written")
 
 
-def _response_problems(tx: Transaction, call: Call, event: Event) -> Iterator[Problem]:
-    """The chunk rows are what the event says of them."""
+def _response_problems(tx: Transaction, call: Call, event: Event, masks: Masks) -> Iterator[Problem]:
+    """The answer is what the event says of it; of a masked one, all but the bytes."""
     if "digest" not in event.data:
         return
-    chunks = load_chunks(tx, call.call_id, event.data["attempt"])
-    if any(event.data[name] != value for name, value in body_facts(chunks).items()):
-        yield Problem(code="response_changed", seq=event.seq, text=f"chunks of {call.call_id} are not as written")
+    number = event.data["attempt"]
+    try:
+        chunks, redacted = answers.load(tx, call.call_id, number)
+    except Damaged as error:
+        yield Problem(code="response_changed", seq=event.seq, text=str(error))
+        return
+    facts = body_facts(chunks)
+    if redacted and masks.get((call.call_id, number)) != facts.pop("digest"):
+        text = f"the answer of {call.call_id} is masked, and no event says so"
+        yield Problem(code="redaction_unknown", seq=event.seq, text=text)
+    elif any(event.data[name] != value for name, value in facts.items()):
+        yield Problem(code="response_changed", seq=event.seq, text=f"the answer of {call.call_id} is not as written")
     if "head_digest" in event.data:
         yield from _head_problems(call, event)
+    elif "cost" in event.data:
+        billed = next((one.cost_nanousd for one in call.attempts if one.number == event.data["attempt"]), None)
+        if (None if billed is None else dollars_text(billed)) != event.data["cost"]:
+            yield Problem(code="cost_changed", seq=event.seq, text=f"the cost of {call.call_id} is not as written")
 
 
 def _checkpoint_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:

@@ -1,19 +1,19 @@
 """Which requests become calls, and the gateway's own answers to all others.
 
-Pure: an answer of the gateway's own follows from the request alone. It is in no log, and a restored agent gets the same
-bytes once more because its request is read and judged once more.
+Pure: an answer of the gateway's own follows from the request and the configuration. It is in no log, and a restored
+agent gets the same bytes once more because its request is read and judged once more.
 """
 
 import json
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
 
 from torpor.config import PROXY_PORT
 from torpor.core.call import ResponseHead
-from torpor.gateway.dialects import OWN, find_route, likely_dialect
-from torpor.gateway.dialects.base import Dialect, Route
+from torpor.gateway.dialects import dialects_told, likely_dialect
+from torpor.gateway.dialects.base import Dialect
 from torpor.gateway.request import Headers, RequestLine, Unreadable
+from torpor.gateway.routing import Destination, Routing
 
 _NO_LINE = RequestLine(method="GET", target="", http_version="1.1", headers=(), continued=False)
 
@@ -26,15 +26,7 @@ class LocalAnswer:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """A request that becomes a call."""
-
-    dialect: Dialect
-    route: Route
-
-
-def admit(line: RequestLine, port: int) -> Admitted | LocalAnswer:
+def admit(line: RequestLine, port: int, routing: Routing) -> Destination | LocalAnswer:
     """Judge a request by its line, its headers and the port that it came to."""
     line = line.not_continued()
     if line.http_version not in {"1.0", "1.1"}:
@@ -49,12 +41,11 @@ def admit(line: RequestLine, port: int) -> Admitted | LocalAnswer:
         return refuse(line, 426, "websocket_refused", reason, headers=(("upgrade", "HTTP/1.1"),))
     if (line.method, line.path) == ("HEAD", "/"):
         return LocalAnswer(head=line.shape(200, "OK", (("content-type", "application/json"),)), body=b"")
-    own = OWN.route(line.method, line.path)
-    found = (OWN, own) if own is not None else find_route(line.method, line.path, header_names(line))
-    if found is None:
+    destination = routing.destination(line.method, line.target, dialects_told(header_names(line)))
+    if destination is None:
         reason = f"{line.method} {line.path[:200]} is not among the requests that agents may make"
         return refuse(line, 404, "path_unknown", reason)
-    return Admitted(dialect=found[0], route=found[1])
+    return destination
 
 
 def refuse_unreadable(unreadable: Unreadable) -> LocalAnswer:
@@ -70,7 +61,7 @@ def refuse(line: RequestLine, status: int, code: str, reason: str, *, headers: H
 
 def error_answer(
     line: RequestLine,
-    dialect: Dialect | None,
+    dialect: Dialect,
     *,
     status: int,
     code: str,
@@ -79,9 +70,7 @@ def error_answer(
     headers: Headers = (),
 ) -> LocalAnswer:
     """An error of the gateway's own. The providers' SDKs obey `x-should-retry` whatever the status says."""
-    shaped: dict[str, Any] = {"error": {"message": message, "type": "torpor_error", "code": code}}
-    if dialect is not None:
-        shaped = dialect.error(status=status, code=code, message=message)
+    shaped = dialect.error(status=status, code=code, message=message)
     fields = (
         ("content-type", "application/json"),
         ("x-should-retry", "true" if retry else "false"),

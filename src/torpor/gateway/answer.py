@@ -6,9 +6,10 @@ reader blind, and a blind reader believes the transport that the answer was comp
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
-from torpor.gateway.dialects.base import AnswerFacts, Dialect
-from torpor.gateway.dialects.sse import EventSplitter, json_object
+from torpor.gateway.dialects.base import AnswerFacts, Dialect, items, mapping
+from torpor.gateway.dialects.sse import EventSplitter, json_object, json_value
 
 EVENT_BYTES_MAX = 16 << 20
 MESSAGE_BYTES_MAX = 64 << 20
@@ -27,10 +28,10 @@ class AnswerReader:
         self._is_message = kind == "application/json"
         encoding = headers.get("content-encoding", "identity").lower()
         self._inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "x-gzip", "deflate"} else None
-        readable = encoding == "identity" or self._inflate is not None
-        self._blind = not (
-            readable and is_llm and 200 <= status < 300 and (self._is_message or kind == "text/event-stream")
-        )
+        decodable = encoding == "identity" or self._inflate is not None
+        # A stream of events that is only read again (a kept response) must not end early either.
+        speaks = kind == "text/event-stream" or (self._is_message and is_llm)
+        self._blind = not (decodable and speaks and 200 <= status < 300 and not dialect.opaque)
         self._splitter = EventSplitter()
         self._message = bytearray()
 
@@ -47,12 +48,23 @@ class AnswerReader:
 
     def complete(self) -> bool:
         """Whether an answer whose transport ended properly lacks nothing."""
-        if not self._blind and self._is_message and (message := json_object(bytes(self._message))) is not None:
+        if not self._blind and self._is_message:
             try:
-                self._dialect.read_message(message, self.facts)
+                self._read_message(json_value(bytes(self._message)))
             except _UNREADABLE:
                 self._blind = True
         return self._blind or self.facts.terminal
+
+    def _read_message(self, value: Any) -> None:
+        if isinstance(value, list):
+            # A stream of events in one array: that it is whole JSON says that none is missing.
+            for event in items(value):  # pyright: ignore[reportUnknownArgumentType]
+                self._dialect.read_event(mapping(event), self.facts)
+                _note_terms(mapping(event), self.facts)
+            self.facts.terminal = True
+        elif isinstance(value, dict):
+            self._dialect.read_message(mapping(value), self.facts)  # pyright: ignore[reportUnknownArgumentType]
+            _note_terms(mapping(value), self.facts)  # pyright: ignore[reportUnknownArgumentType]
 
     def _read(self, plain: bytes) -> None:
         if self._is_message:
@@ -74,3 +86,14 @@ class AnswerReader:
             self.facts.terminal = True
         elif (event := json_object(raw)) is not None:
             self._dialect.read_event(event, self.facts)
+            _note_terms(event, self.facts)
+
+
+def _note_terms(said: Mapping[str, Any], facts: AnswerFacts) -> None:
+    """The terms that an answer was made on, which every API says beside its usage or in it; the last word counts."""
+    for place in (said, mapping(said.get("message")), mapping(said.get("response"))):
+        for source in (place, mapping(place.get("usage"))):
+            facts.terms |= {name: source[name] for name in _TERMS if isinstance(source.get(name), str)}
+
+
+_TERMS = ("service_tier", "speed")

@@ -13,10 +13,11 @@ from typing import TypeAlias
 from torpor.core.call import ResponseHead
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
-from torpor.gateway.dialects.base import Dialect
-from torpor.gateway.reshape import Shape, reshaped
+from torpor.gateway.dialects.base import Dialect, Shape
+from torpor.gateway.reshape import reshaped
 from torpor.sandbox.fifos import Pulse
-from torpor.sandbox.streams import Closed, Stream, StreamGone
+from torpor.sandbox.frames import Closed
+from torpor.sandbox.streams import Stream, StreamGone
 
 Row: TypeAlias = "ResponseHead | bytes | None"
 """The head, a chunk, or the proper end of an attempt."""

@@ -11,8 +11,9 @@ from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
-from torpor.gateway.admission import Admitted, LocalAnswer, admit, refuse_unreadable
-from torpor.gateway.dialects import OWN
+from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.dialects import OWN, dialect_named
+from torpor.gateway.dialects.base import Route, Shape
 from torpor.gateway.own import answer_here
 from torpor.gateway.record import Claim
 from torpor.gateway.request import (
@@ -26,9 +27,9 @@ from torpor.gateway.request import (
     read_body,
     read_line,
 )
-from torpor.gateway.reshape import Shape
+from torpor.gateway.routing import Destination, Routing
 from torpor.gateway.telling import with_note
-from torpor.gateway.upstream import Outgoing, without_credentials
+from torpor.gateway.upstream import Outgoing, target_without_key, without_credentials
 from torpor.sandbox.streams import Stream
 
 VERSION_FIELD = ":version"
@@ -47,10 +48,13 @@ class Intake:
     """A request that becomes a call, or was one."""
 
     request: Request
-    admitted: Admitted
+    destination: Destination
     key: RequestKey
+    plain_body: bytes
+    """The body without its content-encoding."""
     model: str | None
-    wants_events: bool
+    shape: Shape
+    """How its client wants the answer."""
 
     @property
     def head(self) -> RequestHead:
@@ -65,8 +69,8 @@ class Intake:
     def outgoing(self) -> Outgoing:
         line = self.request.line
         return Outgoing(
-            dialect=self.admitted.dialect,
-            route=self.admitted.route,
+            destination=self.destination,
+            model=self.model,
             method=line.method,
             query=line.target.partition("?")[2],
             headers=line.headers,
@@ -77,30 +81,30 @@ class Intake:
         return NewCall(
             call_id=call_id,
             key=self.key,
-            dialect=self.admitted.dialect.name,
+            dialect=self.destination.dialect.name,
             method=self.request.line.method,
             target=self.request.line.target,
             model=self.model,
             incarnation=incarnation,
             stream=stream,
             request_bytes=self.request.length,
-            is_llm=self.admitted.route.is_llm,
+            is_llm=self.destination.route.is_llm,
         )
 
     def may_carry(self, note: str | None) -> bool:
         """Whether this is a request to a model that has a place for a note."""
-        return note is not None and self.admitted.route.is_llm and self.outgoing_with(note) is not None
+        return note is not None and self.destination.route.is_llm and self.outgoing_with(note) is not None
 
     def outgoing_with(self, note: str) -> Outgoing | None:
         """The request with a note of Torpor's own in it."""
-        body = with_note(self.admitted.dialect.name, self.request.body, note)
+        body = with_note(self.destination.dialect.name, self.request.body, note)
         return None if body is None else replace(self.outgoing, body=body)
 
     def shape_for(self, key: RequestKey) -> Shape:
         """How this request wants the answer of the call with this key, which matched it on some level."""
         if self.key.canonical == key.canonical:
             return Shape.AS_SENT
-        return Shape.EVENTS if self.wants_events else Shape.MESSAGE
+        return self.shape
 
     def claim(self, call_id: CallId, stream: StreamId, incarnation: int, shape: Shape = Shape.AS_SENT) -> Claim:
         return Claim(
@@ -113,7 +117,9 @@ class Intake:
         )
 
 
-async def take_in(stream: Stream, room: Room, reserved: AsyncExitStack) -> Intake | LocalAnswer | None:
+async def take_in(
+    stream: Stream, routing: Routing, room: Room, reserved: AsyncExitStack
+) -> Intake | LocalAnswer | None:
     """Read a stream's request; None if the client said nothing. `reserved` is the memory that a large one takes.
 
     Raises:
@@ -125,20 +131,20 @@ async def take_in(stream: Stream, room: Room, reserved: AsyncExitStack) -> Intak
         return None
     if isinstance(line, Unreadable):
         return refuse_unreadable(line)
-    admitted = admit(line, stream.port)
-    if isinstance(admitted, LocalAnswer):
-        return admitted
+    destination = admit(line, stream.port, routing)
+    if isinstance(destination, LocalAnswer):
+        return destination
     request = await read_body(stream, reader, room, reserved)
     if isinstance(request, Unreadable):
         return refuse_unreadable(request)
-    if admitted.dialect is OWN and (answer := answer_here(request)) is not None:
+    if destination.dialect is OWN and (answer := answer_here(request)) is not None:
         return answer
     # Keys of a long conversation take a while: the loop goes on meanwhile.
-    return await asyncio.to_thread(_intake, request, admitted)
+    return await asyncio.to_thread(_intake, request, destination)
 
 
-def from_log(head: RequestHead, body: bytes) -> Intake:
-    """A logged request, to be sent again."""
+def from_log(head: RequestHead, body: bytes, routing: Routing, *, dialect: str, is_llm: bool) -> Intake:
+    """A logged request, to be sent again: where the configuration of now says, which may be nowhere."""
     version = next((value for name, value in head.headers if name == VERSION_FIELD), "1.1")
     line = RequestLine(
         method=head.method,
@@ -147,19 +153,28 @@ def from_log(head: RequestHead, body: bytes) -> Intake:
         headers=tuple((name, value) for name, value in head.headers if name != VERSION_FIELD),
         continued=expects_continue(version, head.headers),
     )
-    admitted = admit(line, port=0)
-    assert isinstance(admitted, Admitted), "what became a call was admitted before"
-    return _intake(Request(line=line, body=body, length=0), admitted)
+    destination = routing.destination(line.method, line.target, (dialect_named(dialect),))
+    if destination is None:
+        route = Route(path=line.path, is_llm=is_llm)
+        destination = Destination(dialect=dialect_named(dialect), route=route, candidates=())
+    return _intake(Request(line=line, body=body, length=0), destination)
 
 
-def _intake(request: Request, admitted: Admitted) -> Intake:
-    line = request.line
+def _intake(request: Request, destination: Destination) -> Intake:
+    line = replace(request.line, target=target_without_key(request.line.target))
     body = decoded_body(line, request.body)
     key = request_key(
-        dialect=admitted.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
+        dialect=destination.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
     )
-    facts = _facts_of(body)
-    return Intake(request=request, admitted=admitted, key=key, model=facts.model, wants_events=bool(facts.stream))
+    facts, route = _facts_of(body), destination.route
+    return Intake(
+        request=replace(request, line=line),
+        destination=destination,
+        key=key,
+        plain_body=body,
+        model=route.model or facts.model,
+        shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
+    )
 
 
 def _facts_of(body: bytes) -> _Facts:

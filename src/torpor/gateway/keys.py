@@ -41,7 +41,8 @@ class KeyRing:
         try:
             finished = await process.run(command, deadline_seconds=COMMAND_SECONDS, clock=self._clock, check=False)
         except TorporError as error:
-            raise _missing(upstream, str(error)) from error
+            # What the command said stays here: the reason goes to the agent and into the log.
+            raise _missing(upstream, f"its key_command could not be run ({error.code})") from error
         key = finished.stdout.decode("utf-8", "replace").strip()
         if finished.exit_status or not key:
             raise _missing(upstream, f"its key_command ended with status {finished.exit_status} and no key")

@@ -2,7 +2,8 @@
 
 Nothing that happens to the agent cancels a pump. It ends in one of three ways: the answer is complete and the call is
 answered; the answer broke off and the call failed, so the agent's connection is broken off too; or no answer came, and
-an error of the gateway's own is logged in its place. The head waits for the first byte of the body: until then a
+an error of the gateway's own is logged in its place. What the provider refuses for now is sent again within the same
+attempt, since nothing of a refusal was logged or delivered. The head waits for the first byte of the body: until then a
 failure can still be told in words, which clients retry, where a broken connection is often final for them.
 """
 
@@ -15,11 +16,15 @@ from torpor.core.call import Call, ResponseHead
 from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
+from torpor.gateway.backoff import Backoff
+from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
+from torpor.gateway.failure import NoAnswer
 from torpor.gateway.intake import Intake
 from torpor.gateway.record import Recorder
+from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
-from torpor.gateway.upstream import NoAnswer, UpstreamAnswer, UpstreamClient
+from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
 from torpor.sandbox.fifos import Pulse
 
 ANSWER_BYTES_MAX = 256 << 20
@@ -30,7 +35,7 @@ class Pump:
 
     Attributes:
         recording: its rows as they are written.
-        sent: set when call.sent is durable, as the request goes upstream.
+        under_way: set when its agent begins to wait for the answer: call.sent is durable, or what holds the call.
         failed: it ended without an answer.
 
     Args:
@@ -38,17 +43,29 @@ class Pump:
     """
 
     def __init__(
-        self, *, call: Call, intake: Intake, recorder: Recorder, upstreams: UpstreamClient, note: str | None = None
+        self,
+        *,
+        call: Call,
+        intake: Intake,
+        recorder: Recorder,
+        billing: Billing,
+        upstreams: UpstreamClient,
+        note: str | None = None,
     ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
-        self.sent = asyncio.Event()
+        self.under_way = asyncio.Event()
         self.failed = False
+        noted = intake.outgoing_with(note) if note is not None else None
+        self._body = noted.body if noted is not None else intake.plain_body
         self._line = intake.request.line
-        self._outgoing = (intake.outgoing_with(note) if note is not None else None) or intake.outgoing
+        self._destination = intake.destination
+        self._outgoing = noted or intake.outgoing
         self._recorder = recorder
+        self._billing = billing
         self._upstreams = upstreams
         self._scrubber = Scrubber(None)
+        self._reader: AnswerReader | None = None
         self._sent_ns = 0
 
     @property
@@ -61,25 +78,43 @@ class Pump:
         Raises:
             Superseded: this node lost the session.
         """
-        self._sent_ns = self._recorder.wall_ns()
-        self.recording.attempt = await self._recorder.send(self.call.call_id)
-        self.sent.set()
         try:
-            key = await self._upstreams.key_for(self._outgoing)
-            self._scrubber = Scrubber(key.reveal() if key is not None else None)
-            async with self._upstreams.send(self._outgoing) as answer:
-                await self._receive(answer)
+            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
+            self.recording.attempt = await opening
+            self._sent_ns = self._recorder.wall_ns()
+            self.under_way.set()
+            await self._send()
         except NoAnswer as failure:
+            self.under_way.set()
             await self._fail(failure)
+        finally:
+            self._billing.look_again()
 
-    async def _receive(self, answer: UpstreamAnswer) -> None:
+    async def _send(self) -> None:
+        """Send the request until it is taken, or refused for good."""
+        upstream = choose(self._destination, self._outgoing.model)
+        key = await self._upstreams.key_for(upstream)
+        self._scrubber = Scrubber(key.reveal() if key is not None else None)
+        backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
+        while True:
+            async with self._upstreams.send(self._outgoing, upstream) as answer:
+                # What is sent at most once is not sent again, whatever the provider says.
+                seconds = None if self.call.barrier else backoff.pause(answer.status, answer.headers)
+                if seconds is None:
+                    await self._receive(answer, upstream.name)
+                    return
+            facts = {"status": answer.status, "retry": backoff.retries, "wait_ms": round(seconds * 1000)}
+            await self._recorder.retry(self.call.call_id, {"upstream": upstream.name, **facts})
+            await asyncio.sleep(seconds)
+
+    async def _receive(self, answer: UpstreamAnswer, upstream: str) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)
         head = self._line.shape(answer.status, answer.reason, headers)
-        reader = AnswerReader(
-            self._outgoing.dialect,
+        self._reader = reader = AnswerReader(
+            self._destination.dialect,
             status=answer.status,
             headers={name.lower(): value for name, value in headers},
-            is_llm=self._outgoing.route.is_llm,
+            is_llm=self._destination.route.is_llm,
         )
         inbox = _Inbox()
         async with asyncio.TaskGroup() as group:
@@ -96,10 +131,15 @@ class Pump:
             await self._recorder.receive(self.call.call_id, self.recording.attempt, head=head, chunks=())
         facts = {
             "status": answer.status,
+            "upstream": upstream,
             "finish_reason": reader.facts.finish_reason,
             "in_band_error": reader.facts.error,
+            "response_id": reader.facts.response_id,
         }
-        await self._recorder.complete(self.call.call_id, usage=reader.facts.usage, facts=facts)
+        bill = await self._billing.bill(self.call, answer.status, reader.facts, self._sent_ns)
+        # What is only read again was paid for by the call that asked for it.
+        usage = reader.facts.usage if self._destination.route.is_llm else {}
+        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts, bill=bill)
         if self.recording.head is None:
             self.recording.add_head(head)
         self.recording.end(finished=True)
@@ -123,20 +163,24 @@ class Pump:
     async def _fail(self, failure: NoAnswer) -> None:
         """An answer that began is broken off; one that did not is replaced by words of ours."""
         self.failed = True
+        said = self._reader.facts if self._reader is not None else None
+        bill = await self._billing.bill_failure(self.call, failure, said, self._sent_ns)
         error = f"{failure.code}: {self._scrubber.text(str(failure))}"
         if self.recording.head is not None:
-            await self._recorder.fail(self.call.call_id, error=error, response=None)
+            await self._recorder.fail(self.call.call_id, error=error, response=None, bill=bill)
             self.recording.end(finished=False)
             return
         answer = error_answer(
             self._line,
-            self._outgoing.dialect,
+            self._destination.dialect,
             status=failure.status,
             code=failure.code,
             message=f"Torpor {self._scrubber.text(str(failure))}.",
             retry=failure.retry,
         )
-        failed = await self._recorder.fail(self.call.call_id, error=error, response=(answer.head, answer.body))
+        failed = await self._recorder.fail(
+            self.call.call_id, error=error, response=(answer.head, answer.body), bill=bill
+        )
         self.recording.attempt = failed.attempts[-1].number
         self.recording.add_head(answer.head)
         if answer.body:

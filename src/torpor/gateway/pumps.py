@@ -5,18 +5,22 @@ answer before it is done with that: the agent is blocked anyway, so it is the mo
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from torpor.core.call import Call
+from torpor.core.call import Call, ResponseHead
+from torpor.core.errors import Conflict
 from torpor.core.ids import CallId
+from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects import OWN
 from torpor.gateway.intake import Intake, from_log
 from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
+from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.fifos import Pulse
 
@@ -54,12 +58,17 @@ class Pumps:
         *,
         recorder: Recorder,
         upstreams: UpstreamClient,
+        billing: Billing,
+        routing: Routing,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
         checkpoint_for: CheckpointFor,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
+        self._billing = billing
+        self._warm = False
+        self._routing = routing
         self._on_call = on_call
         self._on_failed = on_failed
         self._checkpoint_for = checkpoint_for
@@ -108,18 +117,24 @@ class Pumps:
 
     def start(self, call: Call, intake: Intake, *, announce: bool, note: str | None = None) -> Answer:
         """Send a call, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
-        if intake.admitted.dialect is OWN:
-            request, checkpoint_for = intake.request, self._checkpoint_for
-            pump = OwnPump(call=call, request=request, recorder=self._recorder, checkpoint_for=checkpoint_for)
-        else:
-            upstreams = self._upstreams
-            pump = Pump(call=call, intake=intake, recorder=self._recorder, upstreams=upstreams, note=note)
+        pump = self._pump(call, intake, note)
         self._pumps[call.call_id] = pump
         self._spawn(self._run(pump))
+        if call.is_llm and not self._warm:
+            self._warm = True
+            self._spawn(self._billing.warm(call))
         if announce and call.is_llm and isinstance(pump, Pump):
             self._held[call.call_id] = asyncio.Event()
             self._spawn(self._announce(pump))
         return self._answer(call, pump.recording)
+
+    def _pump(self, call: Call, intake: Intake, note: str | None) -> Pump | OwnPump:
+        recorder = self._recorder
+        if intake.destination.dialect is OWN:
+            return OwnPump(call=call, request=intake.request, recorder=recorder, checkpoint_for=self._checkpoint_for)
+        return Pump(
+            call=call, intake=intake, recorder=recorder, billing=self._billing, upstreams=self._upstreams, note=note
+        )
 
     async def revive(self, call_id: CallId, *, announce: bool) -> Answer:
         """The answer of a call that is in the log: arriving, written, or that of a new attempt."""
@@ -128,10 +143,29 @@ class Pumps:
             return self._answer(pump.call, pump.recording)
         call = await self._recorder.load(call_id)
         if needs_sending(call):
-            head, body = await self._recorder.load_request(call_id)
-            note = await self._recorder.load_note(call_id)
-            return self.start(call, from_log(head, body), announce=announce, note=note)
+            try:
+                head, body = await self._recorder.load_request(call_id)
+            except Conflict as redacted:
+                if redacted.code != "block_redacted":
+                    raise
+                return await self._fail_redacted(call, redacted)
+            intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
+            return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
         return self._answer(call, await self._recorder.replay(call))
+
+    async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
+        """A request that was redacted can't be sent again; the client has it, and is told that it may."""
+        said = {"error": {"type": "api_error", "code": "request_redacted", "message": f"Torpor {reason}."}}
+        headers = (
+            ("content-type", "application/json"),
+            ("x-torpor-error", "request_redacted"),
+            ("x-should-retry", "true"),
+        )
+        head = ResponseHead(status=502, reason="Bad Gateway", headers=headers)
+        response = (head, json.dumps(said).encode())
+        failed = await self._recorder.fail(call.call_id, error=f"request_redacted: {reason}", response=response)
+        self._on_failed(call.call_id)
+        return self._answer(failed, await self._recorder.replay(failed))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:
         released = self._held.get(call.call_id)
@@ -154,6 +188,6 @@ class Pumps:
             self._on_failed(pump.call.call_id)
 
     async def _announce(self, pump: Pump) -> None:
-        await pump.sent.wait()
+        await pump.under_way.wait()
         await self._on_call(pump.call.call_id)
         self._held.pop(pump.call.call_id).set()

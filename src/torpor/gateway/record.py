@@ -16,15 +16,16 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence, note_to_agent
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
+from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import calls, checkpoints, log, redo, requests, sessions
+from torpor.db import budgets, calls, checkpoints, log, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
 from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.delivery import Recording
+from torpor.gateway.dialects.base import Shape
 from torpor.gateway.request import expects_continue
-from torpor.gateway.reshape import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +66,13 @@ class Recorder:
         self._database = database
         self._session_id = session_id
         self._owner_token = owner_token
-        self._clock = clock
+        self.clock = clock
 
     def new_call_id(self) -> CallId:
-        return new_call_id(self._clock.wall_ns())
+        return new_call_id(self.clock.wall_ns())
 
     def wall_ns(self) -> int:
-        return self._clock.wall_ns()
+        return self.clock.wall_ns()
 
     async def intend(
         self,
@@ -97,22 +98,50 @@ class Recorder:
                 call=call,
                 head=head,
                 body=prepared,
-                wall_ns=self._clock.wall_ns(),
+                wall_ns=self.clock.wall_ns(),
             )
 
         call_made = await self._database.write(work, durable=True)
         crash_point("call.intended")
         return call_made
 
-    async def send(self, call_id: CallId) -> int:
-        """Open the next attempt, before its first byte goes upstream."""
+    async def send(self, call_id: CallId, *, needed_nanousd: int | None = None) -> int | Verdict:
+        """Open the next attempt, before its first byte goes upstream; or say why the budget does not allow it now.
 
-        def work(tx: Transaction) -> int:
-            return calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=self._clock.wall_ns()).number
+        Args:
+            needed_nanousd: what it may cost at most, if it has to fit a budget: that much is reserved with the sending.
+        """
+
+        def work(tx: Transaction) -> int | Verdict:
+            wall_ns = self.clock.wall_ns()
+            if needed_nanousd is not None:
+                asked: dict[str, Any] = {"call_id": call_id, "needed_nanousd": needed_nanousd, "wall_ns": wall_ns}
+                verdict = budgets.admit(tx, **self._fence, **asked)
+                if verdict is not Verdict.SEND:
+                    return verdict
+            sent: dict[str, Any] = {"call_id": call_id, "wall_ns": wall_ns, "reserved_nanousd": needed_nanousd}
+            return calls.mark_sent(tx, **self._fence, **sent).number
 
         attempt = await self._database.write(work, durable=True)
-        crash_point("call.sent")
+        if attempt is Verdict.HOLD:
+            crash_point("waitpoint.created")
+        elif attempt is not Verdict.WAIT:
+            crash_point("call.sent")
         return attempt
+
+    async def has_budget(self) -> bool:
+        """Whether anything limits this session; that never changes, only the limit does."""
+        session = await self._database.read(lambda tx: sessions.get(tx, self._session_id))
+        return session.budget_nanousd is not None
+
+    async def retry(self, call_id: CallId, facts: Mapping[str, Any]) -> None:
+        """The provider refused the attempt for now: it is sent again after a pause. Nothing outside depends on it."""
+
+        def work(tx: Transaction) -> Event:
+            return calls.note_retry(tx, **self._fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
+
+        await self._database.write(work, durable=False)
+        crash_point("call.retried")
 
     async def receive(
         self, call_id: CallId, attempt: int, *, head: ResponseHead | None, chunks: Sequence[Chunk]
@@ -121,17 +150,19 @@ class Recorder:
 
         def work(tx: Transaction) -> None:
             if head is not None:
-                wall_ns = self._clock.wall_ns()
+                wall_ns = self.clock.wall_ns()
                 calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
             calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
         await self._database.write(work, durable=False)
         crash_point("call.received")
 
-    async def complete(self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    async def complete(
+        self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any], bill: Bill | None = None
+    ) -> None:
         def work(tx: Transaction) -> Event:
-            wall_ns = self._clock.wall_ns()
-            return calls.complete(tx, **self._fence, call_id=call_id, usage=usage, facts=facts, wall_ns=wall_ns)
+            ended: dict[str, Any] = {"call_id": call_id, "usage": usage, "facts": facts, "bill": bill}
+            return calls.complete(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
@@ -143,7 +174,7 @@ class Recorder:
         """
 
         def work(tx: Transaction) -> LocalAnswer:
-            wall_ns = self._clock.wall_ns()
+            wall_ns = self.clock.wall_ns()
             number = calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=wall_ns).number
             answer = write(tx)
             step: dict[str, Any] = {**self._fence, "call_id": call_id}
@@ -180,21 +211,37 @@ class Recorder:
             "head": session.head_seq,
         }
 
-    async def fail(self, call_id: CallId, *, error: str, response: tuple[ResponseHead, bytes] | None) -> Call:
+    async def fail(
+        self,
+        call_id: CallId,
+        *,
+        error: str,
+        response: tuple[ResponseHead, bytes] | None,
+        bill: Bill | None = None,
+    ) -> Call:
         """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
 
         def work(tx: Transaction) -> Call:
-            wall_ns = self._clock.wall_ns()
-            calls.fail(tx, **self._fence, call_id=call_id, error=error, response=response, wall_ns=wall_ns)
+            ended: dict[str, Any] = {"call_id": call_id, "error": error, "response": response, "bill": bill}
+            calls.fail(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
             return calls.load_call(tx, call_id)
 
         return await self._database.write(work, durable=True)
 
-    async def tear_open(self) -> list[CallId]:
+    async def load_sent(self) -> list[tuple[Call, list[Chunk]]]:
+        """The calls that an earlier node had sent and not answered, with what came of their answers."""
+
+        def work(tx: Transaction) -> list[tuple[Call, list[Chunk]]]:
+            sent = [call for call in calls.load_calls(tx, self._session_id) if call.state is CallState.SENT]
+            return [(call, calls.load_chunks(tx, call.call_id, call.attempts[-1].number)) for call in sent]
+
+        return await self._database.read(work)
+
+    async def tear_open(self, bills: Mapping[CallId, Bill]) -> list[CallId]:
         """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
 
         def work(tx: Transaction) -> list[CallId]:
-            return calls.tear_open(tx, **self._fence, wall_ns=self._clock.wall_ns())
+            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns(), bills=bills)
 
         return await self._database.write(work, durable=True)
 
@@ -221,6 +268,17 @@ class Recorder:
     async def note(self, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]) -> None:
         """Append a bookkeeping event that nothing outside depends on."""
         await self._database.write(lambda tx: self._append(tx, kind, incarnation, call_id, data), durable=False)
+
+    async def deliver(self, incarnation: int, call_id: CallId, data: Mapping[str, Any]) -> None:
+        """Record how a call's stream ended; durably, for init tells it to the next node until it may forget it.
+
+        A kill -9 before the write leaves it to init; one after it (`call.delivered`) leaves init a stream whose end is
+        logged, which the next node refuses.
+        """
+        await self._database.write(
+            lambda tx: self._append(tx, Kind.CALL_DELIVERED, incarnation, call_id, data), durable=True
+        )
+        crash_point("call.delivered")
 
     async def load(self, call_id: CallId) -> Call:
         return await self._database.read(lambda tx: calls.load_call(tx, call_id))
@@ -350,7 +408,7 @@ class Recorder:
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
     ) -> int:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        return log.append(tx, **self._fence, drafts=[draft], wall_ns=self._clock.wall_ns())[0].seq
+        return log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())[0].seq
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})
@@ -371,8 +429,8 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
     continued = event.data.get("continued")
     if continued is None:
         # The first stream of a call: its request is the one that was logged.
-        head, _ = requests.get_request(tx, call_id)
-        continued = expects_continue("1.1", head.headers)
+        head = requests.read_head(tx, call_id)
+        continued = head is not None and expects_continue("1.1", head.headers)
     return Claim(
         call_id=call_id,
         stream=event.data["stream"],

@@ -5,43 +5,72 @@ proper answers are reshaped: an error of the provider is one message in both sha
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from enum import StrEnum
+from typing import Any
 
 from torpor.core.call import ResponseHead
-from torpor.gateway.dialects.base import Dialect
-from torpor.gateway.dialects.sse import EventSplitter, json_object
+from torpor.gateway.dialects.base import Dialect, Shape, items, mapping
+from torpor.gateway.dialects.sse import EventSplitter, event_bytes, json_object, json_value
 
-
-class Shape(StrEnum):
-    """How a stream gets its call's answer."""
-
-    AS_SENT = "as_sent"
-    MESSAGE = "message"
-    """In one piece of JSON."""
-    EVENTS = "events"
-    """As server-sent events."""
+_KINDS = {
+    Shape.MESSAGE: "application/json",
+    Shape.EVENTS: "text/event-stream; charset=utf-8",
+    Shape.ARRAY: "application/json",
+}
 
 
 def reshaped(
     dialect: Dialect, shape: Shape, head: ResponseHead, chunks: list[bytes]
 ) -> tuple[ResponseHead, bytes] | None:
     """A whole answer in another shape; None if it has that shape, or makes no sense, and goes as it was sent."""
-    kind = content_type(head)
-    body = b"".join(chunks)
-    if head.status != 200:
+    if head.status != 200 or dialect.opaque:
         return None
+    body = b"".join(chunks)
     try:
-        if shape is Shape.MESSAGE and kind == "text/event-stream":
-            events = [event for raw in EventSplitter().feed(body) if (event := json_object(raw)) is not None]
-            status, message = dialect.to_message(events)
-            return _with_body(head, status, "application/json"), json.dumps(message, ensure_ascii=False).encode()
-        if shape is Shape.EVENTS and kind == "application/json":
-            whole = json_object(body) or {}
-            return _with_body(head, 200, "text/event-stream; charset=utf-8"), dialect.to_events(whole)
-    except (AttributeError, LookupError, TypeError, ValueError):
+        recorded = _recorded_shape(head, body)
+        if recorded in {None, shape, Shape.AS_SENT} or shape is Shape.AS_SENT:
+            return None
+        status, other = _in_shape(dialect, shape, recorded, body)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None  # The provider's events make no message: a client may still make sense of them.
-    return None
+    return _with_body(head, status, _KINDS[shape] if status == 200 else _KINDS[Shape.MESSAGE]), other
+
+
+def _recorded_shape(head: ResponseHead, body: bytes) -> Shape | None:
+    match content_type(head):
+        case "text/event-stream":
+            return Shape.EVENTS
+        case "application/json":
+            return Shape.ARRAY if body.lstrip()[:1] == b"[" else Shape.MESSAGE
+        case _:
+            return None
+
+
+def _in_shape(dialect: Dialect, shape: Shape, recorded: Shape | None, body: bytes) -> tuple[int, bytes]:
+    """The status and the body; a whole answer is first streamed, and everything else follows from events."""
+    streamed = dialect.to_events(json_object(body) or {}) if recorded is Shape.MESSAGE else body
+    if recorded is Shape.MESSAGE and shape is Shape.EVENTS:
+        return 200, streamed
+    events = _elements(body) if recorded is Shape.ARRAY else _parsed(streamed)
+    match shape:
+        case Shape.MESSAGE:
+            status, message = dialect.to_message(events)
+            return status, json.dumps(message, ensure_ascii=False).encode()
+        case Shape.ARRAY:
+            return 200, json.dumps(events, ensure_ascii=False).encode()
+        case _:
+            return 200, b"".join(map(event_bytes, events))
+
+
+def _elements(body: bytes) -> list[Mapping[str, Any]]:
+    return [mapping(item) for item in items(json_value(body))]
+
+
+def _parsed(streamed: bytes) -> list[Mapping[str, Any]]:
+    """The events in a stream's bytes. A provider that forgot the last empty line has sent all that it had."""
+    raws = EventSplitter().feed(streamed + b"\n\n")
+    return [event for raw in raws if (event := json_object(raw)) is not None]
 
 
 def content_type(head: ResponseHead) -> str:

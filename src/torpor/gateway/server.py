@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from torpor.config import Upstream
+from torpor.config import PriceRule, Upstream
 from torpor.core.branch import ContextTree
 from torpor.core.checkpoint import OpenStream, StreamFate
 from torpor.core.clock import Clock
@@ -22,14 +22,17 @@ from torpor.core.join import StreamEnd
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
+from torpor.gateway.billing import Billing
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.own import CheckpointFor
+from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import Answer, OnCall, Pumps
 from torpor.gateway.record import Claim, Departure, Recorder
 from torpor.gateway.request import Room
+from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -56,8 +59,9 @@ class _Attachment:
     """Set when it is known, and logged, how the stream ended."""
 
     def may_have_left(self, intake: Intake) -> bool:
-        """Whether a request is equal to this stream's, whose client has closed its end of the connection."""
-        return self.stream.half_closed and self.answer.call.key.logical == intake.key.logical
+        """Whether a request is equal to this stream's, whose client has closed its end, or all, of the connection."""
+        left = self.stream.half_closed or self.stream.closed is not None
+        return left and self.answer.call.key.logical == intake.key.logical
 
 
 class Gateway:
@@ -81,11 +85,16 @@ class Gateway:
         on_call: OnCall,
         checkpoint_for: CheckpointFor,
         crossroads: Crossroads | None = None,
+        prices: Sequence[PriceRule] = (),
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
+        self._routing = Routing(upstreams)
+        self._billing = Billing(recorder=self._recorder, book=PriceBook(prices), routing=self._routing)
         self._pumps = Pumps(
             recorder=self._recorder,
-            upstreams=UpstreamClient(upstreams, clock),
+            upstreams=UpstreamClient(clock),
+            billing=self._billing,
+            routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
             checkpoint_for=checkpoint_for,
@@ -114,7 +123,11 @@ class Gateway:
 
     async def recover(self) -> list[CallId]:
         """At the start of a node: what the one before had sent and not answered is torn from now on."""
-        return await self._recorder.tear_open()
+        return await self._recorder.tear_open(await self._billing.bill_torn())
+
+    def look_again(self) -> None:
+        """Let every call that the budget holds ask again: it was raised, or the session runs (again)."""
+        self._billing.look_again()
 
     async def begin_incarnation(self, incarnation: int, redo: RedoSet, *, adopted: bool) -> None:
         """Serve a life of the sandbox, new or adopted; the streams of the one before are forgotten, its pumps live on.
@@ -155,13 +168,14 @@ class Gateway:
             received = await self._receive(stream, incarnation)
             if received is None:
                 await stream.finish(stream.sent)
-                await closed(stream)
+                await _let_go(stream)
             elif isinstance(received, LocalAnswer):
                 await deliver_locally(stream, received.head, received.body)
+                await _let_go(stream)
             else:
                 await self._attend(stream, received)
         except StreamGone:
-            await closed(stream)
+            await _let_go(stream)
 
     async def inherit(self, stream: Stream, open_stream: OpenStream, fate: StreamFate, *, incarnation: int) -> None:
         """Take a stream that began in another incarnation, or under another node, through the rest of its life.
@@ -178,7 +192,7 @@ class Gateway:
             try:
                 await self._attend(stream, await self._reattach(stream, open_stream, call_id, incarnation))
             except StreamGone:
-                await closed(stream)
+                await _let_go(stream)
 
     @asynccontextmanager
     async def quiet(self) -> AsyncGenerator[None]:
@@ -207,7 +221,7 @@ class Gateway:
     async def _receive(self, stream: Stream, incarnation: int) -> _Attachment | LocalAnswer | None:
         """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
         async with AsyncExitStack() as reserved:
-            taken_in = await take_in(stream, self._room, reserved)
+            taken_in = await take_in(stream, self._routing, self._room, reserved)
             return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
@@ -346,7 +360,8 @@ class Gateway:
             if incarnation != self._incarnation:
                 return
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
-            await self._recorder.note(Kind.CALL_DELIVERED, incarnation, call_id, data)
+            await self._recorder.deliver(incarnation, call_id, data)
+            stream.forget()
             attachment = self._open.pop(number, None)
             if attachment is not None:
                 attachment.ended.set()
@@ -379,6 +394,12 @@ class Gateway:
         if incarnation != self._incarnation:
             stream.reset()
             raise StreamGone(stream.id, "its sandbox was replaced")
+
+
+async def _let_go(stream: Stream) -> None:
+    """See a stream that has no call to its end."""
+    if await closed(stream) is not None:
+        stream.forget()
 
 
 def stream_id(stream: Stream) -> StreamId:

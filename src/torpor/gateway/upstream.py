@@ -1,26 +1,29 @@
 """Sends a call to its provider and hands back the raw bytes of the answer: HTTP/1.1, no redirects, no decoding.
 
-The agent's own authorization never passes; the provider's key is added here. A request is sent once: only a connection
-that was never made is tried again, since no byte of the request was in it.
+The agent's own authorization never passes; the provider's key is added here. `send` sends a request once: only a
+connection that was never made is tried again, since no byte of the request was in it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+from urllib.parse import unquote_plus
 
 import httpx
 
-from torpor.config import Secret, Upstream
+from torpor.config import Family, Secret, Upstream
 from torpor.core.clock import Clock
 from torpor.core.errors import UpstreamFailed
-from torpor.gateway.dialects.base import Dialect, Route
+from torpor.gateway.failure import NoAnswer
 from torpor.gateway.keys import KeyRing
 from torpor.gateway.request import Headers
+from torpor.gateway.routing import Destination
 
 CREDENTIAL_HEADERS = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key"})
+CREDENTIAL_PARAMETER = "key"
 """Whatever an agent sends in them is dropped, and stands in no log."""
 
 _HOP_BY_HOP = frozenset(
@@ -43,23 +46,14 @@ CONNECT_RETRY_SECONDS = (0.25, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outgoing:
-    """A request as it is sent; `headers` are the agent's, free of credentials."""
+    """A request as it is sent; `headers` and `query` are the agent's, free of credentials."""
 
-    dialect: Dialect
-    route: Route
+    destination: Destination
+    model: str | None
     method: str
     query: str
     headers: Headers
     body: bytes
-
-
-class NoAnswer(UpstreamFailed):
-    """An upstream did not answer properly. `status` and `retry` are what the agent is told."""
-
-    def __init__(self, code: str, reason: str, *, status: int, retry: bool) -> None:
-        super().__init__(code, f"cannot get an answer from the model provider: {reason}")
-        self.status = status
-        self.retry = retry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +81,12 @@ class UpstreamAnswer:
 class UpstreamClient:
     """Connections to the configured providers; an asynchronous context manager."""
 
-    def __init__(self, upstreams: Sequence[Upstream], clock: Clock) -> None:
-        self._upstreams = {upstream.family: upstream for upstream in upstreams}
+    def __init__(self, clock: Clock) -> None:
         self._keys = KeyRing(clock)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
-        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600)
+        # A proxy of the environment may tunnel to https, which it cannot read; what goes in the clear goes straight.
+        straight = {"http://": httpx.AsyncHTTPTransport(limits=limits)}
+        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600, mounts=straight)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
@@ -102,25 +97,25 @@ class UpstreamClient:
     ) -> None:
         await self._http.__aexit__(kind, error, traceback)
 
-    async def key_for(self, outgoing: Outgoing) -> Secret | None:
+    async def key_for(self, upstream: Upstream) -> Secret | None:
         """The key that a request is sent with, which its answer must be cleared of.
 
         Raises:
-            NoAnswer: the provider is not configured here, or its key can't be read.
+            NoAnswer: the key can't be read.
         """
         try:
-            return await self._keys.key(self._upstream(outgoing))
+            return await self._keys.key(upstream)
         except UpstreamFailed as error:
             raise NoAnswer(error.code, str(error), status=401, retry=False) from error
 
     @asynccontextmanager
-    async def send(self, outgoing: Outgoing) -> AsyncGenerator[UpstreamAnswer]:
+    async def send(self, outgoing: Outgoing, upstream: Upstream) -> AsyncGenerator[UpstreamAnswer]:
         """Send a request and wait for the head of its answer.
 
         Raises:
             NoAnswer: no head came.
         """
-        request = self._request(outgoing, await self.key_for(outgoing))
+        request = _request(outgoing, upstream, await self.key_for(upstream))
         response = await self._send(request)
         try:
             yield UpstreamAnswer(
@@ -145,41 +140,54 @@ class UpstreamClient:
                 raise _translated(error) from error
             await asyncio.sleep(pause)
 
-    def _upstream(self, outgoing: Outgoing) -> Upstream:
-        family = outgoing.dialect.family
-        assert family is not None, "a call of Torpor's own goes nowhere"
-        upstream = self._upstreams.get(family)
-        if upstream is None:
-            variable = f"{family.upper()}_API_KEY"
-            reason = f"no upstream of the family {family} is configured on this node; set {variable} for it"
-            raise NoAnswer("upstream_not_configured", reason, status=401, retry=False)
-        return upstream
 
-    def _request(self, outgoing: Outgoing, key: Secret | None) -> httpx.Request:
-        upstream = self._upstream(outgoing)
-        url = httpx.URL(upstream.base_url)
-        path = url.raw_path.rstrip(b"/") + outgoing.route.path.encode("latin-1")
-        query = f"?{outgoing.query}".encode("latin-1") if outgoing.query else b""
-        headers = [
-            (name.encode("latin-1"), value.encode("latin-1"))
-            for name, value in _without(outgoing.headers, _HOP_BY_HOP | _OURS | CREDENTIAL_HEADERS)
-        ]
-        headers.append((b"accept-encoding", b"identity"))
-        if key is not None:
-            secret = key.reveal().encode()
-            headers.append((b"authorization", b"Bearer " + secret) if upstream.bearer else (b"x-api-key", secret))
-        timeout = httpx.Timeout(upstream.read_seconds, connect=upstream.connect_seconds, pool=None)
-        return httpx.Request(
-            outgoing.method,
-            url.copy_with(raw_path=path + query),
-            headers=headers,
-            content=outgoing.body or None,
-            extensions={"timeout": timeout.as_dict()},
-        )
+_KEY_HEADERS: Mapping[Family, bytes] = {
+    "openai": b"x-api-key",
+    "anthropic": b"x-api-key",
+    "gemini": b"x-goog-api-key",
+}
+
+
+def _request(outgoing: Outgoing, upstream: Upstream, key: Secret | None) -> httpx.Request:
+    address = upstream_address(upstream, outgoing.destination.route.path)
+    url = httpx.URL(upstream.base_url)
+    query = f"?{outgoing.query}".encode("latin-1") if outgoing.query else b""
+    headers = [
+        (name.encode("latin-1"), value.encode("latin-1"))
+        for name, value in _without(outgoing.headers, _HOP_BY_HOP | _OURS | CREDENTIAL_HEADERS)
+    ]
+    headers.append((b"accept-encoding", b"identity"))
+    if key is not None:
+        secret = key.reveal().encode()
+        bearer = (b"authorization", b"Bearer " + secret)
+        headers.append(bearer if upstream.bearer else (_KEY_HEADERS[upstream.family], secret))
+    timeout = httpx.Timeout(upstream.read_seconds, connect=upstream.connect_seconds, pool=None)
+    return httpx.Request(
+        outgoing.method,
+        url.copy_with(raw_path=address.encode("latin-1") + query),
+        headers=headers,
+        content=outgoing.body or None,
+        extensions={"timeout": timeout.as_dict()},
+    )
+
+
+def upstream_address(upstream: Upstream, path: str) -> str:
+    """A path of the provider's documentation as it is below an upstream's address, which may hold the /v1 already."""
+    base = httpx.URL(upstream.base_url).raw_path.decode("latin-1").rstrip("/")
+    if upstream.family != "openai":
+        return base + path
+    return base + path.removeprefix("/v1") if path.startswith("/v1/") else base.removesuffix("/v1") + path
 
 
 def without_credentials(headers: Headers) -> Headers:
     return _without(headers, CREDENTIAL_HEADERS)
+
+
+def target_without_key(target: str) -> str:
+    """A request's target without `key` in its query, where Google's clients may put it."""
+    path, mark, query = target.partition("?")
+    kept = [field for field in query.split("&") if unquote_plus(field.partition("=")[0]) != CREDENTIAL_PARAMETER]
+    return path + (mark if kept and query else "") + "&".join(kept)
 
 
 def _without(headers: Headers, dropped: frozenset[str]) -> Headers:

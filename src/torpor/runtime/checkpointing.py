@@ -14,11 +14,15 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
+
+The checkpoint that a life ends with leaves out the resume (RECOVERY section 8): what the agent did after its cut would
+be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox paused with its mark, as after a pause.
 """
 
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,22 +117,9 @@ class Checkpointer:
             # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
             # turns that are quicker than a commit wait for it. The sandbox may die meanwhile.
             await self._waiting.join()
-            life = self._life
-            if life is None:
-                return
-            self._cuts_begun += 1
-            snapshot_id = new_snapshot_id(self._clock.wall_ns())
-            self._staged.add(snapshot_id)
-            try:
-                cut = await self._cut(life, snapshot_id, reason)
-            except Superseded:
-                raise
-            except (TorporError, OSError) as error:
-                self._discard(snapshot_id)
-                logger.warning("no checkpoint: %s", error)
-                await self._records.checkpoint_failed(life.number, reason, error)
-                return
-            await self._waiting.put(cut)
+            if self._life is not None:
+                async with AsyncExitStack() as still:
+                    await self._take(self._life, reason, still, last=False)
 
     async def take_and_commit(self, reason: str) -> Checkpoint | None:
         """Make a checkpoint and wait until it is durable; None when it failed, which the log explains."""
@@ -153,6 +144,26 @@ class Checkpointer:
         if life is None or self._life is not life:
             raise SandboxFailed("sandbox_gone", f"cannot make a checkpoint for {call.call_id}: its sandbox is gone")
         return None
+
+    async def take_last(self, reason: str) -> Checkpoint | None:
+        """Make the checkpoint that this life ends with, and wait until it is durable.
+
+        From its cut on the sandbox stays paused and its link silent: the caller destroys it. None when it failed, which
+        the log explains: then the agent runs on.
+        """
+        async with self._cutting:
+            await self._waiting.join()
+            life, before = self._life, self._committed
+            if life is None:
+                return None
+            async with AsyncExitStack() as still:
+                await self._take(life, reason, still, last=True)
+                await self._waiting.join()
+                if self._committed is before:
+                    return None
+                still.pop_all()
+            self.end_life()
+            return self._committed
 
     async def commit_forever(self) -> None:
         """Commit what was cut, in order; runs beside the session."""
@@ -208,23 +219,43 @@ class Checkpointer:
         async with self._cutting:
             await self._waiting.join()
 
-    async def _cut(self, life: Incarnation, snapshot_id: SnapshotId, reason: str) -> Cut:
+    async def _take(self, life: Incarnation, reason: str, still: AsyncExitStack, *, last: bool) -> None:
+        """Cut, and hand over to the commit."""
+        self._cuts_begun += 1
+        snapshot_id = new_snapshot_id(self._clock.wall_ns())
+        self._staged.add(snapshot_id)
+        try:
+            cut = await self._cut(life, snapshot_id, reason, still, last=last)
+        except Superseded:
+            raise
+        except (TorporError, OSError) as error:
+            self._discard(snapshot_id)
+            logger.warning("no checkpoint: %s", error)
+            await still.aclose()
+            await self._records.checkpoint_failed(life.number, reason, error)
+            return
+        await self._waiting.put(cut)
+
+    async def _cut(
+        self, life: Incarnation, snapshot_id: SnapshotId, reason: str, still: AsyncExitStack, *, last: bool
+    ) -> Cut:
+        """Closing `still` lets link and agent run on, which is done here unless it is the last cut of a life."""
         previous = self._newest
         self._staging.begin(snapshot_id, previous.raw_bytes if previous else 0)
         status = await life.link.cut(CUT_DEADLINE_SECONDS)
-        try:
-            async with self._gateway.quiet():
-                seq, cursor_seq = await self._records.position()
-                streams = open_streams(status, self._gateway.open_streams())
-                pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
-            crash_point("checkpoint.cut")
-            cut_wall_ns = self._clock.wall_ns()
-            started = self._clock.monotonic()
-            workspace = await self._freeze(life, snapshot_id)
-            frozen = self._clock.monotonic() - started
-        finally:
-            life.link.release()
-        crash_point("checkpoint.resumed")
+        still.callback(life.link.release)
+        async with self._gateway.quiet():
+            seq, cursor_seq = await self._records.position()
+            streams = open_streams(status, self._gateway.open_streams())
+            pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
+        crash_point("checkpoint.cut")
+        cut_wall_ns = self._clock.wall_ns()
+        started = self._clock.monotonic()
+        workspace = await self._freeze(life, snapshot_id, still)
+        if not last:
+            await still.aclose()
+            crash_point("checkpoint.resumed")
+        frozen = self._clock.monotonic() - started
         self._staging.complete(snapshot_id)
         self.last_cut_at = self._clock.monotonic()
         image = self._staging.image(snapshot_id)
@@ -257,18 +288,15 @@ class Checkpointer:
         self._next_number += 1
         return Cut(checkpoint=checkpoint, workspace=workspace)
 
-    async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId) -> TreeCapture:
-        """Pause, image, workspace, resume: the only time in which the agent stands still."""
+    async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
+        """Pause, image, workspace: until `still` is closed the agent stands still."""
         life.paused_mark.touch()
         await life.sandbox.pause()
-        try:
-            crash_point("checkpoint.paused")
-            await life.sandbox.save_image(self._staging.image(snapshot_id))
-            crash_point("checkpoint.imaged")
-            return await asyncio.to_thread(self._capture, life, self._staging.changes(snapshot_id))
-        finally:
-            thaw = asyncio.ensure_future(_thaw(life))
-            await asyncio.shield(thaw)
+        still.push_async_callback(_thaw, life)
+        crash_point("checkpoint.paused")
+        await life.sandbox.save_image(self._staging.image(snapshot_id))
+        crash_point("checkpoint.imaged")
+        return await asyncio.to_thread(self._capture, life, self._staging.changes(snapshot_id))
 
     def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
         """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
@@ -307,7 +335,12 @@ class Checkpointer:
 
 
 async def _thaw(life: Incarnation) -> None:
-    """Let the agent run on. A sandbox that can't is destroyed: then its session recovers instead of hanging."""
+    """Let the agent run on, even when the task that held it is cancelled."""
+    await asyncio.shield(asyncio.ensure_future(_resume(life)))
+
+
+async def _resume(life: Incarnation) -> None:
+    """A sandbox that can't run on is destroyed: then its session recovers instead of hanging."""
     try:
         await life.sandbox.resume()
     except SandboxFailed:
@@ -356,7 +389,7 @@ def open_streams(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tup
     found: list[OpenStream] = []
     for stream in status.streams:
         attached = known.get(StreamId(stream.stream))
-        if stream.kind != "call" or (stream.gone and attached is None):
+        if stream.kind != "call" or (stream.closed and attached is None):
             # A client that left keeps its stream here until its end is logged: its retry must find the call.
             continue
         found.append(

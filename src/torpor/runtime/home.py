@@ -21,6 +21,15 @@ class Home:
         return f"sqlite:///{self.root / 'torpor.db'}"
 
     @property
+    def search_index(self) -> Path:
+        return self.root / "search.db"
+
+    def drop_search_index(self) -> None:
+        """What was erased is in no file of the index either; the next search makes it anew."""
+        for suffix in ("-wal", "-shm", ""):
+            self.search_index.with_name(self.search_index.name + suffix).unlink(missing_ok=True)
+
+    @property
     def tools(self) -> Path:
         return self.root / "bin"
 

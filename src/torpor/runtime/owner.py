@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from torpor.core.checkpoint import Checkpoint, stream_fate
@@ -19,6 +18,7 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
+from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
@@ -29,6 +29,7 @@ from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
 from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
+from torpor.runtime.watcher import Outcome, Watcher
 from torpor.sandbox.frames import STDERR, STDOUT, AgentSpec
 from torpor.sandbox.streams import Stream, StreamGone
 
@@ -47,29 +48,6 @@ class Ending(Enum):
     KILLED = "killed"
     DIVERGED = "diverged"
     """The agent left the log's path, and the policy is to fail."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How an owner's work ended.
-
-    Attributes:
-        status: the session's status now.
-        exit_status: the agent's exit status as a shell gives it; None while it has none.
-    """
-
-    status: SessionStatus
-    exit_status: int | None
-
-
-class Watcher:
-    """What the owner tells people meanwhile; the CLI overrides it."""
-
-    def output(self, channel: int, data: bytes) -> None:
-        """New output of the agent (channel 1 stdout, 2 stderr), never repeated."""
-
-    def notice(self, text: str) -> None:
-        """One line on what happened to the session."""
 
 
 class Owner:
@@ -101,6 +79,7 @@ class Owner:
         self._watcher = watcher
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
+        self._stop_refused = asyncio.Event()
         self._life: Incarnation | None = None
         self._signals = 0
 
@@ -119,10 +98,11 @@ class Owner:
             raise innermost(failures) from failures
         return outcome
 
-    def ask_to_stop(self) -> None:
-        """Checkpoint, free the sandbox, leave the session resumable."""
+    def ask_to_stop(self) -> asyncio.Event:
+        """Checkpoint, free the sandbox, leave the session resumable. What is returned is set if that can't be done."""
         self._wanted = self._wanted or Ending.STOPPED
         self._asked.set()
+        return self._stop_refused
 
     def ask_to_kill(self) -> None:
         """End the session for good."""
@@ -143,12 +123,19 @@ class Owner:
         """Make a checkpoint now; None when it failed."""
         return await self._checkpointer.take_and_commit("manual")
 
+    async def add_to_budget(self, amount_nanousd: int) -> Account:
+        """Raise the budget and let go on what it held."""
+        account = await self._records.add_to_budget(amount_nanousd)
+        self._gateway.look_again()
+        return account
+
     async def _lives(self) -> Outcome:
         await self._gateway.recover()
         calls = await self._records.calls()
         rung = await self._ladder.adopt(calls)
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
-        reason, losses, progress = "resumed", 0, -1
+        is_new = (await self._records.session()).status is SessionStatus.CREATED
+        reason, losses, progress = "started" if is_new else "resumed", 0, -1
         while True:
             if rung is None:
                 rung = await self._climb(reason)
@@ -241,14 +228,18 @@ class Owner:
             self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
         elif ending is Ending.STOPPED:
             await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
-            committed = await self._checkpointer.take_and_commit("stop")
+            committed = await self._checkpointer.take_last("stop")
             if committed is None:
                 self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
+                self._gateway.look_again()
                 self._wanted = None
                 self._asked.clear()
+                self._stop_refused.set()
+                self._stop_refused = asyncio.Event()
                 return False
             await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
+            crash_point("session.asleep")
         return True
 
     async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
@@ -284,6 +275,8 @@ class Owner:
         )
         await self._records.append(chosen)
         await self._records.set_status(SessionStatus.RUNNING, rung.mode)
+        # A call that the budget held while the session did not run lets it wait from now on.
+        self._gateway.look_again()
         if rung.mode != "boot":
             self._watcher.notice(_tell(rung, took_ns))
         return outputs
@@ -306,17 +299,14 @@ class Owner:
     async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         life = rung.life
         started: list[asyncio.Task[None]] = []
-        for channel, cut_at in ((STDOUT, rung.checkpoint.stdout_bytes), (STDERR, rung.checkpoint.stderr_bytes)):
-            position = 0 if rung.mode == "boot" else cut_at
-            recorded = await self._records.output_after(channel, position)
+        for channel in (STDOUT, STDERR):
             if rung.mode == "boot":
                 stream = life.link.stdout if channel == STDOUT else life.link.stderr
             else:
-                if rung.mode == "adopt":
-                    # Whatever init says was acknowledged is in the log; go on where the log ends.
-                    position += len(recorded)
-                    recorded = b""
-                stream = life.link.inherit(channel, position=position, acknowledged=position)
+                # What was acknowledged is in the log. The rest init sends again, whether the log has it or not: its
+                # last node may have died, or put it to sleep, with output under way.
+                stream = life.link.inherit_output(channel)
+            recorded = await self._records.output_after(channel, stream.acknowledged)
             pump = OutputPump(
                 records=self._records,
                 incarnation=life.number,

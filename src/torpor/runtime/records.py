@@ -9,12 +9,14 @@ from typing import Any
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
+from torpor.core.money import Account
 from torpor.core.session import SessionStatus
-from torpor.db import calls, checkpoints, log, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, log, outputs, sessions
 from torpor.db.database import Database, Transaction
 
 
@@ -158,6 +160,22 @@ class Records:
             )
 
         await self.database.write(work, durable=True)
+
+    async def add_to_budget(self, amount_nanousd: int) -> Account:
+        """Raise the budget; whoever waits for it is resolved with it."""
+
+        def work(tx: Transaction) -> Account:
+            return budgets.add(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                amount_nanousd=amount_nanousd,
+                wall_ns=self._clock.wall_ns(),
+            )
+
+        account = await self.database.write(work, durable=True)
+        crash_point("waitpoint.resolved")
+        return account
 
     async def fail_diverged(self, incarnation: int, what: str, pending: Sequence[CallId]) -> None:
         """The agent left the log's path, and its session's policy is to fail: the event and the status, together."""

@@ -18,6 +18,7 @@ from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded,
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId
 from torpor.core.redo import RedoSet, redo_set_after_recovery
+from torpor.core.session import SessionStatus
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import open_streams
 from torpor.runtime.incarnation import Incarnation, Incarnations
@@ -55,7 +56,8 @@ class Ladder:
         """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
         session = await self._records.session()
         checkpoints = await self._records.checkpoints()
-        if session.incarnation == 0 or not checkpoints:
+        asleep = session.status is SessionStatus.ASLEEP  # What may be left of it was to be destroyed.
+        if session.incarnation == 0 or not checkpoints or asleep:
             return None
         started_at = self._clock.monotonic()
         life = await self._incarnations.adopt(session.incarnation)

@@ -4,31 +4,35 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from torpor.config import Upstream, guest_environment, read_upstreams, torpor_home
+from torpor.config import (
+    PriceRule,
+    Upstream,
+    guest_environment,
+    read_prices,
+    read_upstreams,
+    read_workspace_bytes_max,
+    torpor_home,
+)
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
-from torpor.db import checkpoints, sessions
+from torpor.db import checkpoints, redaction, sessions
 from torpor.db.database import Database, Transaction, open_database
-from torpor.gateway.crossroads import Crossroads
-from torpor.gateway.server import Gateway
 from torpor.runtime import leasing, workspaces
-from torpor.runtime.checkpointing import Checkpointer, files_checkpoint
 from torpor.runtime.home import Home
-from torpor.runtime.incarnation import Incarnations
-from torpor.runtime.owner import Owner, Watcher
 from torpor.runtime.records import Records
-from torpor.runtime.recovery import Ladder
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
@@ -39,6 +43,12 @@ from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.store import SnapshotStore
+
+if TYPE_CHECKING:
+    # What drives a session takes half a second to import; most commands only read.
+    from torpor.runtime.incarnation import Incarnations
+    from torpor.runtime.owner import Owner
+    from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
@@ -54,14 +64,26 @@ class Request:
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
     on_divergence: OnDivergence = OnDivergence.CONTINUE
+    budget_nanousd: int | None = None
+    any_size: bool = False
+    """A workspace of any size may be copied."""
 
 
 class Runtime:
     """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
 
-    def __init__(self, *, home: Home, upstreams: Sequence[Upstream], database: Database, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        home: Home,
+        upstreams: Sequence[Upstream],
+        prices: Sequence[PriceRule],
+        database: Database,
+        clock: Clock,
+    ) -> None:
         self.home = home
         self.upstreams = upstreams
+        self.prices = prices
         self.database = database
         self.clock = clock
         self.store = SnapshotStore(LocalDirectory(home.store), clock=clock)
@@ -77,17 +99,25 @@ class Runtime:
         if not request.argv:
             raise InvalidInput("command_empty", "cannot run a session: no command was given", hint="torpor run -- CMD")
         source = workspaces.check_source(request.workspace, Path.home(), self.home.root)
-        spec = await asyncio.to_thread(self._spec, request, source, caller)
+        environments = await asyncio.to_thread(self._environments, request, caller)
+        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
+        if not request.any_size:
+            bytes_max = read_workspace_bytes_max(self.home.root)
+            await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
+        spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
             lambda tx: sessions.create(
-                tx, session_id=session_id, name=request.name, spec=plain, wall_ns=self.clock.wall_ns()
+                tx,
+                session_id=session_id,
+                name=request.name,
+                spec=plain,
+                wall_ns=self.clock.wall_ns(),
+                budget_nanousd=request.budget_nanousd,
             ),
             durable=True,
         )
-        environments = await asyncio.to_thread(self._environments, request, caller)
-        inside = tuple(os.fsencode(path.relative_to(source)) for path in environments if path.is_relative_to(source))
         seed = await asyncio.to_thread(self._seed, session, source, inside)
         await self.database.write(
             lambda tx: checkpoints.commit(
@@ -107,10 +137,10 @@ class Runtime:
         session_id: SessionId,
         me: leasing.Holder,
         answers: leasing.HolderAnswers,
-        watcher: Watcher,
+        watcher: "Watcher",
         *,
         let_go: bool = False,
-    ) -> AsyncGenerator[Owner]:
+    ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
         Args:
@@ -126,6 +156,12 @@ class Runtime:
                 "session_ended",
                 f"cannot resume session {session_id}: it has {session.status}",
                 hint="`torpor log SESSION` shows its past, `torpor pull SESSION` brings its files.",
+            )
+        if await self.database.read(lambda tx: tx.one("transfer/find_checkpoint", session_id=session_id)) is None:
+            raise Conflict(
+                "session_without_checkpoint",
+                f"cannot resume session {session_id}: it has no checkpoint",
+                hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
@@ -182,6 +218,38 @@ class Runtime:
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
+            self.home.drop_search_index()
+        finally:
+            lock.release()
+
+    async def redact(
+        self,
+        session_id: SessionId,
+        find: Callable[[Transaction], redaction.Plan],
+        me: leasing.Holder,
+        answers: leasing.HolderAnswers,
+    ) -> redaction.Plan:
+        """Mask what `find` finds in a session that no node runs, for good. The lock keeps every node out meanwhile.
+
+        The order: rows and event in one durable transaction, then the WAL that still has the old pages, then the search
+        index. A kill between them leaves a valid log, and old bytes in files that the next redaction empties.
+        """
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+
+            def work(tx: Transaction) -> redaction.Plan:
+                plan = find(tx)
+                wall_ns = self.clock.wall_ns()
+                redaction.apply(tx, session_id=session_id, owner_token=token, plan=plan, wall_ns=wall_ns)
+                sessions.release(tx, session_id=session_id, owner_token=token, wall_ns=wall_ns)
+                return plan
+
+            plan = await self.database.write(work, durable=True)
+            self.home.drop_search_index()
+            await self.database.settle()
+            return plan
         finally:
             lock.release()
 
@@ -199,6 +267,21 @@ class Runtime:
         staging = Staging(self.home.root, session.session_id)
         await self._incarnations(session, runsc, staging).sweep(keep=None)
         staging.clear()
+
+    async def add_to_budget(
+        self, session_id: SessionId, amount_nanousd: int, me: leasing.Holder, answers: leasing.HolderAnswers
+    ) -> Account:
+        """Raise the budget of a session that no node runs; what waits for it goes on when one does."""
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            session = await self.session(session_id)
+            token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
+            records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
+            account = await records.add_to_budget(amount_nanousd)
+            await records.release()
+            return account
+        finally:
+            lock.release()
 
     async def cancel(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """End a session that no node runs; its sandbox, if one is left, is destroyed."""
@@ -230,8 +313,14 @@ class Runtime:
         )
 
     def _owner(
-        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: Watcher, *, let_go: bool
-    ) -> Owner:
+        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
+    ) -> "Owner":
+        from torpor.gateway.crossroads import Crossroads
+        from torpor.gateway.server import Gateway
+        from torpor.runtime.checkpointing import Checkpointer
+        from torpor.runtime.owner import Owner
+        from torpor.runtime.recovery import Ladder
+
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
@@ -249,6 +338,7 @@ class Runtime:
             owner_token=records.owner_token,
             clock=self.clock,
             upstreams=self.upstreams,
+            prices=self.prices,
             on_call=on_call,
             checkpoint_for=checkpoint_for,
             crossroads=crossroads,
@@ -274,7 +364,9 @@ class Runtime:
             watcher=watcher,
         )
 
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> Incarnations:
+    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
+        from torpor.runtime.incarnation import Incarnations
+
         return Incarnations(
             home=self.home,
             session_id=session.session_id,
@@ -288,8 +380,9 @@ class Runtime:
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
         return rootfs.python_environments(request.argv[0], caller, self.clock)
 
-    def _spec(self, request: Request, source: Path, caller: Mapping[str, str]) -> SessionSpec:
-        environments = self._environments(request, caller)
+    def _spec(
+        self, request: Request, source: Path, environments: Sequence[Path], caller: Mapping[str, str]
+    ) -> SessionSpec:
         if request.image == "host":
             image = rootfs.host_image(self.home.images, environments, request.mounts)
         else:
@@ -316,6 +409,8 @@ class Runtime:
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
+        from torpor.runtime.checkpointing import files_checkpoint
+
         snapshot_id = new_snapshot_id(self.clock.wall_ns())
         scratch = self.home.session(session.session_id) / "seed"
         for name in ("image", "changes"):
@@ -356,11 +451,11 @@ def _visible_command(command: str, environments: Sequence[Path]) -> str:
 async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGenerator[Runtime]:
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
-    upstreams = read_upstreams(home.root, environment)
+    upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     home.prepare()
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, upstreams=upstreams, database=database, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, clock=clock)
     finally:
         await database.close()
 

@@ -4,6 +4,7 @@ Everything here is a copy: a crash, a reboot or another process's clean-up costs
 only when its `complete` mark is there, which is made after the driver has written it.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -46,7 +47,7 @@ class Staging:
                 f"cannot stage an image: {self._memory} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
                 hint=f"End other sessions or enlarge it (`mount -o remount,size=… {self._memory}`).",
             )
-        self._make_private(self.root.parent)
+        self._make_root()
         for directory in (self.image(snapshot_id), self.changes(snapshot_id)):
             directory.mkdir(parents=True, mode=0o700)
 
@@ -73,7 +74,17 @@ class Staging:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def clear(self) -> None:
+        """Free everything of this session, and the directory of its TORPOR_HOME if it was the last one there."""
         shutil.rmtree(self.root, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.root.parent.rmdir()
+
+    def _make_root(self) -> None:
+        """Make this session's directory. Another session's `clear` may remove the empty one above it meanwhile."""
+        while not self.root.is_dir():
+            with contextlib.suppress(FileNotFoundError):
+                self._make_private(self.root.parent)
+                self.root.mkdir(mode=0o700, exist_ok=True)
 
     def _make_private(self, directory: Path) -> None:
         """Others may write to the memory directory: a directory of ours that is not ours is refused."""

@@ -3,6 +3,8 @@
 What is refused and left out at seeding is SECURITY section 2: whatever is in a user's home is precious.
 """
 
+import contextlib
+import os
 from pathlib import Path
 
 from torpor.core.errors import InvalidInput
@@ -27,6 +29,32 @@ def check_source(source: Path, home_directory: Path, torpor_home: Path) -> Path:
             hint="Start in a project directory, or name one with --workspace DIR.",
         )
     return real
+
+
+def check_size(source: Path, environments: tuple[bytes, ...], bytes_max: int) -> None:
+    """Refuse a directory that is surely not meant to be copied; looks no further once it is known to be too large.
+
+    Raises:
+        InvalidInput: `workspace_needs_consent`.
+    """
+    size = 0
+    directories = [os.fsencode(source)]
+    while directories:
+        directory = directories.pop()
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if left_out(os.path.relpath(entry.path, os.fsencode(source)), environments):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    size += entry.stat(follow_symlinks=False).st_size
+                if size > bytes_max:
+                    raise InvalidInput(
+                        "workspace_needs_consent",
+                        f"cannot copy workspace {str(source)!r} unasked: it has more than {bytes_max / 1e9:.1f} GB",
+                        hint="Start in a smaller directory, say --yes, or set workspace_bytes_max in config.toml.",
+                    )
 
 
 def left_out(path: bytes, environments: tuple[bytes, ...]) -> bool:

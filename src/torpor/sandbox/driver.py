@@ -61,8 +61,8 @@ class Sandbox(Protocol):
         """Write the image into a new or empty directory; the sandbox stays as it was. Not synced to disk."""
         ...
 
-    def open_for_writing(self) -> frozenset[bytes] | None:
-        """Workspace files, by relative path, that programs inside may be writing through a mapping.
+    def open_for_writing(self) -> frozenset[int] | None:
+        """Workspace files, by inode, that programs inside may be writing through a mapping.
 
         None when the driver can't tell: then every file has to be read.
         """

@@ -62,6 +62,7 @@ class ToGuest(IntEnum):
     PING = 0x0D
     SIGNAL = 0x0E
     EXIT_ACK = 0x0F
+    FORGET = 0x10
 
 
 class FromGuest(IntEnum):
@@ -90,6 +91,20 @@ class Phase(IntEnum):
     COULD_NOT_START = 3
 
 
+class Closed(IntEnum):
+    """How a stream ended."""
+
+    CONSUMED = 1
+    """The client took everything up to the end of the response and closed in order."""
+    GONE = 2
+    """The client closed before the end, or broke off."""
+    RESET = 3
+    """The host reset it."""
+
+
+_CLOSED_FLAGS = {0: None, 2: Closed.GONE, 16: Closed.CONSUMED, 32: Closed.RESET}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """One frame; `type` stays a plain number because unknown types are legal and ignored."""
@@ -107,7 +122,7 @@ class StreamStatus:
 
     Attributes:
         half_closed: the client ended its request.
-        gone: the client closed the connection.
+        closed: how it ended; None while it has not.
         fin_received: the guest has the end of the response.
         resumable: false when the guest had to drop request bytes that it would need for sending them again.
         read, acknowledged, sent: R, A and what was handed to the link, of the request (or output).
@@ -118,7 +133,7 @@ class StreamStatus:
     port: int
     kind: StreamKind
     half_closed: bool
-    gone: bool
+    closed: Closed | None
     fin_received: bool
     resumable: bool
     read: int
@@ -279,12 +294,16 @@ def _parse_stream(fields: tuple[int, ...], next_stream: int) -> StreamStatus:
         raise violation(f"its status lists stream {number} as class {kind}")
     if acknowledged > read or sent > read or written > taken:
         raise violation(f"the positions of stream {number} contradict each other")
+    ended = flags & sum(_CLOSED_FLAGS)
+    whole = flags & 4 and taken == written
+    if ended not in _CLOSED_FLAGS or (ended and not is_call) or (_CLOSED_FLAGS[ended] is Closed.CONSUMED and not whole):
+        raise violation(f"stream {number} can't have ended with flags {flags:#x}")
     return StreamStatus(
         stream=number,
         port=port,
         kind="output" if kind else "call",
         half_closed=bool(flags & 1),
-        gone=bool(flags & 2),
+        closed=_CLOSED_FLAGS[ended],
         fin_received=bool(flags & 4),
         resumable=not flags & 8,
         read=read,

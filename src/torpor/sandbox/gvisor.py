@@ -11,6 +11,7 @@ import os
 import platform
 import select
 import signal
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ CAPABILITIES = (
     "CAP_SYS_PTRACE",
 )
 """Inside the sandbox only; its kernel runs without any on the host."""
+
+NAMESPACE = ("unshare", "-Urm", "--propagation", "private")
+"""Runs a command as root of a user namespace of its own, in which an ordinary user may mount and chroot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +82,24 @@ class GvisorDriver:
         }
 
     def _flags(self) -> list[str]:
-        """Global flags; they are part of every image and must be the same at its restore."""
+        """Global flags; they are part of every image and must be the same at its restore.
+
+        Without directfs the sandbox's kernel runs as nobody with no capabilities, and its file server opens files for
+        it. That takes a host user `nobody` to become, which a user namespace of one user does not have; there the
+        kernel is that user, in a namespace of its own.
+        """
         return [
             "--platform=systrap",
             "--network=none",
             "--overlay2=root:memory",
             "--ignore-cgroups",
             "--host-uds=none",
-            "--directfs=false",
+            f"--directfs={'true' if self.rootless else 'false'}",
         ]
 
     def command(self, *words: str, namespace: bool = False) -> list[str]:
         """The argv of a runsc command; create and restore need their own user namespace for an ordinary user."""
-        prefix = ["unshare", "-Urm", "--propagation", "private"] if namespace and self.rootless else []
+        prefix = NAMESPACE if namespace and self.rootless else ()
         return [*prefix, str(self.runsc.path), f"--root={self.state_directory}", *self._flags(), *words]
 
     async def create(self, plan: SandboxPlan) -> "GvisorSandbox":
@@ -188,18 +197,18 @@ class GvisorSandbox:
             options = {"Metadata": {"compression": "none"}, "have_pages_file": True, "Resume": True}
             await self._control("containerManager.Checkpoint", options, descriptors)
 
-    def open_for_writing(self) -> frozenset[bytes] | None:
+    def open_for_writing(self) -> frozenset[int] | None:
         state = self._state()
         if state is None:
             return None
-        workspace = os.fsencode(self._plan.workspace) + b"/"
-        found: set[bytes] = set()
+        device = self._plan.workspace.stat().st_dev
+        found: set[int] = set()
         try:
             for pid in (state["sandbox"]["pid"], state["goferPid"]):
-                found.update(_open_for_writing(Path(f"/proc/{pid}"), workspace))
+                found.update(_open_for_writing(Path(f"/proc/{pid}"), device))
         except PermissionError:
             return None
-        return frozenset(path.removeprefix(workspace) for path in found)
+        return frozenset(found)
 
     def alive(self) -> bool:
         state = self._state()
@@ -290,18 +299,21 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
     return descriptor
 
 
-def _open_for_writing(process_directory: Path, below: bytes) -> Iterator[bytes]:
-    """Paths below a directory that a process holds open with write access."""
+def _open_for_writing(process_directory: Path, device: int) -> Iterator[int]:
+    """Inodes of the regular files of a device that a process holds open with write access.
+
+    Not by path: the process lives in another root, where the files have other names.
+    """
     for entry in os.scandir(process_directory / "fd"):
         try:
-            target = os.fsencode(Path(entry.path).readlink())
-            if not target.startswith(below):
+            status = entry.stat()
+            if status.st_dev != device or not stat.S_ISREG(status.st_mode):
                 continue
             flags = (process_directory / "fdinfo" / entry.name).read_text().partition("flags:")[2].split()[0]
         except FileNotFoundError:
             continue  # Closed meanwhile.
         if int(flags, 8) & os.O_ACCMODE:
-            yield target
+            yield status.st_ino
 
 
 def _kill_if_ours(pid: int, sandbox_id: str) -> None:

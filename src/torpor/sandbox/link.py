@@ -40,13 +40,13 @@ from torpor.sandbox.frames import (
     parse_status,
     violation,
 )
-from torpor.sandbox.streams import Closed, Stream
+from torpor.sandbox.streams import Stream
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _UNFORGOTTEN_MAX = 4 * STREAMS_MAX
-"""Closed streams whose end the owner has not looked at yet count here only."""
+"""Closed streams whose end the owner has not recorded yet count here only."""
 _WAIT_STATUS = struct.Struct("<i")
 _LOG_LINES_MAX = 1000
 _LOG_CHARACTERS_MAX = 1000
@@ -229,10 +229,18 @@ class Link:
             self._outputs[stream] = inherited
         return inherited
 
+    def inherit_output(self, number: int) -> Stream:
+        """Go on with the agent's stdout or stderr behind what was acknowledged."""
+        if number not in self._unclaimed:
+            raise violation(f"it runs an agent without output stream {number}")
+        position = self._unclaimed[number].acknowledged
+        return self.inherit(number, position=position, acknowledged=position)
+
     def refuse(self, stream: int) -> None:
         """Reset a connection that `status` lists and nobody inherits."""
         self._claim(stream)
         self._fifos.post(ToGuest.RESET, stream)
+        self._fifos.post(ToGuest.FORGET, stream)
 
     @property
     def stdout(self) -> Stream:
@@ -356,8 +364,6 @@ class Link:
             stream.handle(frame.type, frame.arg, frame.payload)
         elif frame.stream in self._unclaimed or not FIRST_CALL_STREAM <= frame.stream <= self._last_stream:
             raise violation(f"it speaks of stream {frame.stream}, which is not open")
-        elif frame.type == FromGuest.CLOSED:
-            self._fifos.post(ToGuest.RESET, frame.stream)  # This node reset it before: now the guest forgets it.
 
     def _on_barrier_ack(self, frame: Frame) -> None:
         if frame.arg > self._barrier:
@@ -400,10 +406,7 @@ class Link:
         if self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
-        if stream.half_closed and stream.closed is not Closed.RESET:
-            self._fifos.post(ToGuest.ACK, stream.id, stream.received)
-        else:
-            self._fifos.post(ToGuest.RESET, stream.id)
+        self._fifos.post(ToGuest.FORGET, stream.id)
 
     def _claim(self, stream: int) -> StreamStatus:
         if stream not in self._unclaimed:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.errors import TorporError, innermost
+from torpor.sandbox import process
 from torpor.sandbox.driver import Sandbox, SandboxPlan
 from torpor.sandbox.frames import AgentSpec
-from torpor.sandbox.gvisor import GvisorDriver, Runsc
+from torpor.sandbox.gvisor import NAMESPACE, GvisorDriver, Runsc
 from torpor.sandbox.link import Link
 from torpor.sandbox.rootfs import host_image
 from torpor.sandbox.streams import Stream
@@ -27,13 +28,23 @@ SHELL = (
 )
 """The agent of the test: one request, sent before the checkpoint and answered after the restore."""
 
+FORBIDDING = (
+    ("kernel.unprivileged_userns_clone", "0", "1"),
+    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("user.max_user_namespaces", "0", "10000"),
+)
+"""Settings that forbid user namespaces to ordinary users: the value that does, and one that does not."""
+
+ROUND_TRIP = ("boot", "checkpoint", "kill", "restore", "relay")
+MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, and a private directory made in it
+
 REMEDIES = {
     "program_missing": "Install util-linux (unshare), or set TORPOR_RUNSC to a runsc of 2024 or later.",
     "command_failed": "If it speaks of namespaces: allow unprivileged user namespaces "
     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0), or run as root.",
+    "link_lost": "The sandbox died: set TORPOR_RUNSC to another release of runsc.",
     "sandbox_refused": "This runsc and this kernel don't get along: set TORPOR_RUNSC to another release.",
     "link_silent": "The sandbox started but its init did not speak: see the driver.log named above.",
-    "no_staging_space": "Give /dev/shm more room.",
 }
 
 
@@ -48,35 +59,37 @@ class Finding:
     fatal: bool = True
 
 
+def look_around(clock: Clock) -> list[Finding]:
+    """What can be said of the machine without running a sandbox."""
+    return [_privilege(clock), _staging(), _swap()]
+
+
 async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) -> list[Finding]:
     """Look at the machine, then do the round trip; findings in order, up to the first fatal failure."""
-    findings = [
-        Finding(check="runsc", ok=True, detail=f"{runsc.path} ({runsc.version})"),
-        _privilege(),
-        _staging(),
-        _swap(),
-    ]
+    findings = [Finding(check="runsc", ok=True, detail=f"{runsc.path} ({runsc.version})"), *look_around(clock)]
     if any(finding.fatal and not finding.ok for finding in findings):
         return findings
     scratch = Path(tempfile.mkdtemp(prefix="selftest-", dir=home))
-    images = Path(tempfile.mkdtemp(prefix="torpor-selftest-", dir="/dev/shm"))
+    images = Path(tempfile.mkdtemp(prefix="torpor-selftest-", dir=MEMORY))
     driver = GvisorDriver(runsc=runsc, state_directory=scratch / "runsc", clock=clock)
+    done: list[Finding] = []
     try:
         async for finding in _round_trip(driver, scratch, images, init_directory, clock):
-            findings.append(finding)  # noqa: PERF401 - those before a failure are to be kept
+            done.append(finding)  # noqa: PERF401 - those before a failure are to be kept
     except (TorporError, OSError, ExceptionGroup) as error:
         cause = innermost(error)
-        remedy = REMEDIES.get(getattr(cause, "code", ""), "Run it with --verbose and look at what runsc says.")
-        findings.append(Finding(check="round trip", ok=False, detail=str(cause), remedy=remedy))
+        remedy = REMEDIES.get(getattr(cause, "code", ""), "`torpor --verbose doctor` shows each command that it runs.")
+        done.append(Finding(check=ROUND_TRIP[len(done)], ok=False, detail=str(cause), remedy=remedy))
     finally:
         for name in driver.sandbox_ids():
             await _leftover(driver, scratch, init_directory, name).kill()
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(images, ignore_errors=True)
-    return findings
+    return [*findings, *done]
 
 
-def _privilege() -> Finding:
+def _privilege(clock: Clock) -> Finding:
+    """Root, or a user namespace: made for real, for a machine may forbid it in many ways."""
     if os.geteuid() == 0:
         return Finding(
             check="privilege", ok=True, detail="root; the sandbox's kernel runs as nobody without capabilities"
@@ -84,14 +97,35 @@ def _privilege() -> Finding:
     detail = f"ordinary user {os.geteuid()}, through a user namespace"
     if shutil.which("unshare") is None:
         return Finding(check="privilege", ok=False, detail=detail, remedy="Install util-linux: `unshare` is missing.")
-    return Finding(check="privilege", ok=True, detail=detail)
+    tried = process.run_blocking([*NAMESPACE, "true"], deadline_seconds=20, clock=clock, check=False)
+    if tried.exit_status == 0:
+        return Finding(check="privilege", ok=True, detail=detail)
+    return Finding(check="privilege", ok=False, detail=f"{detail}: {tried.explain()}", remedy=_namespace_remedy())
+
+
+def _namespace_remedy() -> str:
+    """Which of the known ways this machine forbids user namespaces in."""
+    for setting, forbidding, allowing in FORBIDDING:
+        file = Path("/proc/sys", setting.replace(".", "/"))
+        if file.exists() and file.read_text().strip() == forbidding:
+            return f"As root: sysctl {setting}={allowing}. Or run Torpor as root."
+    return (
+        "No setting of the kernel forbids it, so it is the container or chroot around this: allow it there (Docker: "
+        "--security-opt seccomp=unconfined), or run Torpor as root."
+    )
 
 
 def _staging() -> Finding:
-    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0  # noqa: S108 - only looked at
+    check = "memory for images"
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    kinds = [kind for _, where, kind, *_ in mounts if where == str(MEMORY)]
+    if not kinds or kinds[-1] not in {"tmpfs", "ramfs"}:
+        detail = f"{MEMORY} is not in memory: images, which hold the agent's memory, would reach a disk"
+        return Finding(check=check, ok=False, detail=detail, remedy=f"mount -t tmpfs -o size=2G tmpfs {MEMORY}")
+    free = shutil.disk_usage(MEMORY).free
     ok = free >= 256 << 20
-    remedy = "" if ok else "Enlarge it: mount -o remount,size=2G /dev/shm"
-    return Finding(check="memory for images", ok=ok, detail=f"{free >> 20} MiB free in memory", remedy=remedy)
+    remedy = "" if ok else f"Free some, or enlarge it: mount -o remount,size=2G {MEMORY}"
+    return Finding(check=check, ok=ok, detail=f"{free >> 20} MiB free in {MEMORY}", remedy=remedy)
 
 
 def _swap() -> Finding:

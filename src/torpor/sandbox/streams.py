@@ -6,12 +6,12 @@ states against what was really exchanged: one that lies is SandboxFailed("link_p
 
 import struct
 from collections.abc import Callable
-from enum import IntEnum
 
 from torpor.core.errors import TorporError
 from torpor.sandbox.fifos import Fifos, Pulse
 from torpor.sandbox.frames import (
     PAYLOAD_BYTES_MAX,
+    Closed,
     FromGuest,
     StreamKind,
     StreamStatus,
@@ -23,17 +23,6 @@ WINDOW_BYTES = 262_144
 _TAKEN = struct.Struct("<Q")
 
 
-class Closed(IntEnum):
-    """How a stream ended."""
-
-    CONSUMED = 1
-    """The client took everything up to the end of the response and closed in order."""
-    GONE = 2
-    """The client closed before the end, or broke off."""
-    RESET = 3
-    """The host reset it."""
-
-
 class StreamGone(TorporError):
     """Nothing more comes from or goes to this stream: an agent may hang up, and so may the link."""
 
@@ -42,7 +31,7 @@ class StreamGone(TorporError):
 
 
 class Stream:
-    """A stream; end it with `wait_closed` or `reset`, for only then does the link forget it.
+    """A stream. It ends by the client or by `reset`; link and guest know of it until `forget`.
 
     One task receives and one sends at a time.
 
@@ -74,6 +63,7 @@ class Stream:
         self._credit = WINDOW_BYTES
         self._finished = False
         self.closed: Closed | None = None
+        self._was_reset = False
         self._link_over = False
         self._changed = Pulse()
 
@@ -84,6 +74,7 @@ class Stream:
         self.written = status.written
         self._finished = status.fin_received
         self._credit = 0
+        self.closed = status.closed
 
     def resume(self, *, position: int, acknowledged: int) -> None:
         """Ask for the bytes from `position` on, those below `acknowledged` being durable."""
@@ -91,6 +82,8 @@ class Stream:
             raise violation(f"stream {self.id} can't be resumed at {position}: {self.acknowledged} bytes are freed")
         self.received = position
         self.acknowledged = acknowledged
+        if self.closed is not None:
+            return  # Nothing more comes of it.
         self._credit = position + WINDOW_BYTES
         self._fifos.post(ToGuest.ACK, self.id, acknowledged)
         self._fifos.post(ToGuest.RESUME, self.id, position)
@@ -158,12 +151,13 @@ class Stream:
             raise ValueError(f"stream {self.id} is output and can't be reset")
         if self.closed is None:
             self.closed = Closed.RESET
+            self._was_reset = True
             self._unread.clear()
-            self._forget(self)
+            self._fifos.post(ToGuest.RESET, self.id)
             self._changed.fire()
 
     async def wait_closed(self) -> Closed:
-        """Wait for the connection's end; when this returns, link and guest forget the stream.
+        """Wait for the connection's end, which the guest tells again to every node until `forget`.
 
         Raises:
             StreamGone: the link ended first.
@@ -171,8 +165,13 @@ class Stream:
         while self.closed is None:
             self._check_open()
             await self._changed.wait()
-        self._forget(self)
         return self.closed
+
+    def forget(self) -> None:
+        """Let link and guest forget a closed stream: nobody will ask again how it ended, or the log says it durably."""
+        if self.closed is None:
+            raise ValueError(f"stream {self.id} is not closed")
+        self._forget(self)
 
     def end(self) -> None:
         """The link is over."""
@@ -186,6 +185,8 @@ class Stream:
         Raises:
             SandboxFailed: ("link_protocol") it contradicts what was exchanged before.
         """
+        if self._was_reset:
+            return  # It was on its way.
         if self.closed is not None:
             raise violation(f"stream {self.id} was closed and went on")
         if kind == FromGuest.DATA:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit
 from torpor.sandbox import process
@@ -103,6 +101,8 @@ def fetch_runsc(tools_directory: Path, clock: Clock, progress: Progress) -> Runs
     Raises:
         MachineUnfit: `runsc_unavailable`, with what each source said.
     """
+    import httpx
+
     said: list[str] = []
     for source in (_fetch_release, _fetch_package):
         with tempfile.TemporaryDirectory(prefix="torpor-setup-") as scratch:
@@ -136,6 +136,8 @@ def _install(fetched: Path, runsc: Runsc, tools_directory: Path) -> Runsc:
 
 
 def _fetch_release(scratch: Path, _clock: Clock, progress: Progress) -> Path:
+    import httpx
+
     if os.uname().machine != "x86_64":
         raise MachineUnfit("runsc_unavailable", "the pinned release is for x86_64 only")
     progress(f"fetching {RELEASE_URL}")

@@ -7,7 +7,6 @@ the sandbox holds open for writing belong in `always_reread`. Never follows a sy
 devices, sockets and FIFOs, and says so.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -85,14 +84,14 @@ def capture(
     staging: Path,
     previous: TreeIndex | None = None,
     *,
-    always_reread: AbstractSet[bytes] = frozenset(),
+    always_reread: AbstractSet[int] = frozenset(),
     leave_out: Callable[[bytes], bool] | None = None,
     clock: Clock | None = None,
 ) -> TreeCapture:
     """Phase 1. Nothing else may write to the workspace meanwhile. `staging` must exist and be empty.
 
     Args:
-        always_reread: paths relative to the workspace, as bytes.
+        always_reread: inode numbers of files that may have changed without a trace; so all names of one are read again.
         leave_out: says of such a path that it, and what is below it, is not to be captured.
 
     Raises:
@@ -105,7 +104,7 @@ def capture(
         open_root(workspace) as root,
         open_root(staging) as aside,
     ):
-        scan = _Scan(root, aside, staging, previous, _inodes(root, always_reread), leave_out)
+        scan = _Scan(root, aside, staging, previous, always_reread, leave_out)
         tree = scan.directory(root, previous and previous.root, b"", Meta(0o700, 0, 0, 0), 0)
     return TreeCapture(
         root=tree,
@@ -258,15 +257,6 @@ class _Scan:
             -_TIME_NS_MAX, min(status.st_mtime_ns, _TIME_NS_MAX)
         )  # Some file systems keep any 64 bits of seconds.
         return Meta(status.st_mode & MODE_KEPT, uid, gid, mtime_ns)
-
-
-def _inodes(root: int, paths: AbstractSet[bytes]) -> set[int]:
-    """By inode, so that all names of a file with hard links are read again."""
-    inodes: set[int] = set()
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            inodes.add(os.stat(path, dir_fd=root, follow_symlinks=False).st_ino)
-    return inodes
 
 
 def _copy_data(source: int, copy: int, size: int) -> None:

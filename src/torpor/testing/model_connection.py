@@ -6,6 +6,7 @@ import socket
 import struct
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import parse_qs
 
 import h11
 
@@ -21,12 +22,15 @@ class ClientLeft(Exception):
 class Request:
     method: str
     path: str
+    query: str
     headers: dict[str, str]
     body: bytes
 
     @property
     def credential(self) -> str:
-        return self.headers.get("x-api-key") or self.headers.get("authorization", "").removeprefix("Bearer ")
+        named = self.headers.get("x-api-key") or self.headers.get("x-goog-api-key")
+        in_query = parse_qs(self.query).get("key", [""])[0]
+        return named or in_query or self.headers.get("authorization", "").removeprefix("Bearer ")
 
 
 @dataclass(slots=True)
@@ -56,8 +60,9 @@ class Connection:
                 body += event.data
             elif isinstance(event, h11.EndOfMessage) and head is not None:
                 headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
-                path = head.target.decode().partition("?")[0]
-                return Request(method=head.method.decode(), path=path, headers=headers, body=bytes(body))
+                path, _, query = head.target.decode().partition("?")
+                method = head.method.decode()
+                return Request(method=method, path=path, query=query, headers=headers, body=bytes(body))
             else:
                 return None
             if len(body) > REQUEST_BYTES_MAX:

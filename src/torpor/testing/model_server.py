@@ -1,4 +1,4 @@
-"""The scripted model server: a real HTTP server that speaks as OpenAI and Anthropic do, and counts every request.
+"""The scripted model server: real HTTP as OpenAI, Anthropic and Google speak it, with a count of every request.
 
     python -m torpor.testing.model_server --port 0 --script coding --witness witness.jsonl
 
@@ -22,13 +22,26 @@ import msgspec
 from torpor.core.clock import SystemClock
 from torpor.testing.model_answering import Answering
 from torpor.testing.model_connection import ClientLeft, Connection, Request
-from torpor.testing.model_faults import FAULT_HEADER, FaultRule, FaultTable
+from torpor.testing.model_faults import FAULT_HEADER, Fault, FaultRule, FaultTable
 from torpor.testing.model_scripts import Pace, Script, Try, coding, paced, script_named
 from torpor.testing.model_wire import Anthropic, OpenAIChat, Stamp, Wire
+from torpor.testing.model_wire_gemini import gemini_wire
+from torpor.testing.model_wire_responses import Compaction, KeptResponses, OpenAIResponses
 from torpor.testing.model_witness import Witness, logical_digest
 
-WIRES: dict[str, Wire] = {"/v1/chat/completions": OpenAIChat(), "/v1/messages": Anthropic()}
+WIRES: dict[str, Wire] = {
+    "/v1/chat/completions": OpenAIChat(),
+    "/v1/responses": OpenAIResponses(),
+    "/v1/responses/compact": Compaction(),
+    "/v1/messages": Anthropic(),
+}
 MODELS = ("scripted-large", "scripted-small")
+TOKEN_COUNTS = {"/v1/messages/count_tokens": "input_tokens", "/v1/responses/input_tokens": "input_tokens"}
+RAW_ANSWERS = {
+    "/v1/embeddings": ("application/json", b'{"object":"list","data":[{"embedding":[0.5]}]}'),
+    "/api/chat": ("application/x-ndjson", b'{"message":{"content":"hi"}}\n{"done":true}\n'),
+}
+"""Addresses of no dialect that Torpor knows."""
 
 
 class ModelServer:
@@ -45,6 +58,7 @@ class ModelServer:
         self.witness = witness
         self.faults = FaultTable()
         self.requests: list[Request] = []
+        self.kept = KeptResponses()
         self.url = ""
         self.control_url = ""
         self._group: asyncio.TaskGroup | None = None
@@ -127,7 +141,7 @@ class ModelServer:
 
     async def _model_request(self, connection: Connection, request: Request) -> None:
         self.requests.append(request)
-        wire = WIRES.get(request.path)
+        wire = WIRES.get(request.path) or gemini_wire(request.path, request.query)
         if wire is None or request.method != "POST":
             await self._small_request(connection, request)
             return
@@ -142,7 +156,7 @@ class ModelServer:
         before = connection.sent_bytes
         conversation = wire.conversation(body, request.credential)
         number, attempt = self.witness.start(
-            digest=logical_digest(request.path, body),
+            digest=logical_digest(request.path.replace(":streamGenerateContent", ":generateContent"), body),
             path=request.path,
             model=conversation.model,
             stream=conversation.stream,
@@ -163,7 +177,12 @@ class ModelServer:
                 prompt_tokens=max(1, len(request.body) // 4),
                 include_usage=conversation.include_usage,
             )
-            answering = Answering(connection, wire, self.script(conversation, this), stamp, rule)
+            answer = self.script(conversation, this)
+            if request.path == "/v1/responses" and (receipt := self.kept.keep(body, answer, stamp)) is not None:
+                await connection.respond(200, json.dumps(receipt).encode())
+                outcome = "complete"
+                return
+            answering = Answering(connection, wire, answer, stamp, rule)
             await (answering.stream() if conversation.stream else answering.whole())
             outcome = rule.fault.value if rule else "complete"
         except ClientLeft:
@@ -178,8 +197,17 @@ class ModelServer:
         if request.method == "HEAD":
             await connection.head(200, [("content-length", "0")])
             await connection.send(h11.EndOfMessage())
-        elif request.path == "/v1/messages/count_tokens":
-            await connection.respond(200, json.dumps({"input_tokens": max(1, len(request.body) // 4)}).encode())
+        elif request.path in TOKEN_COUNTS or request.path.endswith(":countTokens"):
+            field = TOKEN_COUNTS.get(request.path, "totalTokens")
+            await connection.respond(200, json.dumps({field: max(1, len(request.body) // 4)}).encode())
+        elif request.path.startswith("/v1/responses/"):
+            await self._kept_response(connection, request)
+        elif request.path == "/v1beta/models" or (request.path == "/v1/models" and "x-goog-api-key" in request.headers):
+            models = [{"name": f"models/{name}", "displayName": name} for name in MODELS]
+            await connection.respond(200, json.dumps({"models": models}).encode())
+        elif request.path in RAW_ANSWERS:
+            kind, body = RAW_ANSWERS[request.path]
+            await connection.respond(200, body, content_type=kind)
         elif request.path == "/v1/models" and "anthropic-version" in request.headers:
             data = [{"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01"} for name in MODELS]
             listing = {"data": data, "has_more": False, "first_id": MODELS[0], "last_id": MODELS[-1]}
@@ -189,6 +217,21 @@ class ModelServer:
             await connection.respond(200, json.dumps({"object": "list", "data": models}).encode())
         else:
             await connection.respond(404, OpenAIChat().error(404, f"no such path: {request.path}"))
+
+    async def _kept_response(self, connection: Connection, request: Request) -> None:
+        """What is asked of an answer that is kept: no model thinks for it."""
+        found = self.kept.ask(request.method, request.path, request.query)
+        if found is None:
+            await connection.respond(404, OpenAIChat().error(404, "no such response"))
+        elif isinstance(found, dict):
+            await connection.respond(200, json.dumps(found).encode())
+        else:
+            await connection.head(200, [("content-type", OpenAIResponses.content_type)])
+            if request.headers.get(FAULT_HEADER) == Fault.CUT_MID:
+                found = found[:-1]
+            for event in found:
+                await connection.send(h11.Data(data=event))
+            await connection.send(h11.EndOfMessage())
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from tests.crash.witness import check_nothing_left
 from tests.e2e.clients.held_model import HeldModel, held_model
 from tests.e2e.clients.key_search import files_with
-from tests.stage import PATIENCE_SECONDS, REAL_KEY, Followed, Stage
+from tests.stage import PATIENCE_SECONDS, REAL_KEY, Log, Stage
 
 from torpor.config import FAKE_KEY
 
@@ -76,7 +76,7 @@ class ClientSession:
     model: HeldModel
     node: subprocess.Popen[str]
     output: Output
-    log: Followed
+    log: Log
 
     def await_checkpoint(self, number: int) -> None:
         """Wait until checkpoint `number` is durable; the one of the seeded workspace has number 0."""

@@ -90,6 +90,24 @@ def test_a_fallback_without_streaming_is_the_same_logical_call(dialect: str):
     assert streaming.logical == plain.logical
 
 
+def test_geminis_shape_is_in_its_address():
+    def ask(target: str, body: object = None) -> RequestKey:
+        return key_of(body or {"contents": []}, dialect="gemini", target=target)
+
+    whole = ask("/v1beta/models/m:generateContent")
+    events = ask("/v1beta/models/m:streamGenerateContent?alt=sse")
+    array = ask("/v1beta/models/m:streamGenerateContent")
+    assert whole.logical == events.logical == array.logical
+    assert len({whole.canonical, events.canonical, array.canonical}) == 3
+    assert ask("/v1beta/models/other:generateContent").logical != whole.logical
+    assert ask("/v1beta/models/m:countTokens").logical != whole.logical
+    assert ask("/v1beta/models/m:generateContent?x=1").logical != whole.logical
+    assert ask("/v1beta/models/m:generateContent", {"contents": [1]}).logical != whole.logical
+    # Nobody else's address is touched.
+    streamed = key_of({"a": 1}, dialect="raw", target="/v1beta/models/m:streamGenerateContent?alt=sse")
+    assert streamed.logical != key_of({"a": 1}, dialect="raw", target="/v1beta/models/m:generateContent").logical
+
+
 def test_an_effect_keeps_every_field():
     assert key_of({"m": 1, "stream": True}, dialect="raw").logical != key_of({"m": 1}, dialect="raw").logical
     one = key_of({"metadata": {"user_id": "1"}, "amount": 5}, dialect="raw")

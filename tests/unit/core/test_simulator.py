@@ -17,7 +17,7 @@ SEEDS_UNTIL_NOTICED = 3000
 NOTICED_AT = {
     "ack-forgets-close": 539,
     "commit-amid-next-life": 1848,
-    "cut-names-unlogged": 6502,
+    "cut-names-unlogged": 7398,
     "forgotten-before-logged": 361,
     "missing-output-kept": 1021,
 }
@@ -43,7 +43,7 @@ def test_every_invariant_was_checked(report: Report):
     [
         *("kill node", "kill sandbox", "kill both", "power cut", "silence node", "damage"),
         *("adopted", "restored: newest", "restored: older", "streams reset"),
-        *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person"),
+        *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person", "refused"),
     ],
 )
 def test_every_kind_of_crash_and_every_rung_was_tried(report: Report, what: str):

@@ -5,6 +5,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,16 @@ def test_manifest_against_any_base_gives_the_list(one: list[int], other: list[in
     manifest = manifests.delta(wanted, base_digest=b"b" * 32, base=base, base_list=base_list)
     packed = manifests.unpack(manifest.pack())
     assert packed == manifest
-    assert packed.apply(base_list if packed.base else b"") == wanted
+    assert manifests.resolve([packed, base] if packed.base else [packed]) == wanted
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=2, max_size=8))
+def test_chain_of_manifests_gives_the_newest_list(lists: list[list[int]]) -> None:
+    chain = [manifests.full(digests(*lists[0]))]
+    for before, after in pairwise(lists):
+        newer = manifests.delta(digests(*after), base_digest=b"b" * 32, base=chain[0], base_list=digests(*before))
+        chain = [newer, *chain] if newer.base else [newer]
+        assert manifests.resolve(chain) == digests(*after)
 
 
 @settings(max_examples=300)
@@ -136,7 +146,7 @@ def test_manifest_against_any_base_gives_the_list(one: list[int], other: list[in
 def test_manifest_of_any_bytes_is_refused_or_read(data: bytes) -> None:
     for candidate in (data, b"TM1\0" + data):
         try:
-            manifests.unpack(candidate).apply(digests(1, 2, 3))
+            manifests.resolve([manifests.unpack(candidate), manifests.full(digests(1, 2, 3))])
         except ValueError:
             continue
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from torpor.config import Secret, guest_environment, read_upstreams, torpor_home
+from torpor.config import FAKE_KEY, Secret, guest_environment, read_upstreams, torpor_home
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput, UpstreamFailed
 from torpor.gateway.keys import KeyRing
@@ -63,7 +63,7 @@ async def test_a_key_comes_from_one_of_three_places(tmp_path: Path, line: str, k
         ('key_env = "ABSENT"', "ABSENT is not set"),
         ('key_command = ["false"]', "status 1"),
         ('key_command = ["true"]', "status 0 and no key"),
-        ('key_command = ["/no/such/program"]', "No such file"),
+        ('key_command = ["/no/such/program"]', "program_missing"),
     ],
 )
 async def test_a_key_that_is_missing_is_missed_when_it_is_needed(tmp_path: Path, line: str, reason: str) -> None:
@@ -85,12 +85,39 @@ async def test_a_key_that_is_missing_is_missed_when_it_is_needed(tmp_path: Path,
         ("[upstreams.mine]\nbase_url = 'http://x'\n", "family"),
         ("[upstreams.a]\nfamily = 'openai'\n[upstreams.b]\nfamily = 'openai'\n", "two upstreams"),
         ("[upstreams.openai]\nkey = 'a'\nkey_env = 'B'\n", "more than one"),
+        (
+            "[upstreams.a]\nfamily='openai'\nmodels=['x*']\n[upstreams.b]\nfamily='openai'\nmodels=['x*']\n",
+            r"'x\*' in models",
+        ),
+        (
+            "[upstreams.gemini]\npath_prefix='/p'\n[upstreams.openai]\npath_prefix='/p'\n",
+            "'gemini' and 'openai', claim '/p' in path_prefix",
+        ),
+        ("[upstreams.openai]\npath_prefix = '/v1'\n", "path that is free"),
+        ("[upstreams.openai]\npath_prefix = 'ollama/'\n", "path that is free"),
+        ("[upstreams.openai]\npaths = ['/v1/embeddings']\n", "not a method and a path"),
+        ("[upstreams.openai]\npaths = ['GET /[ab]']\n", "not a method and a path"),
+        ("[upstreams.openai]\nretries = -1\n", "retries"),
     ],
 )
 def test_a_wrong_file_is_refused_in_words(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(InvalidInput, match=reason) as refused:
         read_upstreams(write(tmp_path, text), {})
     assert refused.value.code == "config_invalid"
+
+
+def test_gemini_has_variables_of_its_own(tmp_path: Path) -> None:
+    environment = {"GOOGLE_API_KEY": "a", "GEMINI_API_KEY": "b", "GOOGLE_GEMINI_BASE_URL": "http://proxy/"}
+    [gemini] = read_upstreams(tmp_path, environment)
+    assert (gemini.family, gemini.base_url, gemini.bearer) == ("gemini", "http://proxy", False)
+    assert gemini.key.environment == "GOOGLE_API_KEY"
+
+
+def test_an_upstream_for_some_models_leaves_its_familys_default_to_the_environment(tmp_path: Path) -> None:
+    home = write(tmp_path, '[upstreams.local]\nfamily = "openai"\nbase_url = "http://l/v1"\nmodels = ["llama*"]\n')
+    local, openai = read_upstreams(home, {"OPENAI_API_KEY": "k"})
+    assert (local.is_default, openai.is_default) == (False, True)
+    assert (openai.name, openai.base_url) == ("openai", "https://api.openai.com/v1")
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
@@ -119,5 +146,7 @@ def test_the_agents_environment_holds_no_real_key() -> None:
     inside = guest_environment()
     assert inside["OPENAI_BASE_URL"] == "http://127.0.0.1:4100/v1"
     assert inside["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:4100"
+    assert inside["GOOGLE_GEMINI_BASE_URL"] == "http://127.0.0.1:4100"
+    assert inside["GEMINI_API_KEY"] == FAKE_KEY
     assert inside["HTTPS_PROXY"] == "http://127.0.0.1:4101"
     assert inside["NO_PROXY"] == "127.0.0.1,localhost"

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from torpor.config import GATEWAY_PORT, PROXY_PORT
 from torpor.core.call import response_bytes
-from torpor.gateway.admission import Admitted, LocalAnswer, admit
+from torpor.gateway.admission import LocalAnswer, admit
+from torpor.gateway.dialects.base import Shape
 from torpor.gateway.intake import Intake, from_log, take_in
 from torpor.gateway.request import HEAD_BYTES_MAX, RequestLine, Room, decoded_body
+from torpor.gateway.routing import Destination, Routing
 from torpor.sandbox.streams import StreamGone
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}]}'
@@ -26,6 +28,7 @@ def post(*headers: str, path: str = "/v1/messages", version: str = "1.1", body: 
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+NOWHERE = Routing(())
 LENGTH = f"Content-Length: {len(BODY)}"
 REQUESTS = {
     "plain": post(LENGTH, "Authorization: Bearer fake"),
@@ -67,7 +70,7 @@ class PiecewiseStream:
 def read(stream: PiecewiseStream) -> Intake | LocalAnswer | None:
     async def work() -> Intake | LocalAnswer | None:
         async with AsyncExitStack() as reserved:
-            return await take_in(stream, Room(), reserved)  # pyright: ignore[reportArgumentType]
+            return await take_in(stream, NOWHERE, Room(), reserved)  # pyright: ignore[reportArgumentType]
 
     return asyncio.run(work())
 
@@ -103,18 +106,29 @@ def test_a_request_ends_where_its_body_ends() -> None:
     intake = read(stream)
     assert isinstance(intake, Intake)
     assert intake.request.length == len(REQUESTS["plain"]) - len("Authorization: Bearer fake\r\n")
-    assert (intake.model, intake.wants_events) == ("m", True)
+    assert (intake.model, intake.shape) == ("m", Shape.EVENTS)
 
 
 def test_a_logged_request_makes_the_same_call_again() -> None:
     for name in ("plain", "chunked", "continued", "http/1.0"):
         intake = read(PiecewiseStream([REQUESTS[name]]))
         assert isinstance(intake, Intake)
-        again = from_log(intake.head, intake.request.body)
+        again = from_log(intake.head, intake.request.body, NOWHERE, dialect="anthropic", is_llm=True)
         assert again.key == intake.key
         assert again.head == intake.head
         assert again.request.line.shape(200, "OK", ()) == intake.request.line.shape(200, "OK", ())
         assert "authorization" not in {field.lower() for field, _ in intake.head.headers}
+
+
+def test_a_logged_request_stays_in_its_dialect_though_its_key_is_not_in_the_log() -> None:
+    """The header with the key tells whose models are listed, and so does nothing else of this request."""
+    asked = b"GET /v1/models?key=fake HTTP/1.1\r\nHost: x\r\nx-goog-api-key: fake\r\n\r\n"
+    intake = read(PiecewiseStream([asked]))
+    assert isinstance(intake, Intake)
+    assert "fake" not in f"{intake.head}"
+    again = from_log(intake.head, b"", NOWHERE, dialect=intake.destination.dialect.name, is_llm=False)
+    assert again.destination.dialect.name == "gemini"
+    assert again.key == intake.key
 
 
 def test_a_client_that_leaves_in_the_middle_is_gone() -> None:
@@ -128,31 +142,31 @@ def test_a_client_that_leaves_in_the_middle_is_gone() -> None:
         read(Leaving([REQUESTS["plain"][:30]]))
 
 
-def line(method: str, target: str, port: int = GATEWAY_PORT, **headers: str) -> Admitted | LocalAnswer:
+def line(method: str, target: str, port: int = GATEWAY_PORT, **headers: str) -> Destination | LocalAnswer:
     fields = tuple((name.replace("_", "-"), value) for name, value in headers.items())
     request = RequestLine(method=method, target=target, http_version="1.1", headers=fields, continued=False)
-    return admit(request, port)
+    return admit(request, port, NOWHERE)
 
 
 @pytest.mark.parametrize(
     ("method", "target", "path", "is_llm"),
     [
-        ("POST", "/v1/chat/completions", "/chat/completions", True),
-        ("GET", "/v1/models", "/models", False),
-        ("GET", "/v1/models/meta-llama/Llama-3:8b", "/models/meta-llama/Llama-3:8b", False),
+        ("POST", "/v1/chat/completions", "/v1/chat/completions", True),
+        ("GET", "/v1/models", "/v1/models", False),
+        ("GET", "/v1/models/meta-llama/Llama-3:8b", "/v1/models/meta-llama/Llama-3:8b", False),
         ("POST", "/v1/messages?beta=true", "/v1/messages", True),
         ("POST", "/v1/messages/count_tokens", "/v1/messages/count_tokens", False),
     ],
 )
 def test_what_agents_may_ask_of_a_provider(method: str, target: str, path: str, *, is_llm: bool) -> None:
     admitted = line(method, target)
-    assert isinstance(admitted, Admitted)
+    assert isinstance(admitted, Destination)
     assert (admitted.route.path, admitted.route.is_llm) == (path, is_llm)
 
 
 def test_the_models_of_anthropic_are_asked_with_its_header() -> None:
     admitted = line("GET", "/v1/models", anthropic_version="2023-06-01")
-    assert isinstance(admitted, Admitted)
+    assert isinstance(admitted, Destination)
     assert admitted.dialect.name == "anthropic"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torpor.config import Family
 from torpor.gateway.dialects import anthropic_shapes
-from torpor.gateway.dialects.base import AnswerFacts, Route, count, is_model_path, mapping
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, mapping, model_named
 
 _ERROR_KINDS = {
     400: "invalid_request_error",
@@ -24,14 +24,16 @@ class Anthropic:
     name = "anthropic"
     family: Family | None = "anthropic"
     last_event: bytes | None = None
+    opaque = False
 
-    def route(self, method: str, path: str) -> Route | None:
+    def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if (method, path) == ("POST", "/v1/messages"):
             return Route(path=path, is_llm=True)
         if (method, path) == ("POST", "/v1/messages/count_tokens"):
             return Route(path=path, is_llm=False)
-        if method == "GET" and (path == "/v1/models" or is_model_path(path, segments_max=1)):
-            return Route(path=path, is_llm=False)
+        model = model_named(path, segments_max=1)
+        if method == "GET" and (path == "/v1/models" or model):
+            return Route(path=path, is_llm=False, model=model)
         return None
 
     def read_event(self, event: Mapping[str, Any], facts: AnswerFacts) -> None:
@@ -66,6 +68,8 @@ class Anthropic:
         count(usage, "output_tokens", facts.usage, "output_tokens")
         for name in _PROMPT_PARTS[1:]:
             count(usage, name, facts.usage, name)
+        written = mapping(usage.get("cache_creation"))
+        count(written, "ephemeral_1h_input_tokens", facts.usage, "cache_creation_1h_input_tokens")
         parts: dict[str, int] = {}
         for name in _PROMPT_PARTS:
             count(usage, name, parts, name)

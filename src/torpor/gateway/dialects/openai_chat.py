@@ -5,7 +5,7 @@ from typing import Any
 
 from torpor.config import Family
 from torpor.gateway.dialects import openai_chat_shapes
-from torpor.gateway.dialects.base import AnswerFacts, Route, count, is_model_path, items, mapping
+from torpor.gateway.dialects.base import AnswerFacts, Route, count, items, mapping, model_named
 
 
 class OpenAIChat:
@@ -14,12 +14,14 @@ class OpenAIChat:
     name = "openai_chat"
     family: Family | None = "openai"
     last_event: bytes | None = b"[DONE]"
+    opaque = False
 
-    def route(self, method: str, path: str) -> Route | None:
+    def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if (method, path) == ("POST", "/v1/chat/completions"):
-            return Route(path="/chat/completions", is_llm=True)
-        if method == "GET" and (path == "/v1/models" or is_model_path(path, segments_max=2)):
-            return Route(path=path.removeprefix("/v1"), is_llm=False)
+            return Route(path=path, is_llm=True)
+        model = model_named(path, segments_max=2)
+        if method == "GET" and (path == "/v1/models" or model):
+            return Route(path=path, is_llm=False, model=model)
         return None
 
     def read_event(self, event: Mapping[str, Any], facts: AnswerFacts) -> None:
@@ -56,5 +58,10 @@ class OpenAIChat:
         return openai_chat_shapes.to_events(message)
 
     def error(self, *, status: int, code: str, message: str) -> dict[str, Any]:
-        kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "api_error"
-        return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        return openai_error(status=status, code=code, message=message)
+
+
+def openai_error(*, status: int, code: str, message: str) -> dict[str, Any]:
+    """An error in the shape of all of OpenAI's APIs."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "api_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

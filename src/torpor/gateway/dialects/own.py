@@ -13,8 +13,9 @@ class Own:
     name = "torpor"
     family: Family | None = None
     last_event: bytes | None = None
+    opaque = False
 
-    def route(self, method: str, path: str) -> Route | None:  # noqa: ARG002
+    def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if path == "/mcp" or path == "/torpor" or path.startswith("/torpor/"):
             return Route(path=path, is_llm=False)
         return None

@@ -29,12 +29,17 @@ class EventSplitter:
         return events
 
 
-def json_object(raw: bytes) -> Mapping[str, Any] | None:
-    """The JSON object that these bytes are, if they are one."""
+def json_value(raw: bytes) -> Any:
+    """What these bytes are as JSON; None if they are none."""
     try:
-        value = json.loads(raw)
+        return json.loads(raw)
     except (ValueError, RecursionError):
         return None
+
+
+def json_object(raw: bytes) -> Mapping[str, Any] | None:
+    """The JSON object that these bytes are, if they are one."""
+    value = json_value(raw)
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else None
 
 

@@ -30,14 +30,38 @@ def _key(dialect: str, method: str, target: str, body: bytes) -> RequestKey:
     )
 
 
+_LLM_PATHS = {
+    "openai_chat": "/v1/chat/completions",
+    "anthropic": "/v1/messages",
+    "openai_responses": "/v1/responses",
+    "gemini": "/v1beta/models/m:generateContent",
+}
+_GEMINI_STREAM = "/v1beta/models/m:streamGenerateContent?alt=sse"
+
+
+def _llm_spellings(which: int, fields: dict[str, object]) -> tuple[RequestKey, ...]:
+    """A streamed request; the same with another order of keys and fresh volatile fields; that without streaming."""
+    dialect, path = list(_LLM_PATHS.items())[which]
+    keys: list[RequestKey] = []
+    for again, streamed in ((False, True), (True, True), (True, False)):
+        turn = json.dumps({"turn_id": 1, "turn_started_at_unix_ms": int(again)})
+        volatile = {
+            "anthropic": {"metadata": {"user_id": f"session {again}"}},
+            "openai_responses": {"client_metadata": {"x-codex-turn-metadata": turn}},
+        }
+        body = {**fields, **volatile.get(dialect, {})}
+        if streamed and dialect != "gemini":
+            body["stream"] = True
+        ordered = sorted(body.items(), reverse=again)
+        target = _GEMINI_STREAM if streamed and dialect == "gemini" else path
+        keys.append(_key(dialect, "POST", target, json.dumps(dict(ordered)).encode()))
+    return tuple(keys)
+
+
 def _spellings(kind: str, number: int) -> tuple[str, tuple[RequestKey, ...]]:
     fields: dict[str, object] = {"name": f"{kind} {number}", "count": number}
     if kind == "llm":
-        first = json.dumps({**fields, "stream": True}).encode()
-        other = json.dumps({"stream": True, **fields}).encode()
-        plain = json.dumps(fields).encode()
-        keys = tuple(_key("openai_chat", "POST", "/v1/chat/completions", body) for body in (first, other, plain))
-        return "POST", keys
+        return "POST", _llm_spellings(number % len(_LLM_PATHS), fields)
     if kind == "read":
         return "GET", (_key("raw", "GET", f"/read/{number}", b""),)
     bodies = [json.dumps(dict(sorted(fields.items(), reverse=reverse))).encode() for reverse in (False, True)]

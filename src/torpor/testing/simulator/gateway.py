@@ -96,9 +96,9 @@ class Gateway:
             if stream.call_id is not None:
                 self._ended(stream)
         if self.node.world.rules.close_logged_before_forgotten:
-            self.node.log_later(lambda: self.node.send("RESET", sid))
+            self.node.log_later(lambda: self.node.send("FORGET", sid))
         else:
-            self.node.send("RESET", sid)
+            self.node.send("FORGET", sid)
 
     def _ended(self, stream: HostStream) -> None:
         """Once for each stream: in memory at once, so that a retry finds it, in the log after what came before."""
@@ -219,6 +219,10 @@ class Gateway:
             node.db.fsync()
         yield
         served = world.upstream.request(node, row, sent)
+        while served is None or (served.truncated and not world.rules.only_refusals_are_sent_again):
+            node.append((kinds.CALL_RETRIED, node.incarnation, row.call_id, None, None))
+            yield
+            served = world.upstream.request(node, row, sent)
         yield
         node.append((kinds.HEAD, node.incarnation, row.call_id, None, served.head))
         node.wake(row.call_id)

@@ -261,9 +261,10 @@ class Sandbox:
         elif kind == "FIN":
             stream.fin = arg
         elif kind == "RESET":
-            if stream.end is None:
-                stream.reset = True
-            else:
+            stream.reset = stream.reset or stream.end is None
+            stream.quiet = False  # So that a close that it crossed is told, also right after HELLO.
+        elif kind == "FORGET":
+            if stream.end is not None:
                 del self.guest.streams[stream.sid]
         elif kind == "ACK":
             stream.acknowledged = max(stream.acknowledged, arg)
@@ -273,8 +274,6 @@ class Sandbox:
             stream.quiet = False
             if arg < stream.read:
                 self.send("DATA", stream.sid, arg, (stream.ask, stream.spelling, stream.read - arg))
-            if stream.told:
-                self.send("CLOSED", stream.sid, stream.written, stream.end)
 
     def _receive_for_output(self, kind: str, arg: int) -> None:
         guest = self.guest

@@ -102,6 +102,9 @@ MUTATIONS: dict[str, Mutation] = {
     "pump-dies-with-sandbox": _mutation(
         "12.1", {1}, "killing the sandbox cancels the call", _flag("pump_outlives_sandbox")
     ),
+    "broken-answer-sent-again": _mutation(
+        "12.1", {1, 7}, "an answer that broke off is asked for again", _flag("only_refusals_are_sent_again")
+    ),
     "torn-answer-goes-on": _mutation(
         "4",
         {2},

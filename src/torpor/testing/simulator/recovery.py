@@ -135,7 +135,7 @@ class Recovery:
             assert status.end is not None
             end = self.world.rules.stream_end(status.end)
             node.append((kinds.CALL_DELIVERED, sandbox.incarnation, call_id, None, (end, status.sid)))
-        node.send("RESET", status.sid)
+        node.send("FORGET", status.sid)
 
     def _rebuild(self, node: Node) -> tuple[RedoSet, ContextTree]:
         """The incarnation's redo set and cursor as the dead node had them, from the log."""
@@ -212,7 +212,7 @@ class Recovery:
         world.witness.same_streams(point, statuses)
         for status in statuses:
             if status.end is not None:
-                node.send("RESET", status.sid)
+                node.send("FORGET", status.sid)
         streams = self._connect(node, list(point.open_streams))
         yield from self._go_live(node, streams, point.stdout_bytes)
         return True

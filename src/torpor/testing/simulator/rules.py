@@ -51,6 +51,7 @@ class Rules:
     host_takes_guests_position: bool = True
     closed_fifo_is_dropped: bool = True
     pump_outlives_sandbox: bool = True
+    only_refusals_are_sent_again: bool = True
     truncation_resets: bool = True
     resume_restored_streams: bool = True
     hold_during_cut: bool = True

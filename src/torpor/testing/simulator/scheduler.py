@@ -23,6 +23,7 @@ class Plan:
     Attributes:
         cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
         happenings: (step, what), the next one last.
+        refusal_rate: how often upstream refuses a sending for now.
         kills_after_commit: further kills, each within `SOON` steps of a commit, when there is something to restore.
         messages: how many messages people have to say.
         sleepy: how often the node puts the session to sleep when nothing else is to be done.
@@ -37,6 +38,7 @@ class Plan:
         "messages",
         "patience",
         "programs",
+        "refusal_rate",
         "seed",
         "sleepy",
         "truncation_rate",
@@ -55,6 +57,8 @@ class Plan:
         self.kills_after_commit = int(random() * 4)
         self.sleepy = int(random() * 3)
         self.happenings = self._happenings(random)
+        # Drawn apart, so that the schedules of all other seeds stay what they are.
+        self.refusal_rate = 0.3 if Random(f"refusals {seed}").random() < 0.15 else 0.0
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
         drawn = [(int(random() * HORIZON), kill(random)) for _ in range(int(random() * 3))]

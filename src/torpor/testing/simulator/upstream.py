@@ -42,10 +42,14 @@ class Upstream:
         self.answers: list[Served] = []
         self.messages: dict[int, Served] = {}
 
-    def request(self, node: Node, row: CallRow, sent_transaction: int) -> Served:
-        """One request arrives from a node."""
+    def request(self, node: Node, row: CallRow, sent_transaction: int) -> Served | None:
+        """One request arrives from a node; None if it is refused for now, which barrier calls never are."""
         world = self.world
         world.witness.sends(node, row, sent_transaction)
+        if row.ask.kind != "barrier" and world.chance(world.plan.refusal_rate):
+            world.witness.refuses(row)
+            world.stats["refused"] += 1
+            return None
         truncated = world.chance(world.plan.truncation_rate)
         chunks = 1 + int(world.random() * 2)
         served = Served(len(self.answers), row.ask, row.call_id, chunks, truncated=truncated)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torpor.testing.simulator.world import World
 
 INVARIANTS = {
-    1: "attempts = 1 + node deaths while open; none once completed; a sandbox's death adds none",
+    1: "sendings = 1 + node deaths while open + refusals; none once completed; a sandbox's death adds none",
     2: "a socket receives a prefix of exactly one attempt, and ends cleanly only if it is answered",
     3: "nothing leaves unless what it depends on is fsynced",
     4: "one owner: no row of a superseded token, one holder of a FIFO pair, one running sandbox",
@@ -53,6 +53,7 @@ class Witness:
         "_final",
         "_last",
         "_paid",
+        "_refusals",
         "_sends",
         "_told_exit",
         "checked",
@@ -64,6 +65,7 @@ class Witness:
         self.world = world
         self.checked = checked
         self._sends: defaultdict[CallId, int] = defaultdict(int)
+        self._refusals: defaultdict[CallId, int] = defaultdict(int)
         self._deaths: defaultdict[CallId, int] = defaultdict(int)
         self._paid: defaultdict[int, int] = defaultdict(int)
         self._asked: list[dict[int, int]] = [{}]
@@ -85,7 +87,8 @@ class Witness:
         self.check(3, db.synced >= sent_transaction, "{} leaves before its rows are fsynced", call_id)
         self._sends[call_id] += 1
         sends, deaths = self._sends[call_id], self._deaths[call_id]
-        self.check(1, sends <= 1 + deaths, "{} is sent {} times after {} deaths of its node", call_id, sends, deaths)
+        allowed = 1 + deaths + self._refusals[call_id]
+        self.check(1, sends <= allowed, "{} is sent {} times after {} deaths of its node", call_id, sends, deaths)
         if node is self.world.node:
             self.check(1, row.state is kinds.SENT, "{} is sent once more, though it is {}", call_id, row.state)
         if row.ask.kind == "barrier":
@@ -111,6 +114,10 @@ class Witness:
             wished,
         )
 
+    def refuses(self, row: CallRow) -> None:
+        """Upstream refused a sending for now: the attempt may send it again."""
+        self._refusals[row.call_id] += 1
+
     def node_stopped(self) -> None:
         """A node died or lost the session: what it was waiting for may be sent once more."""
         for row in self.world.db.calls.values():
@@ -121,7 +128,8 @@ class Witness:
         """What must hold at any instant, whoever just died."""
         db = self.world.db
         for call_id, sends in self._sends.items():
-            self.check(1, sends <= 1 + self._deaths[call_id], "{} was sent {} times", call_id, sends)
+            allowed = 1 + self._deaths[call_id] + self._refusals[call_id]
+            self.check(1, sends <= allowed, "{} was sent {} times", call_id, sends)
         for sandbox in self.world.sandboxes[-1:]:
             for stream in sandbox.guest.streams.values():
                 self._is_prefix(stream)

@@ -1,3 +1,3 @@
 SELECT number, offset_ns, data FROM chunk
-WHERE call_id = :call_id AND attempt = :attempt AND number >= :from_number
+WHERE call_id = :call_id AND attempt = :attempt
 ORDER BY number

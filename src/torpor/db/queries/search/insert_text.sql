@@ -1,0 +1,1 @@
+INSERT INTO found (content, session_id, seq, turn, source) VALUES (:content, :session_id, :seq, :turn, :source)

@@ -1,0 +1,2 @@
+INSERT INTO block (session_id, digest, codec, size_bytes, data)
+VALUES (:session_id, :digest, :codec, :size_bytes, :data)

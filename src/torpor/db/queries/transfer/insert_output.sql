@@ -1,0 +1,2 @@
+INSERT INTO output (session_id, channel, incarnation, position, data, wall_ns)
+VALUES (:session_id, :channel, :incarnation, :position, :data, :wall_ns)

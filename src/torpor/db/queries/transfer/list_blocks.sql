@@ -1,0 +1,4 @@
+SELECT session_id, digest, codec, size_bytes, data
+FROM block
+WHERE session_id = :session_id
+ORDER BY digest

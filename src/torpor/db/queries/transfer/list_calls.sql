@@ -1,0 +1,5 @@
+SELECT call_id, session_id, state, key_exact, key_canonical, key_logical, about, incarnation, stream,
+    request_bytes, intended_seq, ended_seq, usage
+FROM call
+WHERE session_id = :session_id
+ORDER BY intended_seq

@@ -1,0 +1,183 @@
+"""Erasing content for good: finding what fits, and putting a mask of the same length in its place.
+
+A mask keeps every length, and so the chain's digests of layouts, the offsets of half delivered answers, and JSON. The
+event session.redacted names the digest of each mask: content that is masked without such an event is damage.
+Events themselves, and images from before, keep what they hold.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torpor.core.errors import Conflict, NotFound
+from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.ids import CallId, SessionId
+from torpor.db import answers, blocks, outputs, requests
+from torpor.db.calls import load_calls, tear_open
+from torpor.db.database import Transaction
+from torpor.db.fence import held_row
+from torpor.db.log import append
+from torpor.db.masking import MASK, mask, mask_answer, shown
+
+Answer = tuple[CallId, int]
+"""A call and the number of an attempt."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a redaction would mask: the content as it will be, by where it is.
+
+    Attributes:
+        places: for people, each match with what is around it.
+    """
+
+    blocks: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
+    answers: dict[Answer, bytes] = field(default_factory=dict[Answer, bytes])
+    output: dict[tuple[int, int, int], bytes] = field(default_factory=dict[tuple[int, int, int], bytes])
+    places: list[str] = field(default_factory=list[str])
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks or self.answers or self.output)
+
+
+def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
+    """The whole of one block, or of every answer with this digest.
+
+    Raises:
+        NotFound: `block_not_found`.
+        Conflict: `block_redacted`; `manifest_kept`, without a manifest no request comes together.
+    """
+    plan = Plan()
+    for call in load_calls(tx, session_id):
+        request = requests.find(tx, call.call_id)
+        if request is not None and request.manifest == digest:
+            raise Conflict("manifest_kept", f"cannot redact block {digest.hex()}: it lists a request's pieces")
+        for attempt in call.attempts:
+            body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
+            if body and blocks.digest_of(body) == digest:
+                plan.answers[call.call_id, attempt.number] = MASK * len(body)
+                plan.places.append(f"answer of {call.call_id}, attempt {attempt.number}: {len(body)} bytes")
+    if tx.one("block/find", session_id=session_id, digest=digest) is not None:
+        content = blocks.get(tx, session_id, digest)
+        plan.blocks[digest] = MASK * len(content)
+        plan.places.append(f"block {digest.hex()}: {shown(content, 0, len(content))}")
+    if not plan:
+        raise NotFound("block_not_found", f"cannot redact {digest.hex()}: session {session_id} has no such content")
+    return plan
+
+
+def plan_pattern(tx: Transaction, session_id: SessionId, pattern: re.Pattern[bytes]) -> Plan:
+    """Everything that fits a pattern: in requests, in answers (also where events cut a text apart), in output."""
+    plan = Plan()
+    pairs: set[tuple[bytes, bytes]] = set()
+    for call in load_calls(tx, session_id):
+        request = requests.find(tx, call.call_id)
+        if request is not None:
+            _plan_blocks(tx, session_id, [request.head_digest], pattern, plan)
+            pieces = requests.pieces_of(requests.read_list(tx, session_id, request.manifest))
+            for run in _fresh_runs(pieces, pairs):
+                _plan_blocks(tx, session_id, run, pattern, plan)
+        for attempt in call.attempts:
+            body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
+            masked, places = mask_answer(body, pattern)
+            if places:
+                plan.answers[call.call_id, attempt.number] = masked
+                plan.places += [f"answer of {call.call_id}: {place}" for place in places]
+    for channel in (outputs.STDOUT, outputs.STDERR):
+        _plan_output(tx, session_id, channel, pattern, plan)
+    return plan
+
+
+def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Plan, wall_ns: int) -> Event:
+    """Carry a plan out, with its event: all in one transaction, so a crash leaves all of it or nothing."""
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    row = held_row(tx, session_id, owner_token)
+    tear_open(tx, **owner, wall_ns=wall_ns)  # their pumps died with their node; what came of them is closed now
+    for digest, masked in plan.blocks.items():
+        blocks.redact(tx, **owner, digest=digest, masked=masked)
+    for (call_id, attempt), masked in plan.answers.items():
+        answers.redact(tx, **owner, call_id=call_id, attempt=attempt, masked=masked)
+    for (channel, incarnation, position), masked in plan.output.items():
+        tx.run(
+            "output/redact_fenced", **owner, channel=channel, incarnation=incarnation, position=position, data=masked
+        )
+    data = {
+        "blocks": {digest.hex(): blocks.digest_of(masked).hex() for digest, masked in plan.blocks.items()},
+        "answers": [
+            [call_id, attempt, blocks.digest_of(masked).hex()] for (call_id, attempt), masked in plan.answers.items()
+        ],
+        "output_pieces": len(plan.output),
+    }
+    draft = EventDraft(kind=Kind.SESSION_REDACTED, incarnation=row["incarnation"], data=data)
+    return append(tx, **owner, drafts=[draft], wall_ns=wall_ns)[0]
+
+
+def masks(events: Iterable[Event]) -> dict[str | Answer, str]:
+    """The digest (hex) of each mask by what it masks (a block's digest in hex, or an answer); the last one counts."""
+    told: dict[str | Answer, str] = {}
+    for event in events:
+        if event.kind is Kind.SESSION_REDACTED:
+            told.update(event.data["blocks"])
+            told.update({(CallId(call_id), attempt): digest for call_id, attempt, digest in event.data["answers"]})
+    return told
+
+
+def _fresh_runs(pieces: list[bytes], pairs: set[tuple[bytes, bytes]]) -> Iterator[list[bytes]]:
+    """The stretches of a body in which two pieces stand side by side that did not before.
+
+    A conversation is sent again and again: so each piece, and each seam, is looked at once.
+    """
+    run: list[bytes] = []
+    previous = b""
+    for piece in pieces:
+        if (previous, piece) in pairs:
+            if run:
+                yield run
+            run = []
+        else:
+            pairs.add((previous, piece))
+            run = [*run, piece] if run or not previous else [previous, piece]
+        previous = piece
+    if run:
+        yield run
+
+
+def _plan_blocks(
+    tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan
+) -> None:
+    contents = blocks.read_many(tx, session_id, run)
+    text = b"".join(contents[digest].data for digest in run)
+    masked, places = mask(text, pattern)
+    if not places:
+        return
+    plan.places += [f"request: {place}" for place in places]
+    at = 0
+    for digest in run:
+        end = at + len(contents[digest].data)
+        if masked[at:end] != text[at:end]:
+            before = plan.blocks.get(digest, contents[digest].data)
+            plan.blocks[digest] = _both(before, masked[at:end], contents[digest].data)
+        at = end
+
+
+def _both(one: bytes, other: bytes, original: bytes) -> bytes:
+    """What either of two maskings of one text has masked."""
+    if one == original:
+        return other
+    pairs = zip(one, other, original, strict=True)
+    return bytes(b if a == o else a for a, b, o in pairs)
+
+
+def _plan_output(tx: Transaction, session_id: SessionId, channel: int, pattern: re.Pattern[bytes], plan: Plan) -> None:
+    """Every row of a channel, also those that a later incarnation supersedes."""
+    rows = tx.all("output/list_rows", session_id=session_id, channel=channel)
+    text = b"".join(bytes(row["data"]) for row in rows)
+    masked, places = mask(text, pattern)
+    plan.places += [f"{'stdout' if channel == outputs.STDOUT else 'stderr'}: {place}" for place in places]
+    at = 0
+    for row in rows:
+        end = at + len(row["data"])
+        if masked[at:end] != text[at:end]:
+            plan.output[channel, row["incarnation"], row["position"]] = masked[at:end]
+        at = end

@@ -1,0 +1,268 @@
+"""Turns as people read them: what each model call saw, what it answered, which tools that led to, and where time went.
+
+A turn's number counts the session's model calls in the order in which they were intended, from 1. Everything is derived
+from the log; a tool's result is found in the pieces that the next requests brought for the first time.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torpor.core.call import Call, CallState, ResponseHead
+from torpor.core.errors import NotFound
+from torpor.core.events import Event, Kind
+from torpor.core.ids import CallId, SessionId
+from torpor.db import answers, blocks, calls, checkpoints, log, requests
+from torpor.db.database import Transaction
+from torpor.db.requests import BASES_TRIED, RequestHead
+from torpor.gateway.request import Headers, RequestLine, decoded_body
+from torpor.gateway.transcript import Answered, Asked, Part, read_answer, read_request
+
+_OBJECTS_MAX = 256
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """A tool that an answer called; `result` is None while no later request had it."""
+
+    name: str
+    tool_id: str | None
+    arguments: str
+    result: str | None = None
+    is_error: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One line of `torpor turns`.
+
+    Attributes:
+        thinking_ns: from the first sending to the end of the answer; None while it has none.
+        frozen_ns: how long the agent stood still for checkpoints, or did not live, before the next turn.
+    """
+
+    number: int
+    call: Call
+    wall_ns: int
+    thinking_ns: int | None
+    frozen_ns: int
+    finish_reason: str | None
+    tools: tuple[ToolUse, ...]
+    repeated: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnContent:
+    """One turn in full. `request` and `answer` are the bytes as they are logged; masks where `redacted`."""
+
+    number: int
+    turns: int
+    call: Call
+    request_head: RequestHead | None
+    request: bytes
+    answer_head: ResponseHead | None
+    answer: bytes
+    redacted: bool
+
+    @property
+    def asked(self) -> Asked:
+        headers = () if self.request_head is None else self.request_head.headers
+        return read_request(self.call.dialect, decoded(headers, self.request))
+
+    @property
+    def answered(self) -> Answered:
+        headers = () if self.answer_head is None else self.answer_head.headers
+        return read_answer(self.call.dialect, decoded(headers, self.answer))
+
+
+def read_turn(tx: Transaction, session_id: SessionId, number: int) -> TurnContent:
+    """Raises:
+    NotFound: `turn_not_found`.
+    """
+    made = calls.list_llm(tx, session_id)
+    if not 1 <= number <= len(made):
+        raise NotFound(
+            "turn_not_found",
+            f"cannot find turn {number} of session {session_id}: it has {len(made)}",
+            hint="`torpor turns SESSION` lists them.",
+        )
+    call = calls.load_call(tx, made[number - 1])
+    request = requests.read_request(tx, call.call_id)
+    head, body, masked = read_response(tx, call)
+    return TurnContent(
+        number=number,
+        turns=len(made),
+        call=call,
+        request_head=request.head,
+        request=request.body,
+        answer_head=head,
+        answer=body,
+        redacted=request.redacted or masked,
+    )
+
+
+def read_response(tx: Transaction, call: Call) -> tuple[ResponseHead | None, bytes, bool]:
+    """The last attempt's head and body, and whether a part of it was redacted."""
+    if not call.attempts:
+        return None, b"", False
+    attempt = call.attempts[-1]
+    chunks, masked = answers.load(tx, call.call_id, attempt.number)
+    return attempt.head, b"".join(chunk.data for chunk in chunks), masked
+
+
+def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
+    """Every turn, oldest first."""
+    found = [call for call in calls.load_calls(tx, session_id) if call.is_llm]
+    events = log.events(tx, session_id)
+    told = _told(events)
+    frozen = _frozen(tx, session_id, events, [call.intended_seq for call in found])
+    turns: list[Turn] = []
+    for number, call in enumerate(found, 1):
+        mine = told.get(call.call_id, [])
+        ended = next((event for event in mine if event.seq == call.ended_seq), None)
+        sent = next((event.wall_ns for event in mine if event.kind is Kind.CALL_SENT), None)
+        data: Mapping[str, Any] = ended.data if ended is not None else {}
+        turn = Turn(
+            number=number,
+            call=call,
+            wall_ns=mine[0].wall_ns if mine else 0,
+            thinking_ns=ended.wall_ns - sent if ended is not None and sent is not None else None,
+            frozen_ns=frozen.get(call.intended_seq, 0),
+            finish_reason=data.get("finish_reason"),
+            tools=_tools(tx, call),
+            repeated=sum(event.kind is Kind.CALL_REPEATED for event in mine),
+            error=data.get("error"),
+        )
+        turns.append(turn)
+    return _with_results(tx, session_id, turns)
+
+
+class FreshParts:
+    """What each request of a session brought that the ones before it did not have; feed it calls in order."""
+
+    def __init__(self, session_id: SessionId) -> None:
+        self._session_id = session_id
+        self._recent: deque[frozenset[bytes]] = deque(maxlen=BASES_TRIED)
+
+    def of(self, tx: Transaction, call_id: CallId) -> bytes:
+        """The new pieces of its body and the ends of what is new: mostly whole JSON objects, and rests of others."""
+        request = requests.find(tx, call_id)
+        if request is None:
+            return b""
+        pieces = requests.pieces_of(requests.read_list(tx, self._session_id, request.manifest))
+        known = frozenset[bytes]().union(*self._recent)
+        self._recent.append(frozenset(pieces))
+        fresh = [piece not in known for piece in pieces]
+        # The end of a new message is often a piece that an older one ends with.
+        wanted = [piece for at, piece in enumerate(pieces) if fresh[at] or (at and fresh[at - 1])]
+        contents = blocks.read_many(tx, self._session_id, wanted)
+        return b"".join(contents[piece].data for piece in wanted)
+
+
+def decoded(headers: Headers, body: bytes) -> bytes:
+    """A body without its content-encoding."""
+    return decoded_body(RequestLine(method="", target="", http_version="1.1", headers=headers, continued=False), body)
+
+
+def _told(events: Sequence[Event]) -> dict[CallId, list[Event]]:
+    told: dict[CallId, list[Event]] = {}
+    for event in events:
+        if event.call_id is not None:
+            told.setdefault(event.call_id, []).append(event)
+    return told
+
+
+def _frozen(tx: Transaction, session_id: SessionId, events: Sequence[Event], starts: list[int]) -> dict[int, int]:
+    """By each turn's first seq: the freezes of its checkpoints, and the time without a living sandbox."""
+    stood: list[tuple[int, int]] = [(point.seq, point.freeze_ns) for point in checkpoints.list_intact(tx, session_id)]
+    last_ns = 0
+    for event in events:
+        if event.kind is Kind.RECOVERY_CHOSEN and event.incarnation > 1 and last_ns:
+            stood.append((event.seq, max(0, event.wall_ns - last_ns)))
+        if event.kind not in _AFTER_DEATH:
+            last_ns = event.wall_ns
+    frozen: dict[int, int] = {}
+    for seq, duration in stood:
+        start = max((start for start in starts if start <= seq), default=None)
+        if start is not None:
+            frozen[start] = frozen.get(start, 0) + duration
+    return frozen
+
+
+_AFTER_DEATH = frozenset(
+    {
+        Kind.LEASE_ACQUIRED,
+        Kind.SESSION_STATUS,
+        Kind.INCARNATION_ENDED,
+        Kind.INCARNATION_STARTED,
+        Kind.RECOVERY_REJECTED,
+        Kind.CALL_TORN,
+        Kind.STREAM_RESET,
+        Kind.SESSION_REDACTED,
+    }
+)
+"""What is logged of a session between two lives of its sandbox."""
+
+
+def _tools(tx: Transaction, call: Call) -> tuple[ToolUse, ...]:
+    if call.state is not CallState.ANSWERED:
+        return ()
+    head, body, _ = read_response(tx, call)
+    answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
+    return tuple(
+        ToolUse(name=part.name or "?", tool_id=part.tool_id, arguments=part.text)
+        for part in answered.message.parts
+        if part.kind == "tool_call"
+    )
+
+
+def _with_results(tx: Transaction, session_id: SessionId, turns: list[Turn]) -> list[Turn]:
+    """Join tools with the results that later requests brought; each result answers the oldest call of its id."""
+    parts = FreshParts(session_id)
+    waiting: dict[str, list[tuple[int, int]]] = {}
+    tools = [list(turn.tools) for turn in turns]
+    for at, turn in enumerate(turns):
+        for result in tool_results(turn.call.dialect, parts.of(tx, turn.call.call_id)):
+            asked = waiting.get(result.tool_id or "")
+            if asked:
+                index, position = asked.pop(0)
+                tools[index][position] = replace(tools[index][position], result=result.text, is_error=result.is_error)
+        for position, tool in enumerate(turn.tools):
+            waiting.setdefault(tool.tool_id or "", []).append((at, position))
+    return [replace(turn, tools=tuple(tools[at])) for at, turn in enumerate(turns)]
+
+
+def tool_results(dialect: str, fresh: bytes) -> Iterator[Part]:
+    """The tool results in a piece of a request."""
+    for value in objects(fresh):
+        for shape in (value, {"role": "user", "content": [value]}, {"role": "user", "parts": [value]}):
+            body = json.dumps({"messages": [shape], "input": [shape], "contents": [shape]}).encode()
+            found = [
+                part
+                for message in read_request(dialect, body).messages
+                for part in message.parts
+                if part.kind == "tool_result"
+            ]
+            if found:
+                yield from found
+                break
+
+
+def objects(text: bytes) -> Iterator[dict[str, Any]]:
+    """The outermost JSON objects that stand whole in a piece of JSON."""
+    plain = text.decode(errors="replace")
+    at = plain.find("{")
+    for _ in range(_OBJECTS_MAX):
+        if at < 0:
+            return
+        try:
+            value, end = _DECODER.raw_decode(plain, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield value
+        at = plain.find("{", end)

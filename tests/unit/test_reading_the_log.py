@@ -1,0 +1,187 @@
+"""Turns, search, export and signed heads: what is read back is what was logged, and nothing false is believed."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.unit.db.scene import NOW, Scene, new_scene
+
+from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
+from torpor.core.ids import CallId
+from torpor.db import log, requests, verify
+from torpor.db.database import Database, open_database
+from torpor.runtime import heads, spans, transfer, turns
+from torpor.runtime.home import Home
+from torpor.runtime.search import open_index
+from torpor.testing.clock import FakeClock
+from torpor.testing.coding_agent import CodingAgent
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    database = await open_database(f"sqlite://{tmp_path}/torpor.db", clock=FakeClock())
+    yield await new_scene(database)
+    await database.close()
+
+
+async def converse(scene: Scene, agent: CodingAgent, count: int) -> list[tuple[CallId, bytes, bytes]]:
+    made: list[tuple[CallId, bytes, bytes]] = []
+    for _ in range(count):
+        body = agent.body()
+        pieces = agent.answer()
+        call_id = await scene.write(lambda tx, body=body, pieces=pieces: scene.answer(tx, *pieces, body=body))
+        made.append((call_id, body, b"".join(pieces)))
+    return made
+
+
+async def found(scene: Scene, home: Home, *words: str) -> list[tuple[int | None, str]]:
+    async with open_index(home, scene.database, FakeClock()) as index:
+        return [(match.turn, match.source) for match in await index.find(list(words), session_id=None, limit=50)]
+
+
+async def test_a_turn_has_the_exact_bytes_and_the_tools_have_their_results(scene: Scene) -> None:
+    made = await converse(scene, CodingAgent(), 4)
+    for number, (call_id, body, answer) in enumerate(made, 1):
+        content = await scene.read(lambda tx, number=number: turns.read_turn(tx, scene.session_id, number))
+        assert (content.call.call_id, content.request, content.answer) == (call_id, body, answer)
+    listed = await scene.read(lambda tx: turns.list_turns(tx, scene.session_id))
+    assert [turn.tools[0].name for turn in listed] == ["Bash"] * 4
+    results = [json.loads(made[-1][1])["messages"][at]["content"][0]["content"] for at in (2, 4, 6)]
+    assert [turn.tools[0].result for turn in listed] == [*results, None]
+
+
+async def test_unknown_turn_is_not_found(scene: Scene) -> None:
+    await converse(scene, CodingAgent(), 1)
+    for number in (0, -1, 2):
+        with pytest.raises(NotFound):
+            await scene.read(lambda tx, number=number: turns.read_turn(tx, scene.session_id, number))
+
+
+async def test_search_finds_new_text_once_in_the_turn_that_brought_it(scene: Scene, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    agent = CodingAgent()
+    await converse(scene, agent, 2)
+    assert await found(scene, home, "nowhere") == []
+    agent.say("the quick brown platypus")
+    await converse(scene, agent, 3)
+    assert await found(scene, home, "platypus") == [(3, "request")]
+    assert await found(scene, home, "quick brown", "platy*") == [(3, "request")]
+    assert await found(scene, home, '"quick" OR platypus') == []
+
+
+async def test_two_searches_at_once_index_everything_once(scene: Scene, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    agent = CodingAgent()
+    agent.say("platypus")
+    await converse(scene, agent, 3)
+    async with asyncio.TaskGroup() as tasks:
+        both = [tasks.create_task(found(scene, home, "platypus")) for _ in range(2)]
+    assert {tuple(task.result()) for task in both} == {((1, "request"),)}
+    assert await found(scene, home, "platypus") == [(1, "request")]
+
+
+async def imported(path: Path, lines: list[str]) -> tuple[Database, str]:
+    database = await open_database(f"sqlite://{path}/torpor.db", clock=FakeClock())
+    try:
+        return database, await database.write(lambda tx: transfer.import_lines(tx, lines), durable=True)
+    except BaseException:
+        await database.close()
+        raise
+
+
+async def exported(scene: Scene) -> list[str]:
+    lines = await scene.read(lambda tx: list(transfer.export_lines(tx, scene.session_id)))
+    return [json.dumps(line) for line in lines]
+
+
+async def test_export_comes_back_with_the_same_chain_and_bytes(scene: Scene, tmp_path: Path) -> None:
+    made = await converse(scene, CodingAgent(), 3)
+    lines = await exported(scene)
+    other, session_id = await imported(tmp_path / "other", lines)
+    assert session_id == scene.session_id
+    before = await scene.read(lambda tx: log.events(tx, scene.session_id))
+    assert await other.read(lambda tx: log.events(tx, scene.session_id)) == before
+    assert await other.read(lambda tx: verify.verify_chain(tx, scene.session_id)) == []
+    for call_id, body, _ in made:
+        assert (await other.read(lambda tx, call_id=call_id: requests.get_request(tx, call_id)))[1] == body
+    with pytest.raises(Conflict):
+        await other.write(lambda tx: transfer.import_lines(tx, lines), durable=True)
+    await other.close()
+
+
+async def test_import_of_anything_else_leaves_nothing(scene: Scene, tmp_path: Path) -> None:
+    await converse(scene, CodingAgent(), 1)
+    lines = await exported(scene)
+    event = next(at for at, line in enumerate(lines) if '"row": "event"' in line)
+    changed = lines[event].replace('"incarnation": 0', '"incarnation": 7')
+    assert changed != lines[event]
+    wrong = {
+        "empty": [],
+        "cut off": lines[:-1],
+        "a line gone": [*lines[:5], *lines[6:]],
+        "no JSON": [lines[0], "{"],
+        "changed": [*lines[:event], changed, *lines[event + 1 :]],
+        "of another session": [lines[0], lines[1].replace(scene.session_id, "ses_other"), *lines[2:]],
+        "a table of its own": [lines[0], json.dumps({"row": "session"}), *lines[1:]],
+    }
+    for name, candidate in wrong.items():
+        with pytest.raises((InvalidInput, Conflict)):
+            await imported(tmp_path / name, candidate)
+        database = await open_database(f"sqlite://{tmp_path / name}/torpor.db", clock=FakeClock())
+        assert await database.read(lambda tx: tx.one("session/find_by_id", session_id=scene.session_id)) is None, name
+        await database.close()
+
+
+async def test_signed_head_holds_as_the_log_goes_on_and_not_when_it_is_another(scene: Scene, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    heads.new_key(key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    await converse(scene, CodingAgent(), 1)
+    signed = heads.sign(await scene.read(lambda tx: heads.read_head(tx, scene.session_id)), key)
+    await converse(scene, CodingAgent(), 1)
+    await scene.read(lambda tx: heads.check(tx, scene.session_id, signed, key=signed["key"]))
+    heads.new_key(tmp_path / "other")
+    other = heads.sign(await scene.read(lambda tx: heads.read_head(tx, scene.session_id)), tmp_path / "other")
+    for wrong in ({**signed, "hash": other["hash"]}, {**signed, "seq": 2}, {**signed, "signature": other["signature"]}):
+        with pytest.raises(Damaged):
+            await scene.read(lambda tx, wrong=wrong: heads.check(tx, scene.session_id, wrong, key=None))
+    with pytest.raises(Damaged):
+        await scene.read(lambda tx: heads.check(tx, scene.session_id, other, key=signed["key"]))
+    with pytest.raises(InvalidInput):
+        await scene.read(lambda tx: heads.check(tx, scene.session_id, {"seq": 1}, key=None))
+
+
+async def test_key_that_others_may_read_is_refused(scene: Scene, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    heads.new_key(key)
+    key.chmod(0o644)
+    head = await scene.read(lambda tx: heads.read_head(tx, scene.session_id))
+    with pytest.raises(InvalidInput):
+        heads.sign(head, key)
+    with pytest.raises(InvalidInput):
+        heads.new_key(key)
+
+
+async def test_spans_have_the_conventions_names_and_no_contents(scene: Scene) -> None:
+    await converse(scene, CodingAgent(), 2)
+    root = await scene.read(lambda tx: spans.session_spans(tx, scene.session_id, contents=False))
+    assert root.attributes["gen_ai.operation.name"] == "invoke_agent"
+    operations = [span.attributes["gen_ai.operation.name"] for span in root.below]
+    assert operations == ["chat", "execute_tool", "chat"]
+    assert root.below[0].attributes["gen_ai.provider.name"] == "anthropic"
+    assert root.below[0].attributes["gen_ai.response.finish_reasons"] == ["tool_use"]
+    assert not any("messages" in name for span in root.below for name in span.attributes)
+    assert root.start_ns == NOW
+
+
+async def test_redaction_drops_the_search_index(scene: Scene, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    agent = CodingAgent()
+    agent.say("platypus")
+    await converse(scene, agent, 1)
+    assert await found(scene, home, "platypus")
+    home.drop_search_index()
+    assert not list(tmp_path.glob("search.db*"))
+    assert await found(scene, home, "platypus") == [(1, "request")]
