@@ -25,11 +25,12 @@ with atheris.instrument_imports(include=["torpor", "h11"]):
     from torpor.gateway.admission import LocalAnswer, admit
     from torpor.gateway.answer import AnswerReader
     from torpor.gateway.dialects import DIALECTS
+    from torpor.gateway.dialects.base import Shape
     from torpor.gateway.dialects.sse import EventSplitter, json_object
     from torpor.gateway.intake import Intake, from_log, take_in
     from torpor.gateway.request import Request, RequestLine, Room
-    from torpor.gateway.reshape import Shape, reshaped
-    from torpor.gateway.routing import Destination
+    from torpor.gateway.reshape import reshaped
+    from torpor.gateway.routing import Destination, Routing
     from torpor.gateway.telling import with_note
 
 from torpor.core.call import ResponseHead, response_bytes
