@@ -15,7 +15,21 @@ from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
-from torpor.db import blocks, calls, checkpoints, log, outputs, redaction, redo, requests, sessions, verify
+from torpor.core.waitpoint import WaitpointKind
+from torpor.db import (
+    blocks,
+    budgets,
+    calls,
+    checkpoints,
+    log,
+    outputs,
+    redaction,
+    redo,
+    requests,
+    sessions,
+    verify,
+    waitpoints,
+)
 from torpor.db.database import Database, Row, Transaction, Value, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
@@ -155,7 +169,9 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 # --- the fence ----------------------------------------------------------------------------------------------------
 
-AREAS: list[ModuleType] = [sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction]
+AREAS: list[ModuleType] = [
+    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
     for area in AREAS
@@ -187,6 +203,9 @@ class Rows:
             tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
         )
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
+        waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
+        waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
         self.call = scene.new_call()
 
     def redo_set(self, tx: Transaction) -> RedoSet:
@@ -195,6 +214,7 @@ class Rows:
     def arguments(self, tx: Transaction) -> dict[str, dict[str, object]]:
         chunk = calls.Chunk(number=1, offset_ns=1, data=b"z")
         point = self.checkpoint.checkpoint_id
+        budget = WaitpointKind.BUDGET
         return {
             "sessions.release": {"wall_ns": NOW},
             "sessions.set_status": {"status": SessionStatus.RUNNING, "wall_ns": NOW},
@@ -204,6 +224,7 @@ class Rows:
             "log.append": {"drafts": [NOTE, NOTE], "wall_ns": NOW},
             "calls.intend": {"call": self.call, "head": REQUEST_HEAD, "body": self.body, "wall_ns": NOW},
             "calls.mark_sent": {"call_id": self.intended.call_id, "wall_ns": NOW},
+            "calls.note_retry": {"call_id": self.sent, "facts": {"status": 529}, "wall_ns": NOW},
             "calls.record_head": {"call_id": self.sent, "attempt": 1, "head": HEAD, "wall_ns": NOW},
             "calls.append_chunks": {"call_id": self.open, "attempt": 1, "chunks": [chunk]},
             "calls.complete": {"call_id": self.open, "usage": {}, "wall_ns": NOW},
@@ -219,6 +240,10 @@ class Rows:
                 "plan": redaction.plan_pattern(tx, self.scene.session_id, re.compile(b"x|hello|accept")),
                 "wall_ns": NOW,
             },
+            "budgets.admit": {"call_id": self.intended.call_id, "needed_nanousd": 10, "wall_ns": NOW},
+            "budgets.add": {"amount_nanousd": 1, "wall_ns": NOW},
+            "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
+            "waitpoints.resolve_all": {"kind": budget, "resolution": {}, "wall_ns": NOW},
             "checkpoints.commit": {"checkpoint": self.scene.checkpoint(1, self.checkpoint.seq), "wall_ns": NOW},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},

@@ -43,6 +43,7 @@ def admit(
     tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId, needed_nanousd: int, wall_ns: int
 ) -> Verdict:
     """Whether a call may be sent, in the transaction that then sends it; one that must be held waits from here on."""
+    held_row(tx, session_id, owner_token)
     verdict = decide(account(tx, session_id), needed_nanousd)
     if verdict is Verdict.HOLD:
         waitpoints.wait_on(

@@ -45,6 +45,7 @@ def resolve_all(
     wall_ns: int,
 ) -> list[Waitpoint]:
     """Resolve every open waitpoint of a kind; who waited on them looks again. Commit it durably."""
+    held_row(tx, session_id, owner_token)
     points = [point for point in open_waitpoints(tx, session_id) if point.kind is kind]
     for point in points:
         tx.run(
