@@ -284,3 +284,16 @@ async def test_an_empty_redo_set_makes_a_checkpoint_anew(tmp_path: Path) -> None
         stage.checkpoint_for.outcome = checkpoint_of(stage, number=9)
         async with stage.node(incarnation=2, redo=RedoSet()):
             assert await stage.raw(http_request(CHECKPOINT, b"")) != first
+
+
+async def test_what_torpor_is_asked_needs_no_price_no_budget_and_no_upstream(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path, budget="0.000001") as stage:
+        # An upstream that would take everything takes nothing of this API.
+        starred = replace(stage.upstreams[0], name="all", paths=("* /*",))
+        stage.upstreams, stage.prices = (starred,), ()
+        async with stage.node() as node:
+            assert status_of(await stage.raw(note("free"))) == 201
+            assert status_of(await stage.raw(get(SESSION))) == 200
+            assert [call.attempts[-1].cost_nanousd for call in await node.calls()] == [None, None]
+            assert {call.dialect for call in await node.calls()} == {"torpor"}
+            assert stage.model.requests == []

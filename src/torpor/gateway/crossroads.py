@@ -34,6 +34,11 @@ class Crossroads:
         """Whether a call may leave the path without asking."""
         return not self.policy.holds or self._allowed
 
+    @property
+    def holding(self) -> bool:
+        """Whether a call is held."""
+        return self._reached.is_set()
+
     async def reached(self) -> str:
         """Wait until a call is held; what it asks for."""
         await self._reached.wait()

@@ -127,6 +127,7 @@ class Owner:
         """Raise the budget and let go on what it held."""
         account = await self._records.add_to_budget(amount_nanousd)
         self._gateway.look_again()
+        await self._wait_at_crossroads()
         return account
 
     async def _lives(self) -> Outcome:
@@ -233,6 +234,7 @@ class Owner:
                 self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
                 self._gateway.look_again()
+                await self._wait_at_crossroads()
                 self._wanted = None
                 self._asked.clear()
                 self._stop_refused.set()
@@ -338,10 +340,15 @@ class Owner:
     async def _ask_at_crossroads(self) -> None:
         """Under the policy `ask`: the session waits, with its sandbox, until a person lets the held call go."""
         what = await self._crossroads.reached()
-        await self._records.set_status(SessionStatus.WAITING, f"the agent takes another path than the log's: {what}")
+        await self._wait_at_crossroads()
         self._watcher.notice(f"waiting: the agent takes another path ({what}); `torpor resume --continue` lets it")
         await self._crossroads.decided()
-        await self._records.set_status(SessionStatus.RUNNING, "a person let the agent take another path")
+        await self._records.go_on("a person let the agent take another path")
+
+    async def _wait_at_crossroads(self) -> None:
+        """The session waits while a call is held there, whatever else lets it run."""
+        if self._crossroads.policy is OnDivergence.ASK and self._crossroads.holding:
+            await self._records.wait(f"the agent takes another path than the log's: {self._crossroads.what}")
 
     async def _prepare_slot(self, number: int) -> None:
         """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""

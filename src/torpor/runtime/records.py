@@ -16,7 +16,7 @@ from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.core.money import Account
 from torpor.core.session import SessionStatus
-from torpor.db import budgets, calls, checkpoints, log, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, log, outputs, sessions, waitpoints
 from torpor.db.database import Database, Transaction
 
 
@@ -63,6 +63,24 @@ class Records:
                     reason=reason,
                     exit_status=exit_status,
                 )
+
+        await self.database.write(work, durable=True)
+
+    async def wait(self, reason: str) -> None:
+        """A session that runs waits from now on; one that is on its way to sleep, or to its end, keeps its status."""
+        await self._move(SessionStatus.RUNNING, SessionStatus.WAITING, reason)
+
+    async def go_on(self, reason: str) -> None:
+        """A session that waits runs again, unless it also waits on a waitpoint."""
+        await self._move(SessionStatus.WAITING, SessionStatus.RUNNING, reason)
+
+    async def _move(self, present: SessionStatus, wanted: SessionStatus, reason: str) -> None:
+        fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+
+        def work(tx: Transaction) -> None:
+            held = wanted is SessionStatus.RUNNING and waitpoints.open_waitpoints(tx, self.session_id)
+            if sessions.get(tx, self.session_id).status is present and not held:
+                sessions.set_status(tx, **fence, status=wanted, wall_ns=self._clock.wall_ns(), reason=reason)
 
         await self.database.write(work, durable=True)
 
