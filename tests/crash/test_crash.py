@@ -21,9 +21,9 @@ KILLS_PER_SESSION = 10
 NODE_POINTS = [
     point
     for point in CRASH_POINTS
-    # The model of these sessions refuses nothing (the gateway's own tests have one that does), and their agent never
-    # takes another path under a policy that minds.
-    if not point.startswith(("backend.", "divergence.", "session.")) and point != "call.retried"
+    # The model of these sessions refuses nothing, nobody stops them, they have no budget, and no policy minds another
+    # path: other tests have those.
+    if not point.startswith(("backend.", "divergence.", "session.", "waitpoint.")) and point != "call.retried"
 ]
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 
@@ -41,7 +41,8 @@ class Plan:
         if self._random.random() < 0.5:
             if not self._points:
                 self._points = self._random.sample(NODE_POINTS, len(NODE_POINTS))
-            return "point", f"{self._points.pop()}:{self._random.randint(1, 3)}"
+            point = self._points.pop()
+            return "point", f"{point}:{1 if point == 'exit.committed' else self._random.randint(1, 3)}"
         return self._random.choice(["node", "sandbox", "both"]), ""
 
     def seconds(self) -> float:
