@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,18 @@ async def test_a_note_still_owed_is_told_by_the_next_node_and_goes_with_each_att
         with_note = [request for request in stage.model.requests if told.data["text"].encode() in request.body]
         assert len(with_note) == 2
         await connected.__aexit__(None, None, None)
+
+
+async def test_a_budget_reserves_for_the_note_too(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path, budget="9") as stage:
+        priced = json.dumps({**json.loads(question("another")), "model": "scripted-large", "max_tokens": 9}).encode()
+        async with stage.node() as node:
+            await stage.raw(http_request(CHAT, priced))
+            redo = await redo_everything(node)
+        stage.reboot()
+        async with stage.node(incarnation=2, redo=redo, crossroads=Crossroads(OnDivergence.TELL)) as node:
+            await stage.raw(http_request(CHAT, priced.replace(b"another", b"further")))
+            first, second = [Decimal(event.data["reserved"]) for event in await node.events(Kind.CALL_SENT)]
+            plain, noted = [len(request.body) for request in stage.model.requests]
+            # A byte of a prompt is at most a token, and a token costs a microdollar.
+            assert (second - first) * 1_000_000 == noted - plain > 0
