@@ -34,14 +34,19 @@ class Node:
         self.runtime = runtime
         self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
 
-    async def own(self, session_id: SessionId, watcher: "Watcher") -> "Outcome":
-        """Acquire a session and drive it to its end, or until a signal or another command asks to stop."""
-        async with self.runtime.own(session_id, self.holder, wire.answers, watcher) as owner:
+    async def own(self, session_id: SessionId, watcher: "Watcher", *, let_go: bool = False) -> "Outcome":
+        """Acquire a session and drive it to its end, or until a signal or another command asks to stop.
+
+        Args:
+            let_go: a person lets the agent take another path than the log's.
+        """
+        async with self.runtime.own(session_id, self.holder, wire.answers, watcher, let_go=let_go) as owner:
             ended = asyncio.Event()
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
                 "budget": partial(_budget, owner),
+                "continue": lambda: _let_go(owner),
                 "kill": lambda: _kill(owner, ended),
                 "stop": lambda: _stop(owner, ended),
             }
@@ -106,6 +111,11 @@ async def _signals(owner: "Owner", watcher: "Watcher") -> AsyncGenerator[None]:
 
 async def _ping() -> dict[str, Any]:
     return {"pid": os.getpid()}
+
+
+async def _let_go(owner: "Owner") -> dict[str, Any]:
+    owner.let_go()
+    return {}
 
 
 async def _checkpoint(owner: "Owner") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, PriceRule, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
-from torpor.core.checkpoint import OpenStream, StreamFate, stream_fate
+from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate
 from torpor.core.clock import SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.events import Event, Kind
@@ -28,6 +28,7 @@ from torpor.core.money import Price, parse_dollars
 from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, Transaction, open_database
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
@@ -210,6 +211,25 @@ class OnCall:
         await self.gate.wait()
 
 
+class CheckpointFor:
+    """The runtime's way to a checkpoint that the agent asks for: counts, can hold, and gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[CallId] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = asyncio.Event()
+        self.outcome: Checkpoint | SandboxFailed | None = None
+
+    async def __call__(self, call: Call) -> Checkpoint | None:
+        self.calls.append(call.call_id)
+        self.asked.set()
+        await self.gate.wait()
+        if isinstance(self.outcome, SandboxFailed):
+            raise self.outcome
+        return self.outcome
+
+
 @dataclass(slots=True)
 class Stage:
     model: ModelServer
@@ -220,6 +240,7 @@ class Stage:
     process: subprocess.Popen[bytes]
     prices: tuple[PriceRule, ...] = ()
     on_call: OnCall = field(default_factory=OnCall)
+    checkpoint_for: CheckpointFor = field(default_factory=CheckpointFor)
 
     @property
     def url(self) -> str:
@@ -262,6 +283,7 @@ class Stage:
         incarnation: int = 1,
         redo: RedoSet | None = None,
         cut: Mapping[StreamId, OpenCall] | None = None,
+        crossroads: Crossroads | None = None,
     ) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
         database = WatchedDatabase(await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK))
@@ -274,6 +296,8 @@ class Stage:
                 clock=CLOCK,
                 upstreams=self.upstreams,
                 on_call=self.on_call,
+                checkpoint_for=self.checkpoint_for,
+                crossroads=crossroads,
                 prices=self.prices,
             )
             async with asyncio.TaskGroup() as group:

@@ -9,17 +9,21 @@ from typing import Annotated
 
 import typer
 
+from torpor import wire
 from torpor.cli.printer import err, notice, print_json
-from torpor.core.errors import InvalidInput, SandboxFailed
+from torpor.core.divergence import OnDivergence
+from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.money import parse_dollars
 from torpor.core.session import SessionStatus
-from torpor.node import Node, open_node
+from torpor.node import Node, open_node, socket_of
 from torpor.runtime.runtime import Request
 from torpor.runtime.watcher import Outcome, Watcher
 
 EXIT_STOPPED, EXIT_KILLED = 79, 137
 """What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
+
+ANSWER_SECONDS = 10
 
 
 class TerminalWatcher(Watcher):
@@ -59,6 +63,9 @@ def run(
     mount: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Host directory shown read-only where it is; repeatable.")
     ] = None,
+    on_divergence: Annotated[
+        OnDivergence, typer.Option(help="What happens when a restored agent takes another path than the log's.")
+    ] = OnDivergence.CONTINUE,
     budget: Annotated[
         str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
     ] = None,
@@ -78,6 +85,7 @@ def run(
         workspace=workspace or Path.cwd(),
         environment=_pairs(env or []),
         mounts=tuple(mount or ()),
+        on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
         any_size=yes,
     )
@@ -97,6 +105,9 @@ def run(
 def resume(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")],
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
+    let_go: Annotated[
+        bool, typer.Option("--continue", help="Let the agent take another path than the log's; a living node is asked.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Go on with a session whose node or sandbox died, or that was stopped.
@@ -108,11 +119,15 @@ def resume(
     async def work() -> Outcome | None:
         async with open_node() as node:
             found = await node.runtime.session(session)
+            socket = socket_of(node.runtime.home.lock(found.session_id)) if let_go else None
+            if socket is not None:
+                await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
+                return None
             if detach:
-                _detach(found.session_id, found.name, json)
+                _detach(found.session_id, found.name, json, let_go=let_go)
                 return None
             err.print(f"session {found.session_id}", markup=False)
-            return await node.own(found.session_id, TerminalWatcher())
+            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go)
 
     _exit_with(asyncio.run(work()))
 
@@ -139,7 +154,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _detach(session_id: SessionId, name: str | None, as_json: bool) -> None:
+def _detach(session_id: SessionId, name: str | None, as_json: bool, *, let_go: bool = False) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -148,8 +163,9 @@ def _detach(session_id: SessionId, name: str | None, as_json: bool) -> None:
 
     home = Home(torpor_home(os.environ))
     log = home.session(session_id) / "node.log"
+    options = ["--continue"] if let_go else []
     ready = start_daemon(
-        [sys.executable, "-m", "torpor", "resume", session_id], log, lambda: is_held(home.lock(session_id))
+        [sys.executable, "-m", "torpor", "resume", *options, session_id], log, lambda: is_held(home.lock(session_id))
     )
     if not ready:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -170,4 +186,10 @@ def _exit_with(outcome: Outcome | None) -> None:
     if outcome.status is SessionStatus.ASLEEP:
         notice("the session was stopped, and is asleep at its newest checkpoint; `torpor resume` goes on with it")
         raise typer.Exit(EXIT_STOPPED)
+    if outcome.status is SessionStatus.FAILED and outcome.exit_status is None:
+        raise Conflict(
+            "session_diverged",
+            "cannot go on with this session: after its restore the agent took another path than the log's",
+            hint="`torpor log` shows where; `torpor pull` brings the files of the newest checkpoint.",
+        )
     raise typer.Exit(outcome.exit_status or 0)

@@ -34,6 +34,19 @@ CALL_TRANSITIONS: Mapping[CallState, frozenset[CallState]] = {
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """They change nothing outside."""
 
+_COUNTING = ("/count_tokens", "/input_tokens", ":countTokens")
+"""What a model would see is counted: a POST that changes nothing either."""
+
+
+def only_reads(method: str, target: str) -> bool:
+    """Whether a request changes nothing outside."""
+    return method in SAFE_METHODS or target.partition("?")[0].endswith(_COUNTING)
+
+
+def changes_outside(method: str, target: str) -> bool:
+    """Whether a request that no model answers may have had an effect; what Torpor itself was asked has none."""
+    return not only_reads(method, target) and target != "/mcp" and not target.startswith("/torpor/")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestKey:
@@ -118,7 +131,7 @@ class Call:
     @property
     def may_be_sent_again(self) -> bool:
         """Whether a second sending is at worst a second bill: a model is asked again, and so is what is only read."""
-        return not self.barrier and (self.is_llm or self.method in SAFE_METHODS)
+        return not self.barrier and (self.is_llm or only_reads(self.method, self.target))
 
 
 def state_without_pump(call: Call) -> CallState:

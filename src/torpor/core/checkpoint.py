@@ -47,7 +47,7 @@ class Checkpoint:
         manifest_digest: SHA-256 (hex) of the snapshot's manifest, checked before a restore.
         next_stream: streams of a restored incarnation that are not inherited count from here.
         stdout_bytes, stderr_bytes: output read from the agent up to the cut.
-        reason: "start", "call", "age", "manual".
+        reason: "start", "call", "age", "manual", "agent", "stop", "exit".
         freeze_ns, commit_ns, raw_bytes, stored_bytes: measurements, for people.
         pending_redo: calls of earlier redo sets that the agent had not yet made again at the cut.
         joinable: calls whose stream had ended unconsumed at the cut: the agent may be about to retry them.

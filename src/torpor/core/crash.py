@@ -23,6 +23,7 @@ CRASH_POINTS: dict[str, str] = {
     "checkpoint.resumed": "an image in memory that nobody names",
     "checkpoint.stored": "a whole snapshot that no checkpoint names",
     "checkpoint.committed": "a checkpoint; its image is still staged in memory",
+    "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "session.asleep": "a paused sandbox of a session that sleeps; the next node kills it and restores",
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",

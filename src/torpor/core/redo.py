@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torpor.core.branch import Timeline
-from torpor.core.call import SAFE_METHODS, Call, CallState, RequestKey
+from torpor.core.call import Call, CallState, RequestKey, changes_outside, only_reads
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId
@@ -28,16 +28,26 @@ class RedoEntry:
     intended_seq: int
     is_llm: bool = True
     method: str = "POST"
+    target: str = ""
 
     @property
     def repeats_safely(self) -> bool:
         """It read something outside, so a fresh answer is better than an old one once the agent took another path."""
-        return not self.is_llm and self.method in SAFE_METHODS
+        return not self.is_llm and only_reads(self.method, self.target)
+
+    @property
+    def is_effect(self) -> bool:
+        return not self.is_llm and changes_outside(self.method, self.target)
 
 
 def entry_of(call: Call) -> RedoEntry:
     return RedoEntry(
-        call_id=call.call_id, key=call.key, intended_seq=call.intended_seq, is_llm=call.is_llm, method=call.method
+        call_id=call.call_id,
+        key=call.key,
+        intended_seq=call.intended_seq,
+        is_llm=call.is_llm,
+        method=call.method,
+        target=call.target,
     )
 
 
@@ -69,15 +79,17 @@ class RedoSet:
 
         The first None while calls are pending is the divergence: `diverged` becomes true, nothing is pending any more.
         """
-        for level in LEVELS:
-            equals = self._by_key.get((level, getattr(key, level)))
-            if equals:
-                entry = min(equals, key=lambda entry: entry.intended_seq)
-                self.attach(entry)
-                return entry.call_id
+        entry = self._find(key)
+        if entry is not None:
+            self.attach(entry)
+            return entry.call_id
         if self._expected:
             self.diverge()
         return None
+
+    def leaves_path(self, key: RequestKey) -> bool:
+        """Whether `match` of this request would be the divergence: a policy decides about it before it is matched."""
+        return bool(self._expected) and self._find(key) is None
 
     def attach(self, entry: RedoEntry) -> None:
         """A stream receives this call's answer: a new call, or one that `match` found."""
@@ -129,7 +141,14 @@ class RedoSet:
         """After a divergence: effects that happened, and that the agent may not know of. Policy decides about them."""
         if not self.diverged:
             return ()
-        return tuple(entry.call_id for entry in self._oldest_first() if not entry.is_llm)
+        return tuple(entry.call_id for entry in self._oldest_first() if entry.is_effect)
+
+    def _find(self, key: RequestKey) -> RedoEntry | None:
+        for level in LEVELS:
+            equals = self._by_key.get((level, getattr(key, level)))
+            if equals:
+                return min(equals, key=lambda entry: entry.intended_seq)
+        return None
 
     def _oldest_first(self) -> Iterator[RedoEntry]:
         return iter(sorted(self._offered.values(), key=lambda entry: entry.intended_seq))

@@ -71,6 +71,18 @@ def list_intact(tx: Transaction, session_id: SessionId) -> list[Checkpoint]:
     return [_checkpoint_of(row) for row in _rows(tx, session_id) if row["damage"] is None]
 
 
+def newest(tx: Transaction, session_id: SessionId) -> Checkpoint | None:
+    """The intact checkpoint with the highest number."""
+    row = tx.one("checkpoint/find_newest", session_id=session_id)
+    return None if row is None else _checkpoint_of(row)
+
+
+def numbered(tx: Transaction, session_id: SessionId, number: int) -> Checkpoint | None:
+    """A checkpoint by its number, damaged or not."""
+    row = tx.one("checkpoint/find_by_number", session_id=session_id, number=number)
+    return None if row is None else _checkpoint_of(row)
+
+
 def list_damaged(tx: Transaction, session_id: SessionId) -> dict[CheckpointId, str]:
     """Why checkpoints do not restore."""
     return {CheckpointId(row["checkpoint_id"]): row["damage"] for row in _rows(tx, session_id) if row["damage"]}

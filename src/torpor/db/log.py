@@ -56,6 +56,12 @@ def events(tx: Transaction, session_id: SessionId, *, after_seq: int = 0, limit:
     return [event_of(row) for row in rows]
 
 
+def last_of_kind(tx: Transaction, session_id: SessionId, kind: Kind) -> Event | None:
+    """The newest event of a kind."""
+    row = tx.one("log/find_last_of_kind", session_id=session_id, kind=kind.value)
+    return None if row is None else event_of(row)
+
+
 def event_of(row: Row) -> Event:
     return Event(
         session_id=SessionId(row["session_id"]),

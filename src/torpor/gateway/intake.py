@@ -1,6 +1,7 @@
 """Turns the bytes of a stream, or a request of the log, into what the gateway needs to know of a call."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -11,13 +12,15 @@ from torpor.core.match import request_key
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
 from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
-from torpor.gateway.dialects import dialect_named
+from torpor.gateway.dialects import OWN, dialect_named
 from torpor.gateway.dialects.base import Route, Shape
+from torpor.gateway.own import answer_here
 from torpor.gateway.record import Claim
 from torpor.gateway.request import (
     Request,
     RequestLine,
     RequestReader,
+    Room,
     Unreadable,
     decoded_body,
     expects_continue,
@@ -25,6 +28,7 @@ from torpor.gateway.request import (
     read_line,
 )
 from torpor.gateway.routing import Destination, Routing
+from torpor.gateway.telling import with_note
 from torpor.gateway.upstream import Outgoing, target_without_key, without_credentials
 from torpor.sandbox.streams import Stream
 
@@ -87,6 +91,15 @@ class Intake:
             is_llm=self.destination.route.is_llm,
         )
 
+    def may_carry(self, note: str | None) -> bool:
+        """Whether this is a request to a model that has a place for a note."""
+        return note is not None and self.destination.route.is_llm and self.outgoing_with(note) is not None
+
+    def outgoing_with(self, note: str) -> Outgoing | None:
+        """The request with a note of Torpor's own in it."""
+        body = with_note(self.destination.dialect.name, self.request.body, note)
+        return None if body is None else replace(self.outgoing, body=body)
+
     def shape_for(self, key: RequestKey) -> Shape:
         """How this request wants the answer of the call with this key, which matched it on some level."""
         if self.key.canonical == key.canonical:
@@ -104,8 +117,10 @@ class Intake:
         )
 
 
-async def take_in(stream: Stream, routing: Routing) -> Intake | LocalAnswer | None:
-    """Read a stream's request; None if the client said nothing.
+async def take_in(
+    stream: Stream, routing: Routing, room: Room, reserved: AsyncExitStack
+) -> Intake | LocalAnswer | None:
+    """Read a stream's request; None if the client said nothing. `reserved` is the memory that a large one takes.
 
     Raises:
         StreamGone: the client left in the middle.
@@ -119,9 +134,11 @@ async def take_in(stream: Stream, routing: Routing) -> Intake | LocalAnswer | No
     destination = admit(line, stream.port, routing)
     if isinstance(destination, LocalAnswer):
         return destination
-    request = await read_body(stream, reader)
+    request = await read_body(stream, reader, room, reserved)
     if isinstance(request, Unreadable):
         return refuse_unreadable(request)
+    if destination.dialect is OWN and (answer := answer_here(request)) is not None:
+        return answer
     # Keys of a long conversation take a while: the loop goes on meanwhile.
     return await asyncio.to_thread(_intake, request, destination)
 

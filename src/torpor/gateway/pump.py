@@ -37,25 +37,40 @@ class Pump:
         recording: its rows as they are written.
         under_way: set when its agent begins to wait for the answer: call.sent is durable, or what holds the call.
         failed: it ended without an answer.
+
+    Args:
+        note: goes to the model with the request (`agent.told`).
     """
 
     def __init__(
-        self, *, call: Call, intake: Intake, recorder: Recorder, billing: Billing, upstreams: UpstreamClient
+        self,
+        *,
+        call: Call,
+        intake: Intake,
+        recorder: Recorder,
+        billing: Billing,
+        upstreams: UpstreamClient,
+        note: str | None = None,
     ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
         self.under_way = asyncio.Event()
         self.failed = False
-        self._body = intake.plain_body
+        noted = intake.outgoing_with(note) if note is not None else None
+        self._body = noted.body if noted is not None else intake.plain_body
         self._line = intake.request.line
         self._destination = intake.destination
-        self._outgoing = intake.outgoing
+        self._outgoing = noted or intake.outgoing
         self._recorder = recorder
         self._billing = billing
         self._upstreams = upstreams
         self._scrubber = Scrubber(None)
         self._reader: AnswerReader | None = None
         self._sent_ns = 0
+
+    @property
+    def request_bytes(self) -> int:
+        return len(self._outgoing.body)
 
     async def run(self) -> None:
         """Carry the attempt to its end.

@@ -15,11 +15,19 @@ from torpor.core.errors import Conflict
 from torpor.core.ids import CallId
 from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
+from torpor.gateway.dialects import OWN
 from torpor.gateway.intake import Intake, from_log
+from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
+from torpor.sandbox.fifos import Pulse
+
+PUMPS_MAX = 512
+"""Answers that are fetched at one time: twice the connections that a sandbox can have."""
+REQUESTS_BYTES_MAX = 256 << 20
+"""Bodies of the requests whose answers are fetched, beyond which the next call waits."""
 
 OnCall = Callable[[CallId], Awaitable[None]]
 
@@ -54,6 +62,7 @@ class Pumps:
         routing: Routing,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
+        checkpoint_for: CheckpointFor,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
@@ -62,10 +71,12 @@ class Pumps:
         self._routing = routing
         self._on_call = on_call
         self._on_failed = on_failed
+        self._checkpoint_for = checkpoint_for
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._closing = asyncio.Event()
-        self._pumps: dict[CallId, Pump] = {}
+        self._ended = Pulse()
+        self._pumps: dict[CallId, Pump | OwnPump] = {}
         self._held: dict[CallId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,22 +101,40 @@ class Pumps:
         """Whether an answer is arriving here."""
         return call_id in self._pumps
 
+    async def room(self) -> None:
+        """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
+        while self.full:
+            await self._ended.wait()
+
+    @property
+    def full(self) -> bool:
+        held_bytes = sum(pump.request_bytes for pump in self._pumps.values())
+        return len(self._pumps) >= PUMPS_MAX or held_bytes > REQUESTS_BYTES_MAX
+
     async def ready(self) -> None:
         """Wait until `run` runs."""
         await self._running.wait()
 
-    def start(self, call: Call, intake: Intake, *, announce: bool) -> Answer:
-        """Send a call, or send it again, as its next attempt."""
-        pump = Pump(call=call, intake=intake, recorder=self._recorder, billing=self._billing, upstreams=self._upstreams)
+    def start(self, call: Call, intake: Intake, *, announce: bool, note: str | None = None) -> Answer:
+        """Send a call, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
+        pump = self._pump(call, intake, note)
         self._pumps[call.call_id] = pump
         self._spawn(self._run(pump))
         if call.is_llm and not self._warm:
             self._warm = True
             self._spawn(self._billing.warm(call))
-        if announce and call.is_llm:
+        if announce and call.is_llm and isinstance(pump, Pump):
             self._held[call.call_id] = asyncio.Event()
             self._spawn(self._announce(pump))
         return self._answer(call, pump.recording)
+
+    def _pump(self, call: Call, intake: Intake, note: str | None) -> Pump | OwnPump:
+        recorder = self._recorder
+        if intake.destination.dialect is OWN:
+            return OwnPump(call=call, request=intake.request, recorder=recorder, checkpoint_for=self._checkpoint_for)
+        return Pump(
+            call=call, intake=intake, recorder=recorder, billing=self._billing, upstreams=self._upstreams, note=note
+        )
 
     async def revive(self, call_id: CallId, *, announce: bool) -> Answer:
         """The answer of a call that is in the log: arriving, written, or that of a new attempt."""
@@ -121,7 +150,7 @@ class Pumps:
                     raise
                 return await self._fail_redacted(call, redacted)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
-            return self.start(call, intake, announce=announce)
+            return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
         return self._answer(call, await self._recorder.replay(call))
 
     async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
@@ -151,9 +180,10 @@ class Pumps:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, pump: Pump) -> None:
+    async def _run(self, pump: Pump | OwnPump) -> None:
         await pump.run()
         del self._pumps[pump.call.call_id]
+        self._ended.fire()
         if pump.failed:
             self._on_failed(pump.call.call_id)
 

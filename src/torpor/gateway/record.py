@@ -5,7 +5,7 @@ anything is delivered, which survives the death of every process; the next durab
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ from torpor.core.branch import ContextTree
 from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.divergence import OnDivergence, note_to_agent
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import budgets, calls, log, redo, requests, sessions
+from torpor.db import budgets, calls, checkpoints, log, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
+from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects.base import Shape
 from torpor.gateway.request import expects_continue
@@ -44,6 +46,19 @@ class Claim:
     shape: Shape = Shape.AS_SENT
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """The agent left the log's path: calls that it was expected to make again, those of them that are effects."""
+
+    pending: Sequence[CallId]
+    orphaned: Sequence[CallId]
+    policy: OnDivergence
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"pending": list(self.pending), "orphaned": list(self.orphaned), "policy": self.policy.value}
+
+
 class Recorder:
     """One session's log, as this owner writes it."""
 
@@ -60,15 +75,22 @@ class Recorder:
         return self.clock.wall_ns()
 
     async def intend(
-        self, call: NewCall, *, head: RequestHead, body: bytes, diverged_from: Sequence[CallId] | None
+        self,
+        call: NewCall,
+        *,
+        head: RequestHead,
+        body: bytes,
+        left: Departure | None = None,
+        note: str | None = None,
     ) -> Call:
-        """Record that a call will be made; with it, if so, that the agent left the path that was expected."""
+        """Record that a call will be made; with it, if so, that the agent left the log's path, and what it is told."""
         prepared = await asyncio.to_thread(requests.prepare, body)
 
         def work(tx: Transaction) -> Call:
-            if diverged_from is not None:
-                data = {"pending": list(diverged_from)}
-                self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, data)
+            if left is not None:
+                self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
+            if note is not None:
+                self._append(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, {"text": note})
             return calls.intend(
                 tx,
                 session_id=self._session_id,
@@ -144,6 +166,50 @@ class Recorder:
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
+
+    async def answer(self, call_id: CallId, write: Callable[[Transaction], LocalAnswer]) -> LocalAnswer:
+        """Do what a call of Torpor's own asks for, and record its whole answer, in one durable transaction.
+
+        A kill -9 before it leaves a call that was never sent, after it an answer that was not delivered.
+        """
+
+        def work(tx: Transaction) -> LocalAnswer:
+            wall_ns = self.clock.wall_ns()
+            number = calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=wall_ns).number
+            answer = write(tx)
+            step: dict[str, Any] = {**self._fence, "call_id": call_id}
+            calls.record_head(tx, **step, attempt=number, head=answer.head, wall_ns=wall_ns)
+            chunks = [Chunk(number=0, offset_ns=0, data=answer.body)] if answer.body else []
+            calls.append_chunks(tx, **step, attempt=number, chunks=chunks)
+            calls.complete(tx, **step, usage={}, facts={"status": answer.head.status}, wall_ns=wall_ns)
+            return answer
+
+        answer = await self._database.write(work, durable=True)
+        crash_point("call.completed")
+        return answer
+
+    def append_note(self, tx: Transaction, call_id: CallId, text: str) -> int:
+        """Within `answer`: the agent's note; its seq."""
+        incarnation = sessions.get(tx, self._session_id).incarnation
+        return self._append(tx, Kind.NOTE_ADDED, incarnation, call_id, {"text": text})
+
+    def describe(self, tx: Transaction) -> dict[str, Any]:
+        """Within `answer`: what an agent may know of its session."""
+        session = sessions.get(tx, self._session_id)
+        newest = checkpoints.newest(tx, self._session_id)
+        started = log.last_of_kind(tx, self._session_id, Kind.INCARNATION_STARTED)
+        slept_ns = 0
+        if started is not None and started.data.get("mode") == "restore":
+            point = checkpoints.numbered(tx, self._session_id, started.data["checkpoint"])
+            slept_ns = max(0, started.wall_ns - point.wall_ns) if point is not None else 0
+        return {
+            "session": session.session_id,
+            "name": session.name,
+            "incarnation": session.incarnation,
+            "slept_for": slept_ns // 1_000_000 / 1000,
+            "checkpoint": newest.number if newest is not None else None,
+            "head": session.head_seq,
+        }
 
     async def fail(
         self,
@@ -270,6 +336,42 @@ class Recorder:
 
         return await self._database.read(work)
 
+    async def note_about(self, orphaned: Sequence[CallId]) -> str:
+        """What the agent is told of the path that it left."""
+
+        def work(tx: Transaction) -> str:
+            return _note(tx, orphaned)
+
+        return await self._database.read(work)
+
+    async def load_untold(self, incarnation: int) -> str | None:
+        """The note that an incarnation is still to be told, if it left the path under the policy `tell`."""
+
+        def work(tx: Transaction) -> str | None:
+            untold: str | None = None
+            for event in log.events(tx, self._session_id):
+                if event.incarnation == incarnation and event.kind is Kind.AGENT_TOLD:
+                    untold = None
+                elif event.incarnation == incarnation and event.kind is Kind.CALL_DIVERGED:
+                    tell = event.data.get("policy") == OnDivergence.TELL
+                    untold = _note(tx, event.data["orphaned"]) if tell else None
+            return untold
+
+        return await self._database.read(work)
+
+    async def load_note(self, call_id: CallId) -> str | None:
+        """The note that goes with a call."""
+
+        def work(tx: Transaction) -> str | None:
+            found = [
+                event.data["text"]
+                for event in log.events(tx, self._session_id)
+                if event.kind is Kind.AGENT_TOLD and event.call_id == call_id
+            ]
+            return found[-1] if found else None
+
+        return await self._database.read(work)
+
     async def load_claims(self, incarnation: int) -> list[Claim]:
         """The streams of an incarnation that have a call and whose end is not logged, in the order of the log."""
 
@@ -304,9 +406,9 @@ class Recorder:
 
     def _append(
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
-    ) -> None:
+    ) -> int:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())
+        return log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())[0].seq
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})
@@ -337,6 +439,11 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
         continued=continued,
         shape=Shape(event.data.get("shape", Shape.AS_SENT)),
     )
+
+
+def _note(tx: Transaction, orphaned: Sequence[CallId]) -> str:
+    made = [calls.load_call(tx, call_id) for call_id in orphaned]
+    return note_to_agent([f"{call.method} {call.target}" for call in made])
 
 
 def needs_sending(call: Call) -> bool:

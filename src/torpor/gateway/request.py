@@ -4,7 +4,10 @@ What is refused here depends on the request's bytes alone, never on how they wer
 agent whose refusal was half delivered gets the same bytes again.
 """
 
+import asyncio
 import zlib
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import h11
@@ -15,7 +18,13 @@ from torpor.sandbox.streams import Stream
 
 HEAD_BYTES_MAX = 128 << 10
 BODY_BYTES_MAX = 64 << 20
-DECODED_BYTES_MAX = 256 << 20
+DECODED_BYTES_MAX = BODY_BYTES_MAX
+ZSTD_WINDOW_BYTES_MAX = 8 << 20
+"""What RFC 9659 lets a client use; a frame could ask for more memory than its content has."""
+SMALL_BODY_BYTES_MAX = 1 << 20
+"""Bodies up to this are read at once; a sandbox has at most 256 connections."""
+LARGE_BODIES_BYTES_MAX = 256 << 20
+"""All larger bodies that are being read at one time, together."""
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -94,20 +103,49 @@ async def read_line(stream: Stream, reader: "RequestReader") -> RequestLine | Un
             return event
 
 
-async def read_body(stream: Stream, reader: "RequestReader") -> Request | Unreadable:
-    """Read the rest, after `100 Continue` if the client waits for it.
+class Room:
+    """Memory for the large bodies that are read at one time. Who waits for it leaves its bytes in the sandbox.
+
+    A body's whole length is reserved before it is read, so that those which were begun can be finished.
+    """
+
+    def __init__(self, size: int = LARGE_BODIES_BYTES_MAX) -> None:
+        self._free = size
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def reserve(self, size: int) -> AsyncGenerator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            self._free += size
+            async with self._changed:
+                self._changed.notify_all()
+
+
+async def read_body(
+    stream: Stream, reader: "RequestReader", room: Room, reserved: AsyncExitStack
+) -> Request | Unreadable:
+    """Read the rest, after `100 Continue` if the client waits for it; what it takes of `room` goes with `reserved`.
 
     Raises:
         StreamGone: the client left.
     """
     if reader.line is not None and reader.line.continued:
         await stream.send(0, CONTINUE)
+    large = False
     while True:
         event = reader.next()
+        if isinstance(event, (Request, Unreadable)):
+            return event
+        if reader.body_bytes > SMALL_BODY_BYTES_MAX and not large:
+            large = True
+            await reserved.enter_async_context(room.reserve(reader.body_bytes_max))
         if event is None:
             reader.feed(await stream.receive())
-        elif isinstance(event, (Request, Unreadable)):
-            return event
 
 
 class RequestReader:
@@ -119,6 +157,17 @@ class RequestReader:
         self._fed_bytes = 0
         self._body = bytearray()
         self.line: RequestLine | None = None
+
+    @property
+    def body_bytes(self) -> int:
+        """How much of the body is here."""
+        return len(self._body)
+
+    @property
+    def body_bytes_max(self) -> int:
+        """How long the body may become."""
+        announced = self.line.header("content-length") if self.line is not None else ""
+        return int(announced) if announced.isdigit() else BODY_BYTES_MAX
 
     def feed(self, data: bytes) -> None:
         self._fed_bytes += len(data)
@@ -150,6 +199,10 @@ class RequestReader:
         if size > HEAD_BYTES_MAX:
             return self._unreadable(431)
         announced = line.header("content-length")
+        if announced and line.header("transfer-encoding"):
+            # Two lengths are how requests are smuggled past a proxy. Nobody honest sends them.
+            reason = "it says two lengths of its body"
+            return Unreadable(status=400, code="request_malformed", reason=reason, line=line.not_continued())
         if announced.isdigit() and int(announced) > BODY_BYTES_MAX:
             return self._too_large(line.not_continued())
         return line
@@ -192,7 +245,7 @@ def decoded_body(line: RequestLine, body: bytes) -> bytes:
                 plain = inflate.decompress(body, DECODED_BYTES_MAX)
                 return body if inflate.unconsumed_tail else plain
             case "zstd":
-                with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+                with zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX).stream_reader(body) as reader:
                     plain = reader.read(DECODED_BYTES_MAX + 1)
                 return body if len(plain) > DECODED_BYTES_MAX else plain
             case _:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torpor.config import Family, Upstream, key_variable
-from torpor.gateway.dialects import RAW, find_route
+from torpor.gateway.dialects import OWN, RAW, find_route
 from torpor.gateway.dialects.base import Dialect, Route, is_plain_segment
 from torpor.gateway.failure import NoAnswer
 
@@ -19,7 +19,7 @@ class Destination:
     """A request that may go upstream.
 
     Attributes:
-        candidates: who takes such a request; the model decides between them.
+        candidates: who takes such a request; the model decides between them. None if it is answered here.
         decided: the path named the upstream, so the model does not matter.
     """
 
@@ -43,6 +43,9 @@ class Routing:
     def destination(self, method: str, target: str, first: Sequence[Dialect]) -> Destination | None:
         """Where a request may go; None if no agent may make it. `first` are the dialects that it is likely in."""
         path, _, query = target.partition("?")
+        own = OWN.route(method, path, query)
+        if own is not None:
+            return Destination(dialect=OWN, route=own, candidates=())
         prefixed = next((known for known in self._by_prefix if path.startswith(known.path_prefix + "/")), None)
         if prefixed is not None:
             path = path[len(prefixed.path_prefix) :]

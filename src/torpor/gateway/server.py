@@ -7,7 +7,7 @@ Pumps belong to `run` and outlive every stream and every sandbox.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from torpor.config import PriceRule, Upstream
@@ -15,6 +15,7 @@ from torpor.core.branch import ContextTree
 from torpor.core.checkpoint import OpenStream, StreamFate
 from torpor.core.clock import Clock
 from torpor.core.delivery import untouched_bytes
+from torpor.core.divergence import OnDivergence
 from torpor.core.events import Kind
 from torpor.core.ids import CallId, SessionId, StreamId
 from torpor.core.join import StreamEnd
@@ -22,12 +23,15 @@ from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.billing import Billing
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
+from torpor.gateway.own import CheckpointFor
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import Answer, OnCall, Pumps
-from torpor.gateway.record import Claim, Recorder
+from torpor.gateway.record import Claim, Departure, Recorder
+from torpor.gateway.request import Room
 from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.streams import Stream, StreamGone
@@ -66,6 +70,8 @@ class Gateway:
     Args:
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
+        checkpoint_for: makes the checkpoint that the agent itself asks for.
+        crossroads: what happens when the agent leaves the log's path; without one it may.
     """
 
     def __init__(
@@ -77,6 +83,8 @@ class Gateway:
         clock: Clock,
         upstreams: Sequence[Upstream],
         on_call: OnCall,
+        checkpoint_for: CheckpointFor,
+        crossroads: Crossroads | None = None,
         prices: Sequence[PriceRule] = (),
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
@@ -89,7 +97,11 @@ class Gateway:
             routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
+            checkpoint_for=checkpoint_for,
         )
+        self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
+        self._room = Room()
+        self._to_tell: str | None = None
         self._turnstile = asyncio.Lock()
         self._open: dict[StreamId, _Attachment] = {}
         self._holders: dict[CallId, StreamId] = {}
@@ -127,6 +139,8 @@ class Gateway:
             if not adopted:
                 await self._recorder.store_redo(incarnation, redo)
             self._tree = await self._recorder.load_tree()
+            self._to_tell = await self._recorder.load_untold(incarnation)
+            self._crossroads.begin()
             self._incarnation = incarnation
             self._redo = redo
             self._open.clear()
@@ -151,15 +165,15 @@ class Gateway:
             Superseded: this node lost the session.
         """
         try:
-            taken_in = await take_in(stream, self._routing)
-            if taken_in is None:
+            received = await self._receive(stream, incarnation)
+            if received is None:
                 await stream.finish(stream.sent)
                 await _let_go(stream)
-            elif isinstance(taken_in, LocalAnswer):
-                await deliver_locally(stream, taken_in.head, taken_in.body)
+            elif isinstance(received, LocalAnswer):
+                await deliver_locally(stream, received.head, received.body)
                 await _let_go(stream)
             else:
-                await self._attend(stream, await self._claim(stream, taken_in, incarnation))
+                await self._attend(stream, received)
         except StreamGone:
             await _let_go(stream)
 
@@ -204,22 +218,43 @@ class Gateway:
         """Calls that an equal request would join: a checkpoint keeps them."""
         return self._redo.joinable
 
+    async def _receive(self, stream: Stream, incarnation: int) -> _Attachment | LocalAnswer | None:
+        """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
+        async with AsyncExitStack() as reserved:
+            taken_in = await take_in(stream, self._routing, self._room, reserved)
+            return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
+
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
         await self._pumps.ready()
         await self._settle(intake)
-        async with self._turnstile:
-            self._check_current(stream, incarnation)
-            expected = self._redo.pending
-            call_id = self._match(intake)
-            if call_id is None:
-                attachment = await self._new_call(stream, intake, incarnation, expected)
-            else:
-                kind = Kind.CALL_REPEATED if call_id in expected else Kind.CALL_JOINED
-                attachment = await self._old_call(stream, intake, incarnation, call_id, kind)
-            self._hold(attachment)
-            stream.acknowledge(intake.request.length)
-            return attachment
+        while True:
+            await self._pumps.room()
+            async with self._turnstile:
+                self._check_current(stream, incarnation)
+                if stream.closed is not None:
+                    raise StreamGone(stream.id, "its client left before its turn came")
+                if self._pumps.full:
+                    continue
+                if self._crossroads.open or not self._leaves_path(intake):
+                    return await self._attach(stream, intake, incarnation)
+            await self._crossroads.hold(stream, f"{intake.request.line.method} {intake.request.line.target}"[:200])
+
+    async def _attach(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
+        expected = self._redo.pending
+        call_id = self._match(intake)
+        if call_id is None:
+            attachment = await self._new_call(stream, intake, incarnation, expected)
+        else:
+            kind = Kind.CALL_REPEATED if call_id in expected else Kind.CALL_JOINED
+            attachment = await self._old_call(stream, intake, incarnation, call_id, kind)
+        self._hold(attachment)
+        stream.acknowledge(intake.request.length)
+        return attachment
+
+    def _leaves_path(self, intake: Intake) -> bool:
+        joins = any(attachment.may_have_left(intake) for attachment in self._open.values())
+        return not joins and self._redo.leaves_path(intake.key)
 
     async def _settle(self, intake: Intake) -> None:
         """Wait, not for long, until it is known how the client of an equal request left that is getting its answer."""
@@ -255,15 +290,26 @@ class Gateway:
         self, stream: Stream, intake: Intake, incarnation: int, expected: tuple[CallId, ...]
     ) -> _Attachment:
         call_id = self._recorder.new_call_id()
+        left = None
+        if expected:
+            policy = self._crossroads.policy
+            orphaned = [orphan for orphan in self._redo.orphans if orphan in expected]
+            left = Departure(pending=expected, orphaned=orphaned, policy=policy)
+            if policy is OnDivergence.TELL:
+                self._to_tell = await self._recorder.note_about(left.orphaned)
+        note = self._to_tell if intake.may_carry(self._to_tell) else None
         call = await self._recorder.intend(
             intake.new_call(call_id, stream_id(stream), incarnation),
             head=intake.head,
             body=intake.request.body,
-            diverged_from=expected or None,
+            left=left,
+            note=note,
         )
+        if note is not None:
+            self._to_tell = None
         self._tree.hang(call.intended_seq)
         self._redo.attach(entry_of(call))
-        answer = self._pumps.start(call, intake, announce=True)
+        answer = self._pumps.start(call, intake, announce=True, note=note)
         claim = intake.claim(call_id, stream_id(stream), incarnation)
         return _Attachment(stream=stream, claim=claim, answer=answer)
 

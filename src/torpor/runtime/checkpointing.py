@@ -26,7 +26,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.call import Call
+from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
@@ -126,6 +127,23 @@ class Checkpointer:
         await self.take(reason)
         await self._waiting.join()
         return self._committed if self._committed is not before else None
+
+    async def take_for(self, call: Call) -> Checkpoint | None:
+        """A durable checkpoint that the agent asks for with this call, made now or before its node died.
+
+        Raises:
+            SandboxFailed: ("sandbox_gone") the sandbox that asks died meanwhile; the next one asks again.
+        """
+        for found in reversed(await self._records.checkpoints()):
+            if holds_barrier(found, call.call_id):
+                return found
+        life = self._life
+        made = await self.take_and_commit("agent")
+        if made is not None and made.seq >= call.intended_seq:
+            return made
+        if life is None or self._life is not life:
+            raise SandboxFailed("sandbox_gone", f"cannot make a checkpoint for {call.call_id}: its sandbox is gone")
+        return None
 
     async def take_last(self, reason: str) -> Checkpoint | None:
         """Make the checkpoint that this life ends with, and wait until it is durable.

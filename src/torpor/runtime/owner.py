@@ -15,10 +15,12 @@ from enum import Enum
 from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
+from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
@@ -44,6 +46,8 @@ class Ending(Enum):
     LOST = "lost"
     STOPPED = "stopped"
     KILLED = "killed"
+    DIVERGED = "diverged"
+    """The agent left the log's path, and the policy is to fail."""
 
 
 class Owner:
@@ -57,6 +61,7 @@ class Owner:
         incarnations: Incarnations,
         ladder: Ladder,
         gateway: Gateway,
+        crossroads: Crossroads,
         checkpointer: Checkpointer,
         staging: Staging,
         clock: Clock,
@@ -67,6 +72,7 @@ class Owner:
         self._incarnations = incarnations
         self._ladder = ladder
         self._gateway = gateway
+        self._crossroads = crossroads
         self._checkpointer = checkpointer
         self._staging = staging
         self._clock = clock
@@ -103,6 +109,10 @@ class Owner:
         self._wanted = Ending.KILLED
         self._asked.set()
 
+    def let_go(self) -> None:
+        """A person lets the agent take another path than the log's."""
+        self._crossroads.go_on()
+
     async def forward_signal(self, number: int) -> None:
         """Send a signal to the agent's process group."""
         self._signals += 1
@@ -117,6 +127,7 @@ class Owner:
         """Raise the budget and let go on what it held."""
         account = await self._records.add_to_budget(amount_nanousd)
         self._gateway.look_again()
+        await self._wait_at_crossroads()
         return account
 
     async def _lives(self) -> Outcome:
@@ -174,6 +185,8 @@ class Owner:
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
                 tasks.create_task(self._prepare_slot(life.number + 1))
+                if self._crossroads.policy is OnDivergence.ASK:
+                    tasks.create_task(self._ask_at_crossroads())
                 while True:
                     ending = await self._wait_for_ending(life, tasks)
                     if await self._conclude(ending, life, outputs):
@@ -198,6 +211,8 @@ class Owner:
             tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
             tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
         ]
+        if self._crossroads.policy is OnDivergence.FAIL:
+            waiting.append(tasks.create_task(_as(Ending.DIVERGED, self._crossroads.reached())))
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         ending = done.pop().result()
         return self._wanted or ending if ending is Ending.STOPPED else ending
@@ -207,6 +222,11 @@ class Owner:
         if ending is Ending.EXITED:
             await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
             await self._finish(life)
+        elif ending is Ending.DIVERGED:
+            pending = self._gateway.pending_redo()
+            await self._records.fail_diverged(life.number, self._crossroads.what, pending)
+            crash_point("divergence.failed")
+            self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
         elif ending is Ending.STOPPED:
             await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
             committed = await self._checkpointer.take_last("stop")
@@ -214,6 +234,7 @@ class Owner:
                 self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
                 await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
                 self._gateway.look_again()
+                await self._wait_at_crossroads()
                 self._wanted = None
                 self._asked.clear()
                 self._stop_refused.set()
@@ -315,6 +336,19 @@ class Owner:
                 await self._checkpointer.take("age")
                 age = 0
             await asyncio.sleep(CHECKPOINT_AGE_SECONDS - age)
+
+    async def _ask_at_crossroads(self) -> None:
+        """Under the policy `ask`: the session waits, with its sandbox, until a person lets the held call go."""
+        what = await self._crossroads.reached()
+        await self._wait_at_crossroads()
+        self._watcher.notice(f"waiting: the agent takes another path ({what}); `torpor resume --continue` lets it")
+        await self._crossroads.decided()
+        await self._records.go_on("a person let the agent take another path")
+
+    async def _wait_at_crossroads(self) -> None:
+        """The session waits while a call is held there, whatever else lets it run."""
+        if self._crossroads.policy is OnDivergence.ASK and self._crossroads.holding:
+            await self._records.wait(f"the agent takes another path than the log's: {self._crossroads.what}")
 
     async def _prepare_slot(self, number: int) -> None:
         """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""

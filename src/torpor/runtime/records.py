@@ -4,17 +4,19 @@ Every method is one transaction. Superseded from any of them means: stop at once
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.core.money import Account
 from torpor.core.session import SessionStatus
-from torpor.db import budgets, calls, checkpoints, log, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, log, outputs, sessions, waitpoints
 from torpor.db.database import Database, Transaction
 
 
@@ -61,6 +63,24 @@ class Records:
                     reason=reason,
                     exit_status=exit_status,
                 )
+
+        await self.database.write(work, durable=True)
+
+    async def wait(self, reason: str) -> None:
+        """A session that runs waits from now on; one that is on its way to sleep, or to its end, keeps its status."""
+        await self._move(SessionStatus.RUNNING, SessionStatus.WAITING, reason)
+
+    async def go_on(self, reason: str) -> None:
+        """A session that waits runs again, unless it also waits on a waitpoint."""
+        await self._move(SessionStatus.WAITING, SessionStatus.RUNNING, reason)
+
+    async def _move(self, present: SessionStatus, wanted: SessionStatus, reason: str) -> None:
+        fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+
+        def work(tx: Transaction) -> None:
+            held = wanted is SessionStatus.RUNNING and waitpoints.open_waitpoints(tx, self.session_id)
+            if sessions.get(tx, self.session_id).status is present and not held:
+                sessions.set_status(tx, **fence, status=wanted, wall_ns=self._clock.wall_ns(), reason=reason)
 
         await self.database.write(work, durable=True)
 
@@ -174,6 +194,20 @@ class Records:
         account = await self.database.write(work, durable=True)
         crash_point("waitpoint.resolved")
         return account
+
+    async def fail_diverged(self, incarnation: int, what: str, pending: Sequence[CallId]) -> None:
+        """The agent left the log's path, and its session's policy is to fail: the event and the status, together."""
+
+        def work(tx: Transaction) -> None:
+            data = {"pending": list(pending), "orphaned": [], "policy": OnDivergence.FAIL.value, "request": what}
+            draft = EventDraft(kind=Kind.CALL_DIVERGED, incarnation=incarnation, data=data)
+            wall_ns = self._clock.wall_ns()
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            log.append(tx, **fence, drafts=[draft], wall_ns=wall_ns)
+            reason = f"after a restore the agent took another path than the log's: {what}"
+            sessions.set_status(tx, **fence, status=SessionStatus.FAILED, wall_ns=wall_ns, reason=reason)
+
+        await self.database.write(work, durable=True)
 
     async def release(self) -> None:
         """Say that no node drives the session any more."""

@@ -20,10 +20,12 @@ from torpor.config import (
     read_workspace_bytes_max,
     torpor_home,
 )
+from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
+from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput
-from torpor.core.ids import NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import checkpoints, redaction, sessions
@@ -61,6 +63,7 @@ class Request:
     workspace: Path
     environment: Mapping[str, str]
     mounts: tuple[Path, ...] = ()
+    on_divergence: OnDivergence = OnDivergence.CONTINUE
     budget_nanousd: int | None = None
     any_size: bool = False
     """A workspace of any size may be copied."""
@@ -130,9 +133,18 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def own(
-        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers, watcher: "Watcher"
+        self,
+        session_id: SessionId,
+        me: leasing.Holder,
+        answers: leasing.HolderAnswers,
+        watcher: "Watcher",
+        *,
+        let_go: bool = False,
     ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
+
+        Args:
+            let_go: a person lets the agent take another path than the log's.
 
         Raises:
             Conflict: `session_running`, `session_ended`.
@@ -157,7 +169,7 @@ class Runtime:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, watcher)
+            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -300,15 +312,26 @@ class Runtime:
             wall_ns=self.clock.wall_ns(),
         )
 
-    def _owner(self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher") -> "Owner":
+    def _owner(
+        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
+    ) -> "Owner":
+        from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
         from torpor.runtime.checkpointing import Checkpointer
         from torpor.runtime.owner import Owner
         from torpor.runtime.recovery import Ladder
 
         spec = msgspec.convert(session.spec, SessionSpec)
+        crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
+
+        async def on_call(_call_id: CallId) -> None:
+            await checkpointer.take("call")
+
+        async def checkpoint_for(call: Call) -> Checkpoint | None:
+            return await checkpointer.take_for(call)
+
         gateway = Gateway(
             database=self.database,
             session_id=session.session_id,
@@ -316,7 +339,9 @@ class Runtime:
             clock=self.clock,
             upstreams=self.upstreams,
             prices=self.prices,
-            on_call=lambda _call_id: checkpointer.take("call"),
+            on_call=on_call,
+            checkpoint_for=checkpoint_for,
+            crossroads=crossroads,
         )
         checkpointer = Checkpointer(
             records=records,
@@ -332,6 +357,7 @@ class Runtime:
             incarnations=incarnations,
             ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock),
             gateway=gateway,
+            crossroads=crossroads,
             checkpointer=checkpointer,
             staging=staging,
             clock=self.clock,
@@ -378,6 +404,7 @@ class Runtime:
             image=image_spec(image),
             init_directory=str(self.home.init_directory()),
             workspace_source=str(source),
+            on_divergence=request.on_divergence,
         )
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from torpor.core.divergence import OnDivergence
 from torpor.core.ids import SessionId
 from torpor.runtime.home import Home
 from torpor.sandbox.driver import SandboxPlan
@@ -30,6 +31,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         image: the root and its mounts.
         init_directory: host directory of the torpor-init that the session was made with.
         workspace_source: the host directory that was copied, for people.
+        on_divergence: what happens when a restored agent leaves the log's path.
     """
 
     argv: tuple[str, ...]
@@ -38,6 +40,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageSpec
     init_directory: str
     workspace_source: str
+    on_divergence: OnDivergence = OnDivergence.CONTINUE
 
 
 def image_spec(image: RootImage) -> ImageSpec:

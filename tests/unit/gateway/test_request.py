@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import itertools
+from contextlib import AsyncExitStack
 
 import pytest
 import zstandard
@@ -14,7 +15,7 @@ from torpor.core.call import response_bytes
 from torpor.gateway.admission import LocalAnswer, admit
 from torpor.gateway.dialects.base import Shape
 from torpor.gateway.intake import Intake, from_log, take_in
-from torpor.gateway.request import HEAD_BYTES_MAX, RequestLine, decoded_body
+from torpor.gateway.request import HEAD_BYTES_MAX, RequestLine, Room, decoded_body
 from torpor.gateway.routing import Destination, Routing
 from torpor.sandbox.streams import StreamGone
 
@@ -66,12 +67,20 @@ class PiecewiseStream:
         self.continued += data
 
 
+def read(stream: PiecewiseStream) -> Intake | LocalAnswer | None:
+    async def work() -> Intake | LocalAnswer | None:
+        async with AsyncExitStack() as reserved:
+            return await take_in(stream, NOWHERE, Room(), reserved)  # pyright: ignore[reportArgumentType]
+
+    return asyncio.run(work())
+
+
 def outcome(request: bytes, cuts: list[int]) -> object:
     """Everything that follows from a request: what the socket gets, or the call."""
     points = sorted({cut % (len(request) + 1) for cut in cuts} | {0, len(request)})
     pieces = [request[start:end] for start, end in itertools.pairwise(points) if end > start]
     stream = PiecewiseStream(pieces)
-    taken_in = asyncio.run(take_in(stream, NOWHERE))  # pyright: ignore[reportArgumentType]
+    taken_in = read(stream)
     if isinstance(taken_in, LocalAnswer):
         assert stream.continued == (b"HTTP/1.1 100 Continue\r\n\r\n" if taken_in.head.continued else b"")
         return response_bytes(taken_in.head, [taken_in.body], finished=True)
@@ -94,7 +103,7 @@ def test_what_becomes_of_a_request_does_not_depend_on_its_pieces(name: str, cuts
 
 def test_a_request_ends_where_its_body_ends() -> None:
     stream = PiecewiseStream([REQUESTS["two requests"]])
-    intake = asyncio.run(take_in(stream, NOWHERE))  # pyright: ignore[reportArgumentType]
+    intake = read(stream)
     assert isinstance(intake, Intake)
     assert intake.request.length == len(REQUESTS["plain"]) - len("Authorization: Bearer fake\r\n")
     assert (intake.model, intake.shape) == ("m", Shape.EVENTS)
@@ -102,7 +111,7 @@ def test_a_request_ends_where_its_body_ends() -> None:
 
 def test_a_logged_request_makes_the_same_call_again() -> None:
     for name in ("plain", "chunked", "continued", "http/1.0"):
-        intake = asyncio.run(take_in(PiecewiseStream([REQUESTS[name]]), NOWHERE))  # pyright: ignore[reportArgumentType]
+        intake = read(PiecewiseStream([REQUESTS[name]]))
         assert isinstance(intake, Intake)
         again = from_log(intake.head, intake.request.body, NOWHERE, dialect="anthropic", is_llm=True)
         assert again.key == intake.key
@@ -114,7 +123,7 @@ def test_a_logged_request_makes_the_same_call_again() -> None:
 def test_a_logged_request_stays_in_its_dialect_though_its_key_is_not_in_the_log() -> None:
     """The header with the key tells whose models are listed, and so does nothing else of this request."""
     asked = b"GET /v1/models?key=fake HTTP/1.1\r\nHost: x\r\nx-goog-api-key: fake\r\n\r\n"
-    intake = asyncio.run(take_in(PiecewiseStream([asked]), NOWHERE))  # pyright: ignore[reportArgumentType]
+    intake = read(PiecewiseStream([asked]))
     assert isinstance(intake, Intake)
     assert "fake" not in f"{intake.head}"
     again = from_log(intake.head, b"", NOWHERE, dialect=intake.destination.dialect.name, is_llm=False)
@@ -130,7 +139,7 @@ def test_a_client_that_leaves_in_the_middle_is_gone() -> None:
             return await super().receive()
 
     with pytest.raises(StreamGone):
-        asyncio.run(take_in(Leaving([REQUESTS["plain"][:30]]), NOWHERE))  # pyright: ignore[reportArgumentType]
+        read(Leaving([REQUESTS["plain"][:30]]))
 
 
 def line(method: str, target: str, port: int = GATEWAY_PORT, **headers: str) -> Destination | LocalAnswer:

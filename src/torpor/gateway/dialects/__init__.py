@@ -7,6 +7,7 @@ from torpor.gateway.dialects.base import Dialect, Route
 from torpor.gateway.dialects.gemini import Gemini
 from torpor.gateway.dialects.openai_chat import OpenAIChat
 from torpor.gateway.dialects.openai_responses import OpenAIResponses
+from torpor.gateway.dialects.own import Own
 from torpor.gateway.dialects.raw import Raw
 
 OPENAI_CHAT = OpenAIChat()
@@ -15,6 +16,8 @@ ANTHROPIC = Anthropic()
 GEMINI = Gemini()
 RAW = Raw()
 DIALECTS: tuple[Dialect, ...] = (OPENAI_CHAT, OPENAI_RESPONSES, ANTHROPIC, GEMINI, RAW)
+OWN = Own()
+"""The sandbox's own API: no provider's, so no upstream has a part in it."""
 
 
 def dialects_told(header_names: Iterable[str]) -> tuple[Dialect, ...]:
@@ -39,7 +42,7 @@ def dialect_named(name: str) -> Dialect:
     Raises:
         StopIteration: there is none of that name.
     """
-    return next(dialect for dialect in DIALECTS if dialect.name == name)
+    return next(dialect for dialect in (OWN, *DIALECTS) if dialect.name == name)
 
 
 def likely_dialect(path: str, header_names: Iterable[str]) -> Dialect:

@@ -69,7 +69,7 @@ class Dialect(Protocol):
 
     Attributes:
         name: keys the matching rules of `core.match`.
-        family: whose upstreams speak it; None if only configured paths say which upstream.
+        family: whose upstreams speak it; None if configured paths say which upstream, or it is Torpor's own.
         last_event: data of an event that is no JSON and ends every stream.
         opaque: nothing is known of its answers, so the transport's word counts.
     """

@@ -1,0 +1,1 @@
+SELECT * FROM checkpoint WHERE session_id = :session_id AND number = :number

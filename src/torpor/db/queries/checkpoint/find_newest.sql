@@ -1,0 +1,4 @@
+SELECT * FROM checkpoint
+WHERE session_id = :session_id AND damage IS NULL
+ORDER BY number DESC
+LIMIT 1

@@ -1,0 +1,264 @@
+"""The sandbox's own API: what an agent may ask Torpor itself, on the gateway's port below /torpor/v1/.
+
+One table of operations makes the routes, the OpenAPI document and the tools of the MCP server (`gateway.mcp`). Pure: a
+request becomes a `Wish`, which is a call like any other, or an answer that follows from the request alone. What a
+wish's answer says is decided once, when it goes to the log (`gateway.own`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from torpor.core.errors import TorporError
+from torpor.gateway.request import Headers, Request, RequestLine
+
+PREFIX = "/torpor/v1"
+DOCUMENT_PATH = f"{PREFIX}/openapi.json"
+NOTE_CHARACTERS_MAX = 16_384
+BODY_BYTES_MAX = 1 << 20
+
+RpcId: TypeAlias = str | int
+
+
+class NoteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a note says."""
+
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=NOTE_CHARACTERS_MAX)]
+
+
+class EmptyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Nothing to say."""
+
+
+class Operation(StrEnum):
+    SESSION = "session"
+    CHECKPOINT = "checkpoint"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        answer: the members of its JSON answer, each a JSON schema.
+        failures: other statuses that it may answer, and why.
+    """
+
+    operation: Operation
+    method: str
+    path: str
+    tool: str
+    status: int
+    summary: str
+    description: str
+    body: type[NoteBody] | type[EmptyBody]
+    answer: Mapping[str, Mapping[str, Any]]
+    failures: Mapping[int, str]
+
+    @property
+    def answer_schema(self) -> dict[str, Any]:
+        return {"type": "object", "properties": dict(self.answer), "required": list(self.answer)}
+
+    @property
+    def body_schema(self) -> dict[str, Any]:
+        return msgspec.json.schema_components([self.body])[1][self.body.__name__]
+
+
+_COUNT = {"type": "integer", "minimum": 0}
+
+RULES = (
+    Rule(
+        operation=Operation.SESSION,
+        method="GET",
+        path=f"{PREFIX}/session",
+        tool="torpor_session",
+        status=200,
+        summary="Who am I?",
+        description="The session that this sandbox belongs to, which of its lives this is, and how long it had slept "
+        "when it was restored. An agent that was taken back and asks again gets the answer that it got before.",
+        body=EmptyBody,
+        answer={
+            "session": {"type": "string", "description": "The session's id."},
+            "name": {"type": ["string", "null"], "description": "Its name, if it has one."},
+            "incarnation": {**_COUNT, "description": "Counts the lives of the sandbox, from 1."},
+            "slept_for": {"type": "number", "description": "Seconds from the cut that was restored to this life."},
+            "checkpoint": {"type": ["integer", "null"], "description": "The newest checkpoint's number."},
+            "head": {**_COUNT, "description": "The number of the log's last event."},
+        },
+        failures={},
+    ),
+    Rule(
+        operation=Operation.CHECKPOINT,
+        method="POST",
+        path=f"{PREFIX}/checkpoint",
+        tool="torpor_checkpoint",
+        status=200,
+        summary="Make a checkpoint now.",
+        description="Saves memory, files and open connections; answers when that is durable. The checkpoint holds this "
+        "request unanswered, so an agent that is restored from it gets the same answer and goes on from here.",
+        body=EmptyBody,
+        answer={
+            "checkpoint": {**_COUNT, "description": "The checkpoint's number."},
+            "seq": {**_COUNT, "description": "The number of the log's last event at the cut."},
+        },
+        failures={503: "No checkpoint could be made; the session runs on."},
+    ),
+    Rule(
+        operation=Operation.NOTE,
+        method="POST",
+        path=f"{PREFIX}/notes",
+        tool="torpor_note",
+        status=201,
+        summary="Write a note into the session's log.",
+        description="Adds a text to the log, where people read it. It is there once, however often the agent is "
+        "restored and writes it again.",
+        body=NoteBody,
+        answer={"seq": {**_COUNT, "description": "The number of the note's event."}},
+        failures={},
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What an agent asked for. `rpc_id` is the id of its JSON-RPC request; None: it came as plain HTTP."""
+
+    rule: Rule
+    text: str = ""
+    rpc_id: RpcId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """The answer before it has the shape of plain HTTP or of JSON-RPC."""
+
+    status: int
+    body: Mapping[str, Any]
+    headers: Headers = ()
+
+
+class Refused(TorporError):
+    """A request that asks for nothing that there is. `reply` says so."""
+
+    def __init__(
+        self, code: str, reason: str, *, status: int, hint: str = "See docs/agent-api.md.", headers: Headers = ()
+    ) -> None:
+        super().__init__(code, f"cannot take this request: {reason}", hint=hint)
+        body = {"code": code, "message": str(self), "hint": hint}
+        self.reply = Reply(status=status, body=body, headers=headers)
+
+
+def read_wish(request: Request, body: bytes) -> Wish | Reply:
+    """What a request for a path below /torpor asks for.
+
+    Args:
+        body: the request's, without content-encoding.
+
+    Raises:
+        Refused: nothing that there is.
+    """
+    line = request.line
+    if (line.method, line.path) == ("GET", DOCUMENT_PATH):
+        return Reply(status=200, body=openapi())
+    allowed = {rule.method: rule for rule in RULES if rule.path == line.path}
+    if not allowed:
+        hint = f"GET {DOCUMENT_PATH} says what there is."
+        raise Refused("path_unknown", f"there is no {line.path[:200]}", status=404, hint=hint)
+    rule = allowed.get(line.method)
+    if rule is None:
+        raise refuse_method(line, ", ".join(allowed))
+    fields = parse(body or b"{}", rule.body)
+    return Wish(rule=rule, text=fields.text if isinstance(fields, NoteBody) else "")
+
+
+def check_origin(line: RequestLine) -> None:
+    """Pages that a browser in the sandbox shows are not the agent.
+
+    Raises:
+        Refused: the request was made by such a page.
+    """
+    origin = line.header("origin")
+    host = origin.partition("://")[2].rpartition(":")[0] or origin.partition("://")[2]
+    if origin and host not in {"127.0.0.1", "localhost"}:
+        raise Refused("origin_refused", f"it comes from a page of {origin[:200]}", status=403)
+
+
+def refuse_method(line: RequestLine, allowed: str) -> Refused:
+    reason = f"{line.path[:200]} takes {allowed}, not {line.method[:20]}"
+    return Refused("method_refused", reason, status=405, headers=(("allow", allowed),))
+
+
+def parse(body: bytes, kind: type[Any]) -> Any:
+    """JSON of a kind.
+
+    Raises:
+        Refused: it is not that.
+    """
+    if len(body) > BODY_BYTES_MAX:
+        raise Refused("request_too_large", f"its body is longer than {BODY_BYTES_MAX >> 20} MiB", status=413)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused("request_invalid", f"its body is not what is wanted ({error})", status=400) from error
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """ASCII, so that any string that an agent sent goes back as it came."""
+    return json.dumps(body).encode()
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document of the table."""
+    paths: dict[str, Any] = {}
+    for rule in RULES:
+        paths.setdefault(rule.path, {})[rule.method.lower()] = _operation(rule)
+    paths[DOCUMENT_PATH] = {
+        "get": {
+            "operationId": "openapi",
+            "summary": "This document.",
+            "responses": {"200": _answer("An OpenAPI document.", {"type": "object"})},
+        }
+    }
+    strings = {name: {"type": "string"} for name in ("code", "message", "hint")}
+    error = {"type": "object", "properties": strings, "required": list(strings)}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Torpor, for the agent in the sandbox",
+            "version": version("torpor"),
+            "description": "Every request is a call in the session's log: an agent that is restored and asks again "
+            "gets the same answer, and nothing is done twice.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "http://127.0.0.1:4100"}],
+        "paths": paths,
+        "components": {"schemas": {"Error": error}},
+    }
+
+
+def _operation(rule: Rule) -> dict[str, Any]:
+    responses = {str(rule.status): _answer(HTTPStatus(rule.status).phrase, rule.answer_schema)}
+    error = {"$ref": "#/components/schemas/Error"}
+    for status, reason in {400: "The request is not what is wanted.", **rule.failures}.items():
+        responses[str(status)] = _answer(reason, error)
+    described: dict[str, Any] = {
+        "operationId": rule.tool,
+        "summary": rule.summary,
+        "description": rule.description,
+        "responses": responses,
+    }
+    if rule.method == "POST":
+        content = {"application/json": {"schema": rule.body_schema}}
+        described["requestBody"] = {"required": rule.body is NoteBody, "content": content}
+    return described
+
+
+def _answer(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

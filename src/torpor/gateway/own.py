@@ -1,0 +1,119 @@
+"""Answers requests for Torpor's own API: at once if the answer follows from the request, else as a call in the log.
+
+A note and an account of the session are one transaction with their answer. A checkpoint comes before its answer, and
+holds the request's stream with nothing delivered: whoever restores it finds the call unanswered, and answers it with
+that checkpoint instead of making another. Order, and what a kill -9 leaves:
+
+    call.intended            a call that was never sent: its stream, or the agent's repeat, starts it again
+    the checkpoint commits   the same; the checkpoint is found again by the stream that it holds
+    sent, what is written, answer, completed: one transaction
+                             delivered from the log
+"""
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from torpor.core.call import Call
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.errors import SandboxFailed
+from torpor.db.database import Transaction
+from torpor.gateway import agent_api, mcp
+from torpor.gateway.admission import LocalAnswer
+from torpor.gateway.agent_api import Operation, Refused, Reply, Wish
+from torpor.gateway.delivery import Recording
+from torpor.gateway.record import Recorder
+from torpor.gateway.request import Request, RequestLine, decoded_body
+
+CheckpointFor = Callable[[Call], Awaitable[Checkpoint | None]]
+"""A durable checkpoint that holds a call's stream; None if none could be made. SandboxFailed: the sandbox is gone."""
+
+
+def answer_here(request: Request) -> LocalAnswer | None:
+    """The answer of a request that needs no log; None if it is a call."""
+    wish = _read(request)
+    return _rendered(request.line, wish) if isinstance(wish, Reply) else None
+
+
+class OwnPump:
+    """Answers one call; to streams and to `Pumps` it is what a `Pump` is.
+
+    Attributes:
+        recording: its rows once they are written.
+        failed: never; a call that the sandbox's end cut short stays intended.
+    """
+
+    failed = False
+
+    def __init__(self, *, call: Call, request: Request, recorder: Recorder, checkpoint_for: CheckpointFor) -> None:
+        self.call = call
+        self.recording = Recording(len(call.attempts) + 1)
+        self._request = request
+        self._recorder = recorder
+        self._checkpoint_for = checkpoint_for
+
+    @property
+    def request_bytes(self) -> int:
+        return len(self._request.body)
+
+    async def run(self) -> None:
+        """Carry the call to its answer.
+
+        Raises:
+            Superseded: this node lost the session.
+        """
+        wish = _read(self._request)
+        assert isinstance(wish, Wish), "what became a call was one before"
+        checkpoint = None
+        if wish.rule.operation is Operation.CHECKPOINT:
+            try:
+                checkpoint = await self._checkpoint_for(self.call)
+            except SandboxFailed:
+                self.recording.end(finished=False)
+                return
+
+        def write(tx: Transaction) -> LocalAnswer:
+            return self._answer(tx, wish, checkpoint)
+
+        answer = await self._recorder.answer(self.call.call_id, write)
+        self.recording.add_head(answer.head)
+        if answer.body:
+            self.recording.add_chunk(answer.body)
+        self.recording.end(finished=True)
+
+    def _answer(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None) -> LocalAnswer:
+        reply = self._reply(tx, wish, checkpoint)
+        if wish.rpc_id is not None:
+            reply = mcp.reply_of(wish.rpc_id, reply)
+        return _rendered(self._request.line, reply)
+
+    def _reply(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None) -> Reply:
+        match wish.rule.operation:
+            case Operation.SESSION:
+                return Reply(status=wish.rule.status, body=self._recorder.describe(tx))
+            case Operation.NOTE:
+                seq = self._recorder.append_note(tx, self.call.call_id, wish.text)
+                return Reply(status=wish.rule.status, body={"seq": seq})
+            case Operation.CHECKPOINT if checkpoint is not None:
+                made = {"checkpoint": checkpoint.number, "seq": checkpoint.seq}
+                return Reply(status=wish.rule.status, body=made)
+            case Operation.CHECKPOINT:
+                hint = "The session runs on; its log (`torpor log`) has the reason."
+                message = "cannot make a checkpoint: saving failed"
+                return Reply(status=503, body={"code": "checkpoint_failed", "message": message, "hint": hint})
+
+
+def _read(request: Request) -> Wish | Reply:
+    line = request.line
+    body = decoded_body(line, request.body)
+    try:
+        agent_api.check_origin(line)
+        return (mcp if line.path == mcp.PATH else agent_api).read_wish(request, body)
+    except Refused as refused:
+        return refused.reply
+
+
+def _rendered(line: RequestLine, reply: Reply) -> LocalAnswer:
+    body = b"" if reply.status == HTTPStatus.ACCEPTED else agent_api.json_bytes(reply.body)
+    fields = (("content-type", "application/json"), *reply.headers) if body else reply.headers
+    head = line.shape(reply.status, HTTPStatus(reply.status).phrase, fields)
+    return LocalAnswer(head=head, body=b"" if head.bodiless else body)
