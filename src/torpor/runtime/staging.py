@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -84,12 +85,14 @@ class Staging:
         while not self.root.is_dir():
             with contextlib.suppress(FileNotFoundError):
                 self._make_private(self.root.parent)
-                self.root.mkdir(mode=0o700, exist_ok=True)
+                self._make_private(self.root)
 
     def _make_private(self, directory: Path) -> None:
         """Others may write to the memory directory: a directory of ours that is not ours is refused."""
-        directory.mkdir(mode=0o700, exist_ok=True)
-        if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
+        with contextlib.suppress(FileExistsError):  # exist_ok=True would raise it for one that is removed meanwhile
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise MachineUnfit(
                 "staging_not_ours", f"cannot stage an image: {directory} belongs to somebody else", hint="Remove it."
             )
