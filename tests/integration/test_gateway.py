@@ -179,6 +179,19 @@ async def test_a_retry_after_the_answer_was_complete_joins_as_well(tmp_path: Pat
         assert stage.model.witness.requests == 1
 
 
+async def test_a_retry_after_a_refusal_that_was_closed_unread_is_sent(tmp_path: Path) -> None:
+    refused = http_request(CHAT, question(), {"x-torpor-fault": Fault.STATUS_500.value})
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        async with client(stage, refused) as (reader, writer):
+            assert status_of(await reader.readline()) == 500
+            leaving: socket.socket = writer.get_extra_info("socket")
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await node.logged(Kind.CALL_DELIVERED)
+        await stage.raw(refused)
+        assert stage.model.witness.requests == 2
+        assert len(await node.calls()) == 2
+
+
 async def test_five_equal_requests_at_once_are_five_calls(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         async with asyncio.TaskGroup() as group:

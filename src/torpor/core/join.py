@@ -22,6 +22,19 @@ class StreamEnd(StrEnum):
 CLOSED_HOW = {1: StreamEnd.CONSUMED, 2: StreamEnd.GONE, 3: StreamEnd.RESET}
 """The byte `how` of the init protocol's CLOSED."""
 
+REFUSAL_STATUS_MIN = 400
+
+
+def end_of_stream(reported: StreamEnd, status: int | None) -> StreamEnd:
+    """What a stream's end counts as, given the status of its answer; None: nothing of that came yet.
+
+    Clients close a refusal unread before they try again: they know its status and want another answer, and nothing was
+    paid for this one. Joined to it, an agent would get the same refusal for ever.
+    """
+    if reported is StreamEnd.GONE and status is not None and status >= REFUSAL_STATUS_MIN:
+        return StreamEnd.CONSUMED
+    return reported
+
 
 def may_join(end: StreamEnd | None) -> bool:
     """Whether a new equal request joins the call whose stream ended so; None is a stream that is still attached."""

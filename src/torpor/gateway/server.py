@@ -18,7 +18,7 @@ from torpor.core.delivery import untouched_bytes
 from torpor.core.divergence import OnDivergence
 from torpor.core.events import Kind
 from torpor.core.ids import CallId, SessionId, StreamId
-from torpor.core.join import StreamEnd
+from torpor.core.join import StreamEnd, end_of_stream
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
@@ -57,6 +57,12 @@ class _Attachment:
     answer: Answer
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is known, and logged, how the stream ended."""
+
+    @property
+    def status(self) -> int | None:
+        """The status of the answer, once that is in the log."""
+        head = self.answer.recording.head
+        return head.status if head is not None else None
 
     def may_have_left(self, intake: Intake) -> bool:
         """Whether a request is equal to this stream's, whose client has closed its end, or all, of the connection."""
@@ -276,6 +282,7 @@ class Gateway:
             for attachment in self._open.values()
             if attachment.may_have_left(intake)
             and not attachment.answer.complete
+            and end_of_stream(StreamEnd.GONE, attachment.status) is StreamEnd.GONE
             and self._holds(attachment.claim.stream, attachment.claim.call_id)
         ]
         for call in left:
@@ -359,11 +366,13 @@ class Gateway:
         async with self._turnstile:
             if incarnation != self._incarnation:
                 return
+            attachment = self._open.get(number)
+            end = end_of_stream(end, attachment.status if attachment is not None else None)
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
             await self._recorder.deliver(incarnation, call_id, data)
             stream.forget()
-            attachment = self._open.pop(number, None)
             if attachment is not None:
+                del self._open[number]
                 attachment.ended.set()
             if self._holds(number, call_id):
                 self._redo.ended(call_id, end)
