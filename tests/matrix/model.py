@@ -15,7 +15,6 @@ from typing import Any
 
 import h11
 
-from tests.stage import PATIENCE_SECONDS
 from torpor.testing.model_connection import Connection
 from torpor.testing.model_connection import Request
 from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, UseTool
@@ -25,6 +24,7 @@ from torpor.testing.model_witness import Witness
 
 TEXT_MARKS = (b'"text_delta"', b'"delta":{"content":"', b'"response.output_text.delta"')
 TOOL_MARKS = (b'"input_json_delta"', b'"function":{"arguments":"', b'"response.function_call_arguments.delta"')
+STOP_SECONDS = 90
 PIECES_BEFORE_STOP = 3
 """Of the text, or of a tool call's JSON, before an answer stands still in its middle."""
 WAITING, RESTORED = "waiting", "restored"
@@ -117,7 +117,7 @@ class MatrixModel(ModelServer):
 
     def await_stop(self, turn: int) -> Stop:
         stop = self.stops[turn - 1]
-        assert stop.reached.wait(PATIENCE_SECONDS), f"the model never came to {stop.point}"
+        assert stop.reached.wait(STOP_SECONDS), f"the model never came to {stop.point}"
         return stop
 
     def release(self, turn: int) -> None:
@@ -156,9 +156,10 @@ class MatrixModel(ModelServer):
     async def _logical_request(self, connection: Connection, request: Request, wire: Wire, body: Any) -> None:
         conversation = wire.conversation(body, request.credential)
         turn = len(conversation.tool_results)
-        if conversation.tools and turn < len(POINTS):
-            assert isinstance(connection, StoppingConnection)
-            connection.stop = self.stops[turn]
+        assert isinstance(connection, StoppingConnection)
+        # The gateway keeps its connections: what the last request left there is none of this one's.
+        connection.pieces = 0
+        connection.stop = self.stops[turn] if conversation.tools and turn < len(POINTS) else None
         await super()._logical_request(connection, request, wire, body)
 
     def _accept_model(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
