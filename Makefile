@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup demo test check test-crash test-simulator bench bench-gateway clean
+.PHONY: help setup demo test check test-crash test-matrix test-simulator bench bench-gateway clean
 
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -21,6 +21,9 @@ check: setup ## formatting, lint, types, layers, sizes, the C code's own checks
 
 test-crash: setup ## 200 random kills over 20-turn sessions, with a witness outside
 	@$(PY) -m pytest tests/crash -m '' --crash-kills 200 -s
+
+test-matrix: setup ## every client, killed at every point and with every fault of its provider (installs them below .tools)
+	@$(PY) -m pytest -p no:cacheprovider tests/matrix --matrix
 
 test-simulator: setup ## 100,000 random schedules of the recovery rules
 	@$(PY) -m torpor.testing.simulator --schedules 100000

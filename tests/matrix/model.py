@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h11
 
-from torpor.testing.model_connection import Connection
-from torpor.testing.model_connection import Request
+from torpor.testing.model_connection import Connection, Request
 from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, UseTool
 from torpor.testing.model_server import ModelServer
 from torpor.testing.model_wire import Wire
@@ -43,6 +42,7 @@ class Point(StrEnum):
 
 
 POINTS = tuple(Point)
+M = TypeVar("M", bound="MatrixModel")
 
 
 def command_of(turn: int) -> str:
@@ -124,6 +124,10 @@ class MatrixModel(ModelServer):
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.stops[turn - 1].released.set)
 
+    def release_all(self) -> None:
+        for turn in range(len(self.stops)):
+            self.release(turn + 1)
+
     def stop(self) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._end.set)
@@ -153,13 +157,15 @@ class MatrixModel(ModelServer):
         self.said += [part.text for part in parts if isinstance(part, Say)]
         return Answer(parts=parts, pace=Pace(chunk_seconds=0.005))
 
-    async def _logical_request(self, connection: Connection, request: Request, wire: Wire, body: Any) -> None:
-        conversation = wire.conversation(body, request.credential)
+    def _stop_of(self, conversation: Conversation) -> Stop | None:
         turn = len(conversation.tool_results)
+        return self.stops[turn] if conversation.tools and turn < len(POINTS) else None
+
+    async def _logical_request(self, connection: Connection, request: Request, wire: Wire, body: Any) -> None:
         assert isinstance(connection, StoppingConnection)
         # The gateway keeps its connections: what the last request left there is none of this one's.
         connection.pieces = 0
-        connection.stop = self.stops[turn] if conversation.tools and turn < len(POINTS) else None
+        connection.stop = self._stop_of(wire.conversation(body, request.credential))
         await super()._logical_request(connection, request, wire, body)
 
     def _accept_model(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -167,9 +173,8 @@ class MatrixModel(ModelServer):
 
 
 @contextmanager
-def matrix_model(*, key: str, witness_path: Path) -> Iterator[MatrixModel]:
+def running(model: M) -> Iterator[M]:
     """The model in a thread of the test's own process, on a real socket."""
-    model = MatrixModel(key=key, witness_path=witness_path)
     listening = threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(model.serve(listening)))
     thread.start()

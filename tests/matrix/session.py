@@ -17,7 +17,7 @@ from typing import Any
 from tests.crash.witness import check_nothing_left, check_order
 from tests.e2e.clients.client_session import UNWANTED, Output
 from tests.matrix.clients import Client
-from tests.matrix.model import POINTS, WAITING, MatrixModel, Point, matrix_model
+from tests.matrix.model import POINTS, WAITING, MatrixModel, Point, running
 from tests.stage import REAL_KEY, Log, Stage
 
 from torpor.core.checkpoint import Checkpoint
@@ -52,13 +52,17 @@ class MatrixSession:
             stop = self.model.await_stop(turn)
             self.log.wait("call.sent", turn)
             self._checkpoint(point, stop.body_bytes)
+        self.kill_and_restore(turn)
+        if point is not Point.BETWEEN_TURNS:
+            self.model.release(turn)
+
+    def kill_and_restore(self, number: int) -> None:
+        """The session's kill of that number, from 1; it goes back to its newest checkpoint."""
         made = self.newest_checkpoint()
         assert self.stage.sandbox_pids(), "there is no sandbox to kill"
         self.stage.kill_sandbox()
-        chosen = self.log.wait("recovery.chosen", 1 + turn)["data"]  # The first one is the boot.
+        chosen = self.log.wait("recovery.chosen", 1 + number)["data"]  # The first one is the boot.
         assert (chosen["mode"], chosen["checkpoint"]) == ("restore", made.number), "not restored from the point itself"
-        if point is not Point.BETWEEN_TURNS:
-            self.model.release(turn)
 
     def end(self) -> str:
         """Wait for the agent's end; gives what it wrote."""
@@ -145,14 +149,17 @@ class MatrixSession:
 
 
 @contextmanager
-def matrix_session(directory: Path, runsc: Path, client: Client) -> Iterator[MatrixSession]:
+def matrix_session(
+    directory: Path, runsc: Path, client: Client, model_class: type[MatrixModel] = MatrixModel
+) -> Iterator[MatrixSession]:
     """Start a client as a session; nothing of it is left afterwards."""
     started = client.start(GATEWAY_URL)
     project = directory / "project"
     project.mkdir(parents=True)
     for file in started.files:
         shutil.copy(file, project)
-    with matrix_model(key=REAL_KEY, witness_path=directory / "witness.jsonl") as model, ExitStack() as undo:
+    made_model = model_class(key=REAL_KEY, witness_path=directory / "witness.jsonl")
+    with running(made_model) as model, ExitStack() as undo:
         made = Stage(directory=directory, environment=_environment(directory, runsc, model.url))
         notices = undo.enter_context((directory / "node.log").open("w"))
         options = [word for mount in started.mounts for word in ("--mount", str(mount))]
@@ -163,7 +170,7 @@ def matrix_session(directory: Path, runsc: Path, client: Client) -> Iterator[Mat
         undo.callback(output.close)
         undo.callback(made.close)
         # The model's last word: a client that waits for it would keep the node from its end.
-        undo.callback(lambda: [model.release(turn + 1) for turn in range(len(POINTS))])
+        undo.callback(model.release_all)
         log = made.follow(NAME)
         undo.callback(log.close)
         yield MatrixSession(client=client, stage=made, model=model, node=node, output=output, log=log)

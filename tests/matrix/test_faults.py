@@ -66,7 +66,9 @@ class Row:
 def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
-    lines = ["| client | fault of the provider | requests of the client | sent to the provider | answered | the client |"]
+    lines = [
+        "| client | fault of the provider | requests of the client | sent to the provider | answered | the client |"
+    ]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         cells = (row.client, row.fault, row.requests, row.upstream, row.answered, row.outcome)
@@ -138,9 +140,7 @@ async def run(started: Started, stage: Stage, scratch: Path) -> tuple[int, str, 
     return process.returncode, output.decode(), errors.decode()
 
 
-async def row_of(
-    client: Client, fault: str, stage: Stage, node: Node, status: int, errors: str, seconds: float
-) -> Row:
+async def row_of(client: Client, fault: str, stage: Stage, node: Node, status: int, errors: str, seconds: float) -> Row:
     kinds = Counter(event.kind for event in await node.events())
     whole = [line for line in stage.model.witness.lines if line.get("outcome") in ("complete", "slow")]
     return Row(

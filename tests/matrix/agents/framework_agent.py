@@ -67,9 +67,9 @@ async def langchain(task: str) -> None:
             whole = chunk if whole is None else whole + chunk
         show("\n")
         messages.append(whole)
-        for call in whole.tool_calls:
-            messages.append(ToolMessage(run_shell(**call["args"]), tool_call_id=call["id"]))
-        if not whole.tool_calls:
+        calls = whole.tool_calls
+        messages += [ToolMessage(run_shell(**call["args"]), tool_call_id=call["id"]) for call in calls]
+        if not calls:
             return
 
 
