@@ -79,7 +79,7 @@ def _start_codex(url: str) -> Started:
     settings = [f"model_providers.matrix={provider}", 'model_provider="matrix"', 'model="scripted-large"']
     options = [word for setting in settings for word in ("-c", setting)]
     command = [str(program), "exec", "--json", "--skip-git-repo-check", "-s", "danger-full-access", *options, TASK]
-    return Started(command=command, variables={"CODEX_HOME": "/tmp/codex"}, mounts=[program.parents[1]])
+    return Started(command=command, variables={}, mounts=[program.parents[1]])
 
 
 def _codex_texts(output: str) -> list[str]:

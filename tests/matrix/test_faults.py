@@ -117,10 +117,7 @@ async def run(started: Started, stage: Stage, scratch: Path) -> tuple[int, str, 
     """Run a client to its end beside the gateway; gives its exit status and what it wrote."""
     for file in started.files:
         shutil.copy(file, scratch)
-    (scratch / "codex").mkdir()
     variables = {**started.variables, "HOME": str(scratch), "TMPDIR": str(scratch)}
-    if "CODEX_HOME" in variables:
-        variables["CODEX_HOME"] = str(scratch / "codex")
     process = await asyncio.create_subprocess_exec(
         *started.command,
         stdin=asyncio.subprocess.DEVNULL,
