@@ -16,7 +16,7 @@ from tests.stage import PATIENCE_SECONDS, Stage, stage
 from torpor.core.crash import CRASH_POINTS
 from torpor.testing.model_faults import Fault, FaultRule
 
-TURNS = 3
+TURNS = 6
 NAME = "victim"
 TORN = {"call.sent": 1, "call.retried": 1, "call.received": 1}
 """Where an attempt is given up: it was sent, and its answer was not there."""
