@@ -86,6 +86,8 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
 async def test_a_fault_is_never_a_whole_answer(
     client: Client, fault: str, times: int | None, tmp_path: Path, scratch: Path, table: list[Row]
 ) -> None:
+    if times is None and client.name == "claude-code":
+        pytest.skip("it tries for minutes: at least eight times in 67 seconds")
     kind = FAULTS[fault]
     said: list[str] = []
 
@@ -138,6 +140,7 @@ async def run(started: Started, stage: Stage, scratch: Path) -> tuple[int, str, 
 
 
 async def row_of(client: Client, fault: str, stage: Stage, node: Node, status: int, errors: str, seconds: float) -> Row:
+    await every_answer_ended(stage)
     kinds = Counter(event.kind for event in await node.events())
     whole = [line for line in stage.model.witness.lines if line.get("outcome") in ("complete", "slow")]
     return Row(
@@ -149,6 +152,15 @@ async def row_of(client: Client, fault: str, stage: Stage, node: Node, status: i
         outcome="has the answer" if status == 0 else f"fails: {reason(errors)}",
         seconds=seconds,
     )
+
+
+async def every_answer_ended(stage: Stage) -> None:
+    """A client may leave at the last event of an answer, before its connection ends: wait for the witness's line."""
+    async with asyncio.timeout(CLIENT_SECONDS):
+        while any(
+            one["outcome"] == "open" for request in stage.model.witness.report()["requests"] for one in request["tries"]
+        ):
+            await asyncio.sleep(0.01)
 
 
 def reason(errors: str) -> str:
