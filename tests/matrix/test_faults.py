@@ -4,6 +4,7 @@ A fault strikes once, or every time. The table of what happened is printed, and 
 """
 
 import asyncio
+import re
 import shutil
 import time
 from collections import Counter
@@ -108,7 +109,9 @@ async def test_a_fault_is_never_a_whole_answer(
         before = time.monotonic()
         status, output, errors = await run(started, stage, scratch)
         seconds = time.monotonic() - before
-        row = await row_of(client, f"{fault}, {'once' if times else 'always'}", stage, node, status, errors, seconds)
+        row = await row_of(
+            client, f"{fault}, {'once' if times else 'always'}", stage, node, (status, output, errors), seconds
+        )
         table.append(row)
         check(client, row, stage, status, output, said)
         if isinstance(kind, Pace):
@@ -139,7 +142,10 @@ async def run(started: Started, stage: Stage, scratch: Path) -> tuple[int, str, 
     return process.returncode, output.decode(), errors.decode()
 
 
-async def row_of(client: Client, fault: str, stage: Stage, node: Node, status: int, errors: str, seconds: float) -> Row:
+async def row_of(
+    client: Client, fault: str, stage: Stage, node: Node, ended: tuple[int, str, str], seconds: float
+) -> Row:
+    status, output, errors = ended
     await every_answer_ended(stage)
     kinds = Counter(event.kind for event in await node.events())
     whole = [line for line in stage.model.witness.lines if line.get("outcome") in ("complete", "slow")]
@@ -149,7 +155,7 @@ async def row_of(client: Client, fault: str, stage: Stage, node: Node, status: i
         requests=kinds[Kind.CALL_INTENDED] + kinds[Kind.CALL_JOINED],
         upstream=stage.model.witness.requests,
         answered=len(whole),
-        outcome="has the answer" if status == 0 else f"fails: {reason(errors)}",
+        outcome="has the answer" if status == 0 else f"fails: {reason(output, errors)}",
         seconds=seconds,
     )
 
@@ -163,9 +169,11 @@ async def every_answer_ended(stage: Stage) -> None:
             await asyncio.sleep(0.01)
 
 
-def reason(errors: str) -> str:
+def reason(output: str, errors: str) -> str:
     """The name of the exception that a client ended with, or what else it wrote last."""
-    last = (errors.strip().splitlines() or ["without a word"])[-1]
+    # Codex ends with its own error as an event, and tells on stderr that nobody types.
+    failed = re.search(r'"type":"turn.failed","error":{"message":"([^"]*)', output)
+    last = failed[1] if failed else (errors.strip().splitlines() or ["without a word"])[-1]
     name = last.partition(":")[0].rpartition(".")[2]
     return name if name.isidentifier() else last.replace("|", "/")[:80]
 
