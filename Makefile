@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup demo test check fuzz test-crash test-simulator bench bench-gateway bench-log clean
+.PHONY: help setup demo test check fuzz test-crash test-matrix test-simulator bench bench-gateway bench-log clean
 
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -13,8 +13,8 @@ setup: ## install what is missing: Debian packages, .venv, torpor-init, runsc
 demo: setup ## a coding agent survives kill -9 of everything (PROVIDER=openai|anthropic for the real thing)
 	@$(PY) examples/demo/demo.py $(if $(PROVIDER),--provider $(PROVIDER))
 
-test: setup ## the whole test suite, in about ten minutes
-	@$(PY) -m pytest tests
+test: setup ## the whole test suite, three tests at a time
+	@$(PY) -m pytest tests -n 3 --dist worksteal
 
 check: setup ## formatting, lint, types, layers, sizes, the C code's own checks
 	@scripts/check
@@ -24,6 +24,9 @@ test-crash: setup ## 200 random kills over 20-turn sessions, with a witness outs
 
 fuzz: setup ## bytes of a hostile agent into the gateway's readers, for 30 seconds (FUZZ_SECONDS=)
 	@$(PY) scripts/fuzz_gateway.py $(or $(FUZZ_SECONDS),30)
+
+test-matrix: setup ## every client, killed at every point and with every fault of its provider (installs them below .tools)
+	@$(PY) -m pytest -p no:cacheprovider tests/matrix --matrix
 
 test-simulator: setup ## 100,000 random schedules of the recovery rules
 	@$(PY) -m torpor.testing.simulator --schedules 100000

@@ -34,6 +34,8 @@ class Stage:
     environment: dict[str, str]
     command: Sequence[str] = tuple(TORPOR)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    control: str = ""
+    """URL of the model's control."""
 
     @property
     def home(self) -> Path:
@@ -145,7 +147,7 @@ def stage(directory: Path, runsc: Path, model_arguments: Sequence[str] = ()) -> 
     """A stage with the coding agent in its project directory."""
     (directory / "project").mkdir(parents=True)
     shutil.copy(AGENT, directory / "project")
-    with model_server(directory, model_arguments) as (url, _control):
+    with model_server(directory, model_arguments) as (url, control):
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "ANTHROPIC_"))},
             "TORPOR_HOME": str(directory / "home"),
@@ -155,7 +157,7 @@ def stage(directory: Path, runsc: Path, model_arguments: Sequence[str] = ()) -> 
             "ANTHROPIC_BASE_URL": url,
             "ANTHROPIC_API_KEY": REAL_KEY,
         }
-        made = Stage(directory=directory, environment=environment)
+        made = Stage(directory=directory, environment=environment, control=control)
         try:
             yield made
         finally:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.e2e.clients.claude_code import ENVIRONMENT, NotInstallable, claude_code
+from tests.e2e.clients.claude_code import ENVIRONMENT, claude_code
 from tests.e2e.clients.client_session import TURNS, ClientSession, client_session
+from tests.e2e.clients.npm import NotInstallable
 
 pytestmark = [pytest.mark.runsc, pytest.mark.npm, pytest.mark.timeout(300)]
 

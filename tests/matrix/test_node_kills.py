@@ -1,0 +1,64 @@
+"""The node dies by kill -9 at each state of a call: at most one more attempt, only while an answer was arriving.
+
+Once with the sandbox alive, which the next node adopts; once with the sandbox dead as well, which is then restored.
+"""
+
+import sys
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.crash.witness import check_session
+from tests.stage import PATIENCE_SECONDS, Stage, stage
+
+from torpor.core.crash import CRASH_POINTS
+from torpor.testing.model_faults import Fault, FaultRule
+
+TURNS = 6
+NAME = "victim"
+TORN = {"call.sent": 1, "call.retried": 1, "call.received": 1}
+"""Where an attempt is given up: it was sent, and its answer was not there."""
+CALL_POINTS = [point for point in CRASH_POINTS if point.startswith("call.")]
+PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.3", "--chunk-seconds", "0.02"]
+
+pytestmark = [pytest.mark.runsc, pytest.mark.timeout(300)]
+
+
+def refuse_once(made: Stage) -> None:
+    """The provider refuses the second call for now."""
+    rule = FaultRule(fault=Fault.STATUS_429, times=1, contains="tool_call_id", retry_after="0")
+    urllib.request.urlopen(f"{made.control}/faults", data=msgspec.json.encode(rule)).close()
+
+
+@pytest.mark.parametrize("also_sandbox", [False, True], ids=["node", "node-and-sandbox"])
+@pytest.mark.parametrize("point", CALL_POINTS)
+def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
+    point: str, also_sandbox: bool, scratch: Path, runsc: Path
+) -> None:
+    with stage(scratch, runsc, PACE) as made:
+        refused = point == "call.retried"
+        if refused:
+            refuse_once(made)
+        # The second call, so that there is a checkpoint of the first; a call has one piece for each event it got.
+        at_pass = {"call.retried": 1, "call.received": 20}.get(point, 2)
+        variables = {"TORPOR_CRASH_POINT": f"{point}:{at_pass}"}
+        node = made.node("run", "--name", NAME, "--", sys.executable, "agent.py", **variables)
+        assert node.wait(PATIENCE_SECONDS) == -9, (made.directory / "node.log").read_text()
+        if also_sandbox:
+            made.kill_sandbox()
+        made.torpor("resume", NAME)
+        counted = check_session(made, NAME, turns=TURNS, node_kills=1)
+        torn = TORN.get(point, 0)
+        assert counted["torn"] == torn
+        assert counted["sent"] == counted["calls"] + torn
+        # Death right after `call.sent` may come before the request left: then nobody was asked twice.
+
+        assert counted["calls"] <= counted["asked"] <= counted["sent"]
+        if point not in TORN:
+            assert counted["asked"] == counted["calls"], "paid for twice"
+        again = Counter(line["digest"] for line in made.witness if line["event"] == "start")
+        assert max(again.values()) <= 1 + torn
+        if torn:
+            assert "torn" in made.torpor("log", NAME).stdout
