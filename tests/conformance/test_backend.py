@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -159,6 +160,15 @@ class TestLocalDirectory:
         assert backend.list("") == ["packs/small"]
         assert list((tiny_disk / "store" / "partial").iterdir()) == []
         backend.put("packs/again", b"x" * 500_000)
+
+    def test_put_leaves_the_spare_bytes_free(self, tiny_disk: Path) -> None:
+        free = shutil.disk_usage(tiny_disk).free
+        backend = LocalDirectory(tiny_disk / "store", spare_bytes=free - 200_000)
+        backend.put("packs/small", b"x" * 50_000)
+        with pytest.raises(MachineUnfit) as caught:
+            backend.put("packs/large", b"x" * 300_000)
+        assert caught.value.code == "no_space"
+        assert backend.list("") == ["packs/small"]
 
     def test_file_size_limit_is_no_space_and_leaves_nothing(self, root: Path) -> None:
         program = f"""

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
+SPARE_BYTES = 4 << 20
+"""Left free by snapshots for the event log, which is on the same disk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -86,7 +89,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.store = SnapshotStore(LocalDirectory(home.store), clock=clock)
+        self.store = SnapshotStore(LocalDirectory(home.store, spare_bytes=SPARE_BYTES), clock=clock)
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.

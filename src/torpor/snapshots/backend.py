@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol
@@ -73,8 +74,12 @@ class LocalDirectory:
     written.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, spare_bytes: int = 0) -> None:
+        """Args:
+        spare_bytes: what a put leaves free on the disk, for the event log: it is there to say that the disk is full.
+        """
         self._root = root
+        self._spare_bytes = spare_bytes
         self._partial = root / "partial"
         with storage_errors(f"open store {root}"):
             _make_private(self._partial)
@@ -84,6 +89,8 @@ class LocalDirectory:
         path = self._path(key)
         with storage_errors(f"write object {key}"):
             _make_private(path.parent)
+            if self._spare_bytes and shutil.disk_usage(self._root).free < len(data) + self._spare_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with self._open_partial() as (descriptor, partial):
                 _write_all(descriptor, data)
                 crash_point("backend.partial_written")
