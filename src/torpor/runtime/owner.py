@@ -82,6 +82,7 @@ class Owner:
         self._stop_refused = asyncio.Event()
         self._life: Incarnation | None = None
         self._signals = 0
+        self._early_signals: list[tuple[int, int]] = []
 
     async def run(self) -> Outcome:
         """Drive the session until it ends or is asked to stop."""
@@ -116,8 +117,11 @@ class Owner:
     async def forward_signal(self, number: int) -> None:
         """Send a signal to the agent's process group."""
         self._signals += 1
-        if self._life is not None:
-            await self._life.link.signal(number, self._clock.wall_ns() + self._signals)
+        wanted = (number, self._clock.wall_ns() + self._signals)
+        if self._life is None:
+            self._early_signals.append(wanted)  # Its first output may be here before the life has begun.
+        else:
+            await self._life.link.signal(*wanted)
 
     async def checkpoint(self) -> Checkpoint | None:
         """Make a checkpoint now; None when it failed."""
@@ -182,6 +186,8 @@ class Owner:
                 tasks.create_task(life.link.run())
                 outputs = await self._begin(rung, tasks)
                 self._life = life
+                while self._early_signals:
+                    await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
                 tasks.create_task(self._prepare_slot(life.number + 1))

@@ -108,6 +108,6 @@ async def test_each_other_change_is_found(scene: Scene, tmp_path: Path, what: st
 
 
 async def test_event_resealed_in_the_middle_breaks_the_chain(scene: Scene, tmp_path: Path) -> None:
-    tamper(tmp_path, "UPDATE event SET hash = 'f' || substr(hash, 2) WHERE seq = 5")
+    tamper(tmp_path, "UPDATE event SET hash = IIF(hash LIKE 'f%', 'e', 'f') || substr(hash, 2) WHERE seq = 5")
     found = await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id))
     assert [(problem.code, problem.seq) for problem in found] == [("event_changed", 5), ("chain_broken", 6)]

@@ -56,7 +56,8 @@ def test_second_pull_writes_nothing(pull: Pull) -> None:
     before = (pull.mine / "file").stat()
     report = pull()
     assert report == ExportReport()
-    assert (pull.mine / "file").stat() == before
+    after = (pull.mine / "file").stat()
+    assert (after.st_ino, after.st_ctime_ns, after.st_size) == (before.st_ino, before.st_ctime_ns, before.st_size)
 
 
 def test_directory_that_is_a_link_here_is_not_entered(pull: Pull) -> None:
