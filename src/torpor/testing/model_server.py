@@ -207,6 +207,9 @@ class ModelServer:
             await connection.respond(200, json.dumps({"models": models}).encode())
         elif request.path in RAW_ANSWERS:
             kind, body = RAW_ANSWERS[request.path]
+            rule = self.faults.choose(header=request.headers.get(FAULT_HEADER), attempt=1, body=request.body)
+            if rule is not None and rule.fault is Fault.SILENT:  # The only fault that these know.
+                await connection.pause(None)
             await connection.respond(200, body, content_type=kind)
         elif request.path == "/v1/models" and "anthropic-version" in request.headers:
             data = [{"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01"} for name in MODELS]
