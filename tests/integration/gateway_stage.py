@@ -29,6 +29,7 @@ from torpor.core.redo import RedoSet
 from torpor.db import calls, log, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.crossroads import Crossroads
+from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
@@ -203,12 +204,22 @@ class OnCall:
 
     def __init__(self) -> None:
         self.calls: list[CallId] = []
+        self.first_bytes: list[FirstByteAt] = []
+        self._asked = Pulse()
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, call_id: CallId) -> None:
+    async def __call__(self, call_id: CallId, first_byte_at: FirstByteAt) -> None:
         self.calls.append(call_id)
+        self.first_bytes.append(first_byte_at)
+        self._asked.fire()
         await self.gate.wait()
+
+    async def announced(self, count: int) -> list[FirstByteAt]:
+        """Wait until so many calls were announced."""
+        while len(self.first_bytes) < count:
+            await self._asked.wait()
+        return self.first_bytes
 
 
 class CheckpointFor:

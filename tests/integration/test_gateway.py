@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.integration.gateway_stage import REAL_KEY, Node, Stage, gateway_stage, http_request
+from tests.integration.gateway_stage import CLOCK, REAL_KEY, Node, Stage, gateway_stage, http_request
 
 from torpor.config import GATEWAY_PORT
 from torpor.core.call import CallState
@@ -119,6 +119,23 @@ async def test_nothing_is_delivered_before_the_checkpoint_hook_returns(tmp_path:
             assert [held.call_id for held in node.gateway.open_streams().values()] == [call.call_id]
             stage.on_call.gate.set()
             assert await reader.read(-1) == await node.logged_response(call)
+
+
+async def test_the_hook_learns_when_the_first_byte_was_ready(tmp_path: Path) -> None:
+    """What is held back from then on is what a checkpoint costs the agent."""
+    async with gateway_stage(tmp_path, script=unhurried) as stage, stage.node() as node:
+        stage.on_call.gate.clear()
+        async with client(stage, http_request(CHAT, question())) as (reader, _):
+            [first_byte_at] = await stage.on_call.announced(1)
+            before = CLOCK.monotonic()
+            assert first_byte_at() is None
+            await answered(node)
+            ready = first_byte_at()
+            assert ready is not None
+            assert before <= ready <= CLOCK.monotonic()
+            stage.on_call.gate.set()
+            assert await reader.read(-1)
+            assert first_byte_at() == ready
 
 
 async def test_a_killed_client_does_not_stop_its_answer(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ is not in the log. The bytes on the agent's socket are made by `core.delivery.Ta
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeAlias
@@ -31,6 +31,7 @@ class Recording:
     Attributes:
         attempt: its number.
         finished: None while more may come; True after its proper end; False if it never gets one.
+        on_head: called when the head is there, which comes with the first byte of the body.
     """
 
     def __init__(self, attempt: int) -> None:
@@ -38,10 +39,13 @@ class Recording:
         self.head: ResponseHead | None = None
         self.chunks: list[bytes] = []
         self.finished: bool | None = None
+        self.on_head: Callable[[], None] | None = None
         self._changed = Pulse()
 
     def add_head(self, head: ResponseHead) -> None:
         self.head = head
+        if self.on_head is not None:
+            self.on_head()
         self._changed.fire()
 
     def add_chunk(self, data: bytes) -> None:

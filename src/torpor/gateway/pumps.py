@@ -7,10 +7,12 @@ answer before it is done with that: the agent is blocked anyway, so it is the mo
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torpor.core.call import Call, ResponseHead
+from torpor.core.clock import Clock
 from torpor.core.errors import Conflict
 from torpor.core.ids import CallId
 from torpor.gateway.billing import Billing
@@ -29,7 +31,20 @@ PUMPS_MAX = 512
 REQUESTS_BYTES_MAX = 256 << 20
 """Bodies of the requests whose answers are fetched, beyond which the next call waits."""
 
-OnCall = Callable[[CallId], Awaitable[None]]
+FirstByteAt = Callable[[], float | None]
+"""When the first byte of a call's answer was ready, by the monotonic clock; None as long as it is not."""
+OnCall = Callable[[CallId, FirstByteAt], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Held:
+    """An answer that is not delivered before the runtime is done with its call."""
+
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    first_byte_at: float | None = None
+
+    def note_first_byte(self, clock: Clock) -> None:
+        self.first_byte_at = clock.monotonic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +92,7 @@ class Pumps:
         self._closing = asyncio.Event()
         self._ended = Pulse()
         self._pumps: dict[CallId, Pump | OwnPump] = {}
-        self._held: dict[CallId, asyncio.Event] = {}
+        self._held: dict[CallId, _Held] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -124,8 +139,9 @@ class Pumps:
             self._warm = True
             self._spawn(self._billing.warm(call))
         if announce and call.is_llm and isinstance(pump, Pump):
-            self._held[call.call_id] = asyncio.Event()
-            self._spawn(self._announce(pump))
+            held = self._held[call.call_id] = _Held()
+            pump.recording.on_head = partial(held.note_first_byte, self._recorder.clock)
+            self._spawn(self._announce(pump, held))
         return self._answer(call, pump.recording)
 
     def _pump(self, call: Call, intake: Intake, note: str | None) -> Pump | OwnPump:
@@ -168,11 +184,11 @@ class Pumps:
         return self._answer(failed, await self._recorder.replay(failed))
 
     def _answer(self, call: Call, recording: Recording) -> Answer:
-        released = self._held.get(call.call_id)
-        if released is None:
-            released = asyncio.Event()
-            released.set()
-        return Answer(call=call, recording=recording, released=released)
+        held = self._held.get(call.call_id)
+        if held is None:
+            held = _Held()
+            held.released.set()
+        return Answer(call=call, recording=recording, released=held.released)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None, "`ready` was awaited"
@@ -187,7 +203,8 @@ class Pumps:
         if pump.failed:
             self._on_failed(pump.call.call_id)
 
-    async def _announce(self, pump: Pump) -> None:
+    async def _announce(self, pump: Pump, held: _Held) -> None:
         await pump.under_way.wait()
-        await self._on_call(pump.call.call_id)
-        self._held.pop(pump.call.call_id).set()
+        await self._on_call(pump.call.call_id, lambda: held.first_byte_at)
+        del self._held[pump.call.call_id]
+        held.released.set()
