@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -102,9 +102,9 @@ class SnapshotStore:
         """Store an image (a flat directory of files) and a workspace; durable on return.
 
         Args:
-            parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
-                result says so. paged_files: names of the memory images; the others are small and stored
-                whole.
+            parent: what to deduplicate against; it may be newer than what the workspace was compared with. If
+                it is missing or damaged everything is stored, and the result says so.
+            paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
@@ -112,8 +112,7 @@ class SnapshotStore:
             Conflict: snapshot_exists.
         """
         started = self._clock.monotonic()
-        _check_parent(workspace, parent, snapshot_id)
-        before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
+        before, problem = self._indexes_before(parent, workspace)
         present = [self._backend.exists(ref.key) for ref in before.pages.packs]
         pages = PageWriter(self._backend, before.pages, present)
         objects = ObjectWriter(self._backend, places_of_objects(before.object_packs))
@@ -213,6 +212,16 @@ class SnapshotStore:
             return [str(error)]
         return problems_of(manifest, self._backend)
 
+    def _indexes_before(self, parent: SnapshotId | None, workspace: TreeCapture) -> tuple[_Indexes, str]:
+        """Of the parent; and what a capture left out as unchanged is where it was compared with, if that is another."""
+        based_on = workspace.based_on.snapshot_id if workspace.based_on is not None else None
+        before, problem = self._indexes_of_parent(parent, must_have=based_on is not None and based_on == parent)
+        if based_on is None or based_on == parent:
+            return before, problem
+        compared, _ = self._indexes_of_parent(based_on, must_have=True)
+        packs = {pack.ref: pack for pack in (*compared.object_packs, *before.object_packs)}
+        return replace(before, object_packs=tuple(packs.values())), problem
+
     def _indexes_of_parent(self, parent: SnapshotId | None, *, must_have: bool) -> tuple[_Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
@@ -262,16 +271,6 @@ class SnapshotStore:
     def _forget(self, snapshot_id: SnapshotId) -> None:
         with self._lock:
             self._cache.pop(snapshot_id, None)
-
-
-def _check_parent(workspace: TreeCapture, parent: SnapshotId | None, snapshot_id: SnapshotId) -> None:
-    """What a capture left out as unchanged is in the snapshot that it was compared with, and nowhere else."""
-    if workspace.based_on is not None and workspace.based_on.snapshot_id != parent:
-        other = workspace.based_on.snapshot_id
-        raise InvalidInput(
-            "capture_of_other_parent",
-            f"cannot save snapshot {snapshot_id}: its workspace was compared with {other}, not with {parent}",
-        )
 
 
 def _store_files(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.unit.snapshots.making import World, contents, page, pages
+from tests.unit.snapshots.making import World, contents, page, pages, settled, with_stamps_of
 
 from torpor.core.errors import Conflict, Damaged, InvalidInput
 from torpor.core.ids import SnapshotId
@@ -141,11 +141,38 @@ def test_pack_that_went_away_is_not_referred_to_again(world: World) -> None:
     assert world.restored_image(second) == contents(world.image)
 
 
-def test_capture_can_only_be_saved_as_a_child_of_what_it_was_compared_with(world: World) -> None:
+def test_capture_that_was_compared_with_an_older_snapshot_is_whole_all_the_same(world: World) -> None:
+    """Its parent, a newer one, needs nothing any more of what the capture left out as unchanged."""
+    directory = world.workspace / "d"
+    directory.mkdir()
+    (directory / "kept").write_bytes(b"kept")
+    world.write_image(pages(range(20)))
+    older = world.save("older")
+    before = directory.stat()
+    (directory / "kept").rename(world.root / "kept")
+    directory.rmdir()
+    newer = older
+    for number in range(fold.OBJECT_PACKS_MAX + 2):
+        (world.workspace / "counter").write_bytes(b"%d" % number)
+        world.write_image(pages(range(21)), checkpoint=b"another", pages_meta=b"another")
+        newer = world.save(f"n{number}", newer, index=newer.tree)
+    (world.workspace / "counter").unlink()
+    directory.mkdir()
+    (world.root / "kept").rename(directory / "kept")
+    os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
+    unmoved = with_stamps_of(settled(older.tree), world.workspace)
+    saved = world.save("newest", newer, index=unmoved)
+    assert saved.new_pages == 0, "pages are compared with the parent"
+    assert saved.tree_root == older.tree_root, "nothing was read"
+    assert world.store.verify(saved.id, saved.manifest_digest) == []
+    assert (world.restored_workspace(saved) / "d/kept").read_bytes() == b"kept"
+
+
+def test_capture_needs_no_parent_but_what_it_was_compared_with(world: World) -> None:
+    (world.workspace / "file").write_bytes(b"shared")
     first = world.save("a")
-    with pytest.raises(InvalidInput) as caught:
-        world.save("b", None, index=first.tree)
-    assert caught.value.code == "capture_of_other_parent"
+    alone = world.save("b", None, index=first.tree)
+    assert contents(world.restored_workspace(alone)) == {"file": b"shared"}
 
 
 def test_capture_that_shares_files_with_a_lost_parent_is_refused_not_saved_incomplete(world: World) -> None:
