@@ -2,10 +2,10 @@
 
     python scripts/bench_stall.py --heap-mb 400 --steps 4
 
-Another process writes a time stamp into a pipe every millisecond. The loop passes each one on through a socket, as the
-gateway does with a piece of an answer, and notes how old it is when it comes out: that is the stall, in milliseconds. The
-first line is the loop alone, for the machine has stalls of its own; then one line for each save, with the processor
-seconds that it took. Images are those of a Python agent in runsc (400 gives 250 MB).
+Another process writes a time stamp into a pipe every millisecond. The loop passes each one on through a socket, as
+the gateway does with a piece of an answer, and notes how old it is when it comes out: that is the stall, in
+milliseconds. The first line is the loop alone, for the machine has stalls of its own; then one line for each save,
+with the processor seconds that it took. Images are those of a Python agent in runsc (400 gives 250 MB).
 """
 
 import argparse
@@ -21,19 +21,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from bench_images import agent_images
 
 from torpor.config import torpor_home
 from torpor.core.clock import SystemClock
 from torpor.core.ids import new_snapshot_id
+from torpor.node import put_the_loop_first
 from torpor.sandbox.tools import find_runsc
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
 CLOCK = SystemClock()
+T = TypeVar("T")
 STAMP = struct.Struct("<d")
 PINGER = """
 import os, struct, time
@@ -50,13 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heap-mb", type=int, default=400, help="118 gives images of 78 MB, 400 of 250 MB")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--switch-ms", type=float, help="the interpreter's switch interval (default: the node's)")
+    parser.add_argument("--plain", action="store_true", help="leave the interpreter's switch interval as it comes")
     arguments = parser.parse_args()
     runsc = find_runsc(torpor_home(os.environ) / "bin", os.environ, CLOCK).path
     scratch = Path(tempfile.mkdtemp(prefix="bench-stall-"))
     memory = Path(tempfile.mkdtemp(prefix="bench-stall-", dir="/dev/shm"))
-    if arguments.switch_ms:
-        sys.setswitchinterval(arguments.switch_ms / 1000)
+    if not arguments.plain:
+        put_the_loop_first()
     try:
         asyncio.run(measure(arguments, runsc, memory, SnapshotStore(LocalDirectory(scratch / "store"))))
     finally:
@@ -76,17 +80,14 @@ async def measure(arguments: argparse.Namespace, runsc: Path, memory: Path, stor
             for step, (image, workspace) in enumerate(images):
                 staging = memory / "staging"
                 staging.mkdir()
-                captured = capture(workspace, staging, last and last.tree)
-
-                def save(image: Path = image, captured=captured) -> SavedSnapshot:
-                    return store.save(
-                        image_dir=image,
-                        workspace=captured,
-                        parent=last and last.id,
-                        pins={},
-                        snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
-                    )
-
+                save = partial(
+                    store.save,
+                    image_dir=image,
+                    workspace=capture(workspace, staging, last and last.tree),
+                    parent=last and last.id,
+                    pins={},
+                    snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
+                )
                 last = await gateway.beside("first save" if step == 0 else f"step {step}", save)
                 shutil.rmtree(staging)
                 shutil.rmtree(image)
@@ -120,7 +121,7 @@ class Pieces:
             pinger.wait()
             pinger.stdout.close()
 
-    async def beside(self, name: str, work: Callable[[], object]) -> object:
+    async def beside(self, name: str, work: Callable[[], T]) -> T:
         """Do the work on a thread and print what the pieces met meanwhile."""
         await asyncio.sleep(0.3)
         self.ages.clear()
