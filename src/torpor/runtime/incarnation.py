@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +92,22 @@ class Incarnations:
             SandboxFailed: the driver refused the image, or init did not answer.
         """
         await asyncio.to_thread(self._check_pins, checkpoint)
-        image = self._staging.cached(checkpoint.snapshot_id)
-        async with asyncio.TaskGroup() as both:
-            rebuilt = both.create_task(self._rebuild(checkpoint)) if image is None else None
-            made = both.create_task(self._empty_sandbox(number))
-        sandbox = made.result()
-        async with self._undone_on_failure(sandbox):
-            tree = await self._fill_workspace(sandbox.plan, checkpoint)
-            await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
-            return await self._connect(number, sandbox, tree)
+        async with AsyncExitStack() as undo:
+            async with asyncio.TaskGroup() as both:
+                staging = both.create_task(self._image(checkpoint))
+                filling = both.create_task(self._filled_sandbox(number, checkpoint, undo))
+            (sandbox, tree), image = filling.result(), staging.result()
+            await sandbox.restore(image)
+            restored = await self._connect(number, sandbox, tree)
+            undo.pop_all()
+        return restored
+
+    async def _filled_sandbox(
+        self, number: int, checkpoint: Checkpoint, undo: AsyncExitStack
+    ) -> tuple[Sandbox, TreeIndex]:
+        sandbox = await self._empty_sandbox(number)
+        undo.push_async_callback(_kill, sandbox)
+        return sandbox, await self._fill_workspace(sandbox.plan, checkpoint)
 
     def _check_pins(self, checkpoint: Checkpoint) -> None:
         """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
@@ -178,11 +186,17 @@ class Incarnations:
             self._store.restore_workspace, checkpoint.snapshot_id, checkpoint.manifest_digest, plan.workspace
         )
 
+    async def _image(self, checkpoint: Checkpoint) -> Path:
+        """The image in memory: still there, or rebuilt from the store."""
+        cached = self._staging.cached(checkpoint.snapshot_id, checkpoint.raw_bytes)
+        return cached or await self._rebuild(checkpoint)
+
     async def _rebuild(self, checkpoint: Checkpoint) -> Path:
         """Write the image from the store into memory; kept there for the next restore."""
         snapshot_id = checkpoint.snapshot_id
-        self._staging.discard(snapshot_id)
-        self._staging.begin(snapshot_id, checkpoint.raw_bytes)
+        # Nothing else is on its way, and what is staged of other snapshots is no use to anybody.
+        await asyncio.to_thread(self._staging.keep_only, ())
+        await asyncio.to_thread(self._staging.begin, snapshot_id, checkpoint.raw_bytes)
         target = self._staging.image(snapshot_id)
         await asyncio.to_thread(self._store.restore_image, snapshot_id, checkpoint.manifest_digest, target)
         self._staging.discard_changes(snapshot_id)
@@ -205,8 +219,13 @@ class Incarnations:
         try:
             yield
         except (TorporError, OSError, asyncio.CancelledError):
-            await asyncio.shield(sandbox.kill())
+            await _kill(sandbox)
             raise
+
+
+async def _kill(sandbox: Sandbox) -> None:
+    """Destroy it, even when the task that made it is cancelled."""
+    await asyncio.shield(asyncio.ensure_future(sandbox.kill()))
 
 
 def fresh_entropy() -> bytes:

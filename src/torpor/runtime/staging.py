@@ -1,7 +1,9 @@
 """Memory-backed directories of one session: where images are written to, and where the newest ones wait for a restore.
 
 Everything here is a copy: a crash, a reboot or another process's clean-up costs time, never data. An image is trusted
-only when its `complete` mark is there, which is made after the driver has written it.
+only when its `complete` mark is there, which is made after the driver has written it. What has been written counts
+against the directory's free space and the machine's free memory, so an image is begun only when it fits beside all
+others. Freeing an image takes the kernel some milliseconds: callers on an event loop leave that to a thread.
 """
 
 import contextlib
@@ -9,11 +11,13 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from torpor.core.errors import MachineUnfit
 from torpor.core.ids import SessionId, SnapshotId
+from torpor.runtime import image_cache
 
 MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - private subdirectories, mode 0700, checked to be ours
 SPARE_BYTES = 32 << 20
@@ -23,9 +27,27 @@ class Staging:
     """The staging directory of one session of one TORPOR_HOME."""
 
     def __init__(self, home: Path, session_id: SessionId, memory_directory: Path = MEMORY_DIRECTORY) -> None:
-        name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]
         self._memory = memory_directory
-        self.root = memory_directory / f"torpor-{os.geteuid()}-{name}" / session_id
+        self._held: int | None = None
+        self.root = staging_directory(home, memory_directory) / session_id
+
+    def hold(self) -> None:
+        """Keep every image of this session until `let_go`, or until this process ends; others may free it from then on.
+
+        Raises:
+            MachineUnfit: `staging_not_ours`.
+        """
+        while self._held is None:
+            self._make_root()
+            self._held = image_cache.hold(self.root)
+
+    def let_go(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+        for directory in (self.root, self.root.parent):
+            with contextlib.suppress(OSError):  # There are images in it, or it is gone.
+                directory.rmdir()
 
     def image(self, snapshot_id: SnapshotId) -> Path:
         return self.root / snapshot_id / "image"
@@ -34,18 +56,24 @@ class Staging:
         """Where the workspace's changed files are copied to while the sandbox is paused."""
         return self.root / snapshot_id / "workspace"
 
+    def has_room(self, expected_bytes: int) -> bool:
+        """Whether an image of that size fits."""
+        free = shutil.disk_usage(self._memory).free if self._memory.is_dir() else 0
+        return min(free, available_memory()) >= expected_bytes + SPARE_BYTES
+
     def begin(self, snapshot_id: SnapshotId, expected_bytes: int) -> None:
-        """Make room for a new image.
+        """Make room for a new image; for it, the images of sleeping sessions go.
 
         Raises:
-            MachineUnfit: `no_staging_space`: the memory directory has too little left for an image of that size.
+            MachineUnfit: `no_staging_space`: there is too little left for an image of that size.
         """
-        free = shutil.disk_usage(self._memory).free if self._memory.is_dir() else 0
-        needed = expected_bytes + SPARE_BYTES
-        if free < needed:
+        if not self.has_room(expected_bytes):
+            image_cache.trim(self.root.parent, image_cache.NOTHING, 0)
+        if not self.has_room(expected_bytes):
+            needed = (expected_bytes + SPARE_BYTES) >> 20
             raise MachineUnfit(
                 "no_staging_space",
-                f"cannot stage an image: {self._memory} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
+                f"cannot stage an image: {self._memory}, or this machine's memory, has less than {needed} MiB free",
                 hint=f"End other sessions or enlarge it (`mount -o remount,size=… {self._memory}`).",
             )
         self._make_root()
@@ -54,12 +82,19 @@ class Staging:
 
     def complete(self, snapshot_id: SnapshotId) -> None:
         """The image is whole."""
-        (self.root / snapshot_id / "complete").touch()
+        (self.root / snapshot_id / image_cache.COMPLETE).touch()
 
-    def cached(self, snapshot_id: SnapshotId) -> Path | None:
-        """The image of a snapshot, if it is still in memory and whole."""
-        whole = (self.root / snapshot_id / "complete").exists() and self.root.stat().st_uid == os.geteuid()
-        return self.image(snapshot_id) if whole else None
+    def cached(self, snapshot_id: SnapshotId, raw_bytes: int) -> Path | None:
+        """The image of a snapshot, if it is still in memory, whole and of that size."""
+        image = self.image(snapshot_id)
+        if not (self.root / snapshot_id / image_cache.COMPLETE).exists() or self.root.stat().st_uid != os.geteuid():
+            return None
+        return image if sum(file.stat().st_size for file in image.iterdir()) == raw_bytes else None
+
+    @property
+    def has_image(self) -> bool:
+        """Whether some whole image of the session is in memory."""
+        return any(self.root.glob(f"*/{image_cache.COMPLETE}"))
 
     def discard(self, snapshot_id: SnapshotId) -> None:
         shutil.rmtree(self.root / snapshot_id, ignore_errors=True)
@@ -96,3 +131,18 @@ class Staging:
             raise MachineUnfit(
                 "staging_not_ours", f"cannot stage an image: {directory} belongs to somebody else", hint="Remove it."
             )
+
+
+def staging_directory(home: Path, memory_directory: Path = MEMORY_DIRECTORY) -> Path:
+    """Where all sessions of a TORPOR_HOME stage."""
+    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]
+    return memory_directory / f"torpor-{os.geteuid()}-{name}"
+
+
+def available_memory() -> int:
+    """Bytes that this machine could give to programs without swapping; without a kernel that says so, no limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), sys.maxsize)

@@ -1,7 +1,8 @@
 """An image's files on their way into the store and back: memory by pages, small files as contents.
 
 Owns reading and writing the files; what is new is decided in pages.py. A restore verifies and decompresses
-every frame that it needs once, and writes its pages where they belong, on two threads.
+every frame that it needs once, and writes its pages where they belong, on several threads: fetching, hashing,
+decompressing and writing all leave the interpreter to the others.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +21,16 @@ from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.beneath import write_at, write_block
 from torpor.snapshots.manifest import PagedFile, WholeFile, decode_extents, encode_extents
 from torpor.snapshots.objects import Objects, block_numbers
-from torpor.snapshots.pack import PAGE_BYTES, Frame, PackBuilder, PackIndex, damaged, read_object
+from torpor.snapshots.pack import (
+    PAGE_BYTES,
+    Frame,
+    PackBuilder,
+    PackIndex,
+    PackRef,
+    damaged,
+    read_object,
+    read_pack_index,
+)
 from torpor.snapshots.pages import (
     PAGES_PER_FRAME,
     PAGES_PER_PACK,
@@ -32,7 +43,8 @@ from torpor.snapshots.pages import (
 )
 
 _READ_BYTES_MAX = 4 * 1024 * 1024
-_THREADS = 2
+# More than processors: a store on another machine is waited for. Each holds one read and one raw frame.
+_THREADS = 8
 # A step's few megabytes can afford level 3, which stores a tenth less; a first image would take three times as long.
 _BULK_LEVEL, _STEP_LEVEL = 1, 3
 
@@ -108,6 +120,12 @@ class _Run:
     target: int
     first: int
     count: int
+
+
+def read_pack_indexes(refs: Sequence[PackRef], backend: Backend) -> list[PackIndex]:
+    """Raises Damaged: snapshot_object_missing or snapshot_damaged."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(partial(read_pack_index, backend), refs))
 
 
 def restore_paged(file: PagedFile, packs: Sequence[PackIndex], backend: Backend, directory: Path) -> None:

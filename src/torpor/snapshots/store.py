@@ -20,7 +20,7 @@ from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
-from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
+from torpor.snapshots.image import PageWriter, page_index, read_pack_indexes, restore_paged, restore_whole
 from torpor.snapshots.manifest import (
     Manifest,
     PagedFile,
@@ -170,7 +170,7 @@ class SnapshotStore:
             destination.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(destination.iterdir()):
                 raise InvalidInput("directory_not_empty", f"cannot restore image to {destination}: it is not empty")
-        packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
+        packs = read_pack_indexes(manifest.page_packs, self._backend)
         objects = self._objects(manifest)
         for file in manifest.files:
             if isinstance(file, PagedFile):
