@@ -1,9 +1,9 @@
 """What the next capture of a workspace may take as unchanged: the tree of the newest committed checkpoint, with care.
 
-A capture is compared with a tree that is in the store, never with one that only waits to be: that one may be overtaken or
-fail, and what was left out as unchanged would be nowhere. Stores through a mapping move no time stamp, and a file that is
-closed by now may have been open at a cut in between, which read it again and was never committed. So every file counts as
-changed that was open for writing at a cut since the tree's own, and at that one. Pure.
+A capture is compared with a tree that is in the store, never with one that only waits to be: that one may be
+overtaken or fail, and what was left out as unchanged would be nowhere. Stores through a mapping move no time stamp,
+and a file that is closed by now may have been open at a cut in between, which read it again and was never committed.
+So every file counts as changed that was open for writing at a cut since the tree's own, and at that one. Pure.
 """
 
 from torpor.snapshots.tree import TreeIndex

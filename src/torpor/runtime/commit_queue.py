@@ -1,8 +1,9 @@
 """Where cuts wait for their commit: one is being committed, at most one more waits, and a newer one takes its place.
 
-So images in memory stay few however quick turns are, and nobody waits for more than two commits. Whoever asked for a cut
-waits until its fate is known: committed, failed, or overtaken by a newer one whose own fate is known. Cuts are numbered
-from 1 in the order in which they were made; commits are in that order, so what is known of one is known of all before.
+So images in memory stay few however quick turns are, and nobody waits for more than two commits. Whoever asked for a
+cut waits until its fate is known: committed, failed, or overtaken by a newer one whose own fate is known. Cuts are
+numbered from 1 in the order in which they were made; commits are in that order, so what is known of one is known of
+all before.
 """
 
 from typing import Generic, TypeVar
