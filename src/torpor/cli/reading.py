@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,14 +23,18 @@ from torpor.cli.printer import (
     print_rows,
     printable,
 )
+from torpor.core.call import Call, CallState
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
+from torpor.core.ids import CallId
 from torpor.core.money import dollars_text
-from torpor.core.session import MAY_HOLD_SANDBOX
+from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
+from torpor.core.way_back import way_back
 from torpor.db import budgets, calls, checkpoints, outputs, sessions
 from torpor.runtime.leasing import is_held, read_holder
 from torpor.runtime.runtime import Runtime, open_runtime
+from torpor.runtime.staging import Staging
 
 T = TypeVar("T")
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
@@ -68,7 +72,7 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
         spent = await runtime.database.read(budgets.costs)
         return [_row(runtime, session, spent.get(session.session_id)) for session in found]
 
-    columns = ("session", "name", "status", "node", "age", "events", "cost", "command")
+    columns = ("session", "name", "status", "node", "tier", "age", "events", "cost", "command")
     print_rows(with_runtime(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
 
 
@@ -91,6 +95,7 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "newest_checkpoint": newest.number if newest else None,
             "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
+            **_crash(runtime, found, points, made),
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
             "workspace_source": found.spec.get("workspace_source"),
@@ -208,11 +213,41 @@ def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) 
         "name": session.name,
         "status": session.status.value,
         "node": node,
+        "tier": _tier(runtime, session),
         "age": human_age(age),
         "events": session.head_seq,
         "cost": None if cost_nanousd is None else dollars_text(cost_nanousd),
         "command": " ".join(session.spec.get("argv", ())),
         "created_ns": session.created_ns,
+    }
+
+
+def _tier(runtime: Runtime, session: sessions.Session) -> str | None:
+    """Where the session's memory is, from the quickest to go on with to the slowest: sandbox, memory, store."""
+    if session.status in ENDED:
+        return None
+    if session.status in MAY_HOLD_SANDBOX:
+        return "sandbox"
+    return "memory" if Staging(runtime.home.root, session.session_id).has_image else "store"
+
+
+def _crash(
+    runtime: Runtime, session: sessions.Session, points: Sequence[Checkpoint], made: Sequence[Call]
+) -> dict[str, Any]:
+    """How far back a crash would go now; of a session that does not run, nothing would."""
+    has_node = is_held(runtime.home.lock(session.session_id))
+    by_id = {call.call_id: call for call in made}
+
+    def pump_alive(call_id: CallId) -> bool:
+        return has_node and by_id[call_id].state is CallState.SENT
+
+    back = way_back(points, by_id, pump_alive) if session.status in MAY_HOLD_SANDBOX else None
+    seconds = max(0, runtime.clock.wall_ns() - back.checkpoint.wall_ns) // 1_000_000_000 if back else None
+    return {
+        "crash_goes_back_to": back.checkpoint.number if back else None,
+        "crash_undoes_turns": back.turns if back else None,
+        "crash_undoes_seconds": seconds,
+        "crash_calls_from_log": back.calls_from_log if back else None,
     }
 
 
