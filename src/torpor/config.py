@@ -18,6 +18,7 @@ import msgspec
 
 from torpor.core.errors import InvalidInput
 from torpor.core.money import Price
+from torpor.core.pacing import SHARE_PPM, parse_share, share_text
 
 Family = Literal["openai", "anthropic", "gemini"]
 """Which dialects an upstream speaks, and where its key goes."""
@@ -144,6 +145,9 @@ class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 class _FileFields(msgspec.Struct, frozen=True):
     workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
+    checkpoint_share: str = share_text(SHARE_PPM)
+    image_cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
+    image_cache_seconds_max: Annotated[int, msgspec.Meta(ge=0)] = 3600
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
     prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
@@ -172,6 +176,25 @@ def read_workspace_bytes_max(home: Path) -> int:
         InvalidInput: config.toml is malformed.
     """
     return _read_file(home / "config.toml").workspace_bytes_max
+
+
+def read_checkpoint_share(home: Path) -> int:
+    """Millionths of a session's wall time that checkpoints at turns may cost, unless its command says otherwise.
+
+    Raises:
+        InvalidInput: config.toml is malformed, or `share_malformed`.
+    """
+    return parse_share(_read_file(home / "config.toml").checkpoint_share)
+
+
+def read_image_cache(home: Path) -> tuple[int, int]:
+    """How many bytes of images sleeping sessions may keep in memory, and each for how many seconds.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    said = _read_file(home / "config.toml")
+    return said.image_cache_bytes_max, said.image_cache_seconds_max
 
 
 def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream, ...]:

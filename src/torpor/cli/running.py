@@ -15,6 +15,7 @@ from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.money import parse_dollars
+from torpor.core.pacing import parse_share
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node, socket_of
 from torpor.runtime.runtime import Request
@@ -69,6 +70,10 @@ def run(
     budget: Annotated[
         str | None, typer.Option(metavar="DOLLARS", help="What its model calls may cost; beyond it the session waits.")
     ] = None,
+    checkpoint_share: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="What checkpoints at turns may cost of the wall time: 5%, or `always`."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
@@ -87,6 +92,7 @@ def run(
         mounts=tuple(mount or ()),
         on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
+        checkpoint_share_ppm=None if checkpoint_share is None else parse_share(checkpoint_share),
         any_size=yes,
     )
 

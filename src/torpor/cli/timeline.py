@@ -180,6 +180,16 @@ def _checkpoint(data: Any) -> str:
     return f"#{data.get('number')} ({data.get('reason')}) {froze}stored {human_bytes(data.get('stored_bytes', 0))}"
 
 
+def _skipped(data: Any) -> str:
+    if data.get("reason") == "memory":
+        return "no checkpoint of its own: the image has no room beside those on their way to the store"
+    return f"no checkpoint of its own: {data.get('owed_ms', 0)} ms are owed for the last ones"
+
+
+def _overtaken(data: Any) -> str:
+    return f"#{data.get('number')} ({data.get('reason')}) was dropped for the newer #{data.get('by')}"
+
+
 def _recovered(data: Any) -> str:
     number = data.get("checkpoint")
     what = {
@@ -217,6 +227,8 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.CALL_DIVERGED: _diverged,
     Kind.STREAM_RESET: lambda data: f"connection {data.get('stream')}: its answer cannot be continued",
     Kind.CHECKPOINT_COMMITTED: _checkpoint,
+    Kind.CHECKPOINT_SKIPPED: _skipped,
+    Kind.CHECKPOINT_OVERTAKEN: _overtaken,
     Kind.CHECKPOINT_FAILED: lambda data: f"({data.get('reason')}) {data.get('message', '')}",
     Kind.RECOVERY_CHOSEN: _recovered,
     Kind.RECOVERY_REJECTED: _rejected,

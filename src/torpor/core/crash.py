@@ -21,6 +21,8 @@ CRASH_POINTS: dict[str, str] = {
     "checkpoint.paused": "a paused sandbox with its mark; the next node resumes it",
     "checkpoint.imaged": "a paused sandbox with its mark, and an image in memory that nobody names",
     "checkpoint.resumed": "an image in memory that nobody names",
+    "checkpoint.skipped": "a turn without a checkpoint: what was answered since the last one comes from the log",
+    "checkpoint.overtaken": "two images in memory that nobody names, one of them said to be dropped",
     "checkpoint.stored": "a whole snapshot that no checkpoint names",
     "checkpoint.committed": "a checkpoint; its image is still staged in memory",
     "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",

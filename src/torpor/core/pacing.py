@@ -1,9 +1,9 @@
 """Which turns are checkpointed: as many as a share of the session's wall time pays for. Pure.
 
-What a checkpoint costs is time that the agent lost to it and that is known: the freeze, unless the model was thinking all
-the while, and the wait of an answer whose first byte was there. Each second that passes earns the share of a second; what
-the last checkpoints cost and is not earned yet is owed, and while something is owed turns are skipped: the log covers
-them. Who asks for a checkpoint gets it, whatever is owed, and its cost is owed like any other.
+What a checkpoint costs is time that the agent lost to it and that is known: the freeze, unless the model was thinking
+all the while, and the wait of an answer whose first byte was there. Each second that passes earns the share of a
+second; what the last checkpoints cost and is not earned yet is owed, and while something is owed turns are skipped:
+the log covers them. Who asks for a checkpoint gets it, whatever is owed, and its cost is owed like any other.
 
     cost of the checkpoints made at turns, in any stretch of time
         <= share * (its length + SAVED_SECONDS) + the dearest single one of them

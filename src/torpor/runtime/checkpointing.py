@@ -1,62 +1,50 @@
-"""Makes checkpoints: the cut while the agent waits anyway, then the commit while it runs on.
+"""Makes checkpoints: cuts while the agent waits anyway, commits while it runs on, and skips what the session can't pay.
 
-Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the names are crash points):
+A cut (cutting.py) leaves image and changed files in memory. What follows, and what a kill -9 between any two steps
+leaves:
 
-    hold delivery, BARRIER, note the log's head
-        `checkpoint.cut`       the sandbox waits at the barrier; the next node's HELLO ends it
-    mark the sandbox as paused, pause
-        `checkpoint.paused`    the next node finds the mark and resumes the sandbox before it adopts it
-    image to memory, workspace changes to staging
-        `checkpoint.imaged`    as above; the staging directory is garbage
-    resume, remove the mark, RELEASE
-        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+    the cut is queued for its commit; one that waited there is overtaken, and an event says so
+        `checkpoint.overtaken` the log says that it was dropped; what is staged of both is garbage
     packs and manifest into the store, fsynced
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
 
-The checkpoint that a life ends with leaves out the resume (RECOVERY section 8): what the agent did after its cut would
-be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox paused with its mark, as after a pause.
+Instead of a cut, a turn may get an event alone:
+
+        `checkpoint.skipped`   nothing was cut: the log covers the turn from the checkpoint before it
+
+The next cut does not wait for a commit, but for memory if its image does not fit beside those that are staged.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from torpor.core.call import Call
-from torpor.core.checkpoint import Checkpoint, OpenStream, holds_barrier
+from torpor.core.checkpoint import Checkpoint, holds_barrier
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
-from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
-from torpor.gateway.server import Gateway, OpenCall
+from torpor.core.ids import CallId, SnapshotId, new_snapshot_id
+from torpor.core.pacing import Pace
+from torpor.gateway.pumps import FirstByteAt
+from torpor.gateway.server import Gateway
+from torpor.runtime.baseline import Baseline
+from torpor.runtime.commit_queue import CommitQueue
+from torpor.runtime.cutting import Cut, Cutter, files_checkpoint
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
 from torpor.runtime.staging import Staging
-from torpor.sandbox.frames import GuestStatus
 from torpor.snapshots.capture import TreeCapture, capture
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
-from torpor.snapshots.tree import TreeIndex
 
 logger = logging.getLogger(__name__)
 
-CUT_DEADLINE_SECONDS = 20
-STDOUT, STDERR = 1, 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """A checkpoint that is taken but not committed: its image and changed files are staged in memory."""
-
-    checkpoint: Checkpoint
-    workspace: TreeCapture
-
 
 class Checkpointer:
-    """Takes and commits the checkpoints of one session, one at a time and in order."""
+    """Takes and commits the checkpoints of one session: cuts one at a time, commits one at a time and in order."""
 
     def __init__(
         self,
@@ -67,31 +55,41 @@ class Checkpointer:
         gateway: Gateway,
         clock: Clock,
         pins: dict[str, str],
+        share_ppm: int,
     ) -> None:
         self._records = records
         self._store = store
         self._staging = staging
-        self._gateway = gateway
         self._clock = clock
         self._pins = pins
-        self._first_commit = asyncio.Event()
-        self._life: Incarnation | None = None
+        self._cutter = Cutter(records=records, staging=staging, gateway=gateway, clock=clock)
+        self._pace = Pace(share_ppm, clock.monotonic())
+        self._baseline = Baseline()
+        self._queue = CommitQueue[Cut]()
         self._cutting = asyncio.Lock()
         self._cuts_begun = 0
-        self._waiting: asyncio.Queue[Cut] = asyncio.Queue()
-        self._newest: Checkpoint | None = None
-        self._committed: Checkpoint | None = None
-        self._tree: TreeIndex | None = None
+        self._life: Incarnation | None = None
         self._next_number = 0
-        self._staged: set[SnapshotId] = set()
+        self._expected_bytes = 0
+        self._kept: SnapshotId | None = None
+        self._parent: SnapshotId | None = None
+        self._committed: tuple[int, Checkpoint] | None = None
+        self._first_commit = asyncio.Event()
         self.last_cut_at = clock.monotonic()
 
-    def begin_life(self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int) -> None:
-        """From now on checkpoints are of this incarnation, which came from (or is after) that checkpoint."""
+    async def begin_life(self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int) -> None:
+        """From now on checkpoints are of this incarnation, which came from (or is after) that checkpoint.
+
+        Nothing of an earlier life may be on its way to a commit.
+        """
+        # What is staged besides is of a node that died.
+        await asyncio.to_thread(self._staging.keep_only, {checkpoint.snapshot_id})
         self._life = life
         self._next_number = next_number
-        self._newest = self._committed = checkpoint
-        self._tree = life.tree
+        self._parent = self._kept = checkpoint.snapshot_id
+        self._expected_bytes = checkpoint.raw_bytes
+        self._baseline.begin(life.tree)
+        self._pace.begin_life()
         self.last_cut_at = self._clock.monotonic()
 
     async def first_commit(self) -> None:
@@ -101,32 +99,49 @@ class Checkpointer:
     def end_life(self) -> None:
         self._life = None
 
-    async def take(self, reason: str) -> None:
+    async def take_turn(self, call_id: CallId, first_byte_at: FirstByteAt) -> None:
+        """Checkpoint the turn that begins with this call, unless the session still owes for the last ones.
+
+        Nothing of the answer is delivered before this returns: what it is held back for is what the turn costs.
+
+        Raises:
+            Superseded: another node owns the session now.
+        """
+        begun_before = self._cuts_begun
+        if self._pace.due(self._clock.monotonic()):
+            async with self._cutting:
+                if self._cuts_begun == begun_before:
+                    await self._turn(call_id)
+        else:
+            await self._skip(call_id, "share")
+        ready_at = first_byte_at()
+        if ready_at is not None:
+            self._pace.charge(ready_at, self._clock.monotonic())
+
+    async def take(self, reason: str) -> int | None:
         """Make a checkpoint of now; returns when the agent runs on, the commit goes on behind.
 
         Whoever asks while a cut is on its way is served by the next one, together with all who asked by then. A failure
         is an event in the log, never the caller's: the session runs on and the older checkpoint stands.
 
+        Returns:
+            The cut's number in the commit queue; None when there is none.
+
         Raises:
             Superseded: another node owns the session now.
         """
-        asked_before = self._cuts_begun
+        begun_before, cut_before = self._cuts_begun, self._queue.newest
         async with self._cutting:
-            if self._cuts_begun > asked_before:
-                return
-            # Only what changed since the last committed checkpoint is stored, and only one image is staged at a time:
-            # turns that are quicker than a commit wait for it. The sandbox may die meanwhile.
-            await self._waiting.join()
-            if self._life is not None:
+            if self._cuts_begun == begun_before and self._life is not None:
+                await self._wait_for_room()
                 async with AsyncExitStack() as still:
                     await self._take(self._life, reason, still, last=False)
+            return self._queue.newest if self._queue.newest > cut_before else None
 
     async def take_and_commit(self, reason: str) -> Checkpoint | None:
-        """Make a checkpoint and wait until it is durable; None when it failed, which the log explains."""
-        before = self._committed
-        await self.take(reason)
-        await self._waiting.join()
-        return self._committed if self._committed is not before else None
+        """Make a checkpoint and wait until it, or a newer one, is durable; None when that failed: the log explains."""
+        cut = await self.take(reason)
+        return None if cut is None else await self._outcome(cut)
 
     async def take_for(self, call: Call) -> Checkpoint | None:
         """A durable checkpoint that the agent asks for with this call, made now or before its node died.
@@ -152,53 +167,47 @@ class Checkpointer:
         the log explains: then the agent runs on.
         """
         async with self._cutting:
-            await self._waiting.join()
-            life, before = self._life, self._committed
+            life, before = self._life, self._queue.newest
             if life is None:
                 return None
+            await self._wait_for_room()
             async with AsyncExitStack() as still:
                 await self._take(life, reason, still, last=True)
-                await self._waiting.join()
-                if self._committed is before:
+                made = await self._outcome(self._queue.newest) if self._queue.newest > before else None
+                if made is None:
                     return None
                 still.pop_all()
             self.end_life()
-            return self._committed
+            return made
 
     async def commit_forever(self) -> None:
         """Commit what was cut, in order; runs beside the session."""
         while True:
-            cut = await self._waiting.get()
+            number, cut = await self._queue.next()
             try:
-                await self._commit(cut)
+                await self._commit(number, cut)
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
                 # What the capture was compared with may be what is damaged: read the whole workspace next time.
-                self._tree = None
-                self._discard(cut.checkpoint.snapshot_id)
+                self._baseline.lost()
+                await asyncio.to_thread(self._staging.discard, cut.checkpoint.snapshot_id)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
             finally:
-                self._waiting.task_done()
+                self._queue.done(number)
 
     async def final_files(self, life: Incarnation) -> Checkpoint:
         """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
         wall_ns = self._clock.wall_ns()
         snapshot_id = new_snapshot_id(wall_ns)
-        self._staging.begin(snapshot_id, 0)
+        await asyncio.to_thread(self._staging.begin, snapshot_id, 0)
         seq, cursor_seq = await self._records.position()
-        changes, image = self._staging.changes(snapshot_id), self._staging.image(snapshot_id)
-        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, self._tree)
-        saved = await asyncio.to_thread(
-            self._store.save,
-            image_dir=image,
-            workspace=workspace,
-            parent=self._tree.snapshot_id if self._tree else None,
-            pins=self._pins,
-            snapshot_id=snapshot_id,
-        )
-        self._discard(snapshot_id)
+        tree, uncertain = self._baseline.compare(frozenset())
+        changes = self._staging.changes(snapshot_id)
+        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, tree, always_reread=uncertain)
+        saved = await self._save(snapshot_id, workspace)
+        await asyncio.to_thread(self._staging.discard, snapshot_id)
         return files_checkpoint(
             saved,
             session_id=self._records.session_id,
@@ -210,198 +219,118 @@ class Checkpointer:
             wall_ns=wall_ns,
         )
 
-    def _discard(self, snapshot_id: SnapshotId) -> None:
-        self._staged.discard(snapshot_id)
-        self._staging.discard(snapshot_id)
-
     async def settle(self) -> None:
         """Wait until everything that was cut, or is being cut, is committed or has failed."""
         async with self._cutting:
-            await self._waiting.join()
+            await self._queue.known(self._queue.newest)
+
+    async def _turn(self, call_id: CallId) -> None:
+        """Cut for a turn that was due; meanwhile another one may have been charged, or have taken the memory."""
+        life = self._life
+        if life is None:
+            return
+        if not self._pace.due(self._clock.monotonic()):
+            await self._skip(call_id, "share")
+        elif not self._queue.idle and not self._staging.has_room(self._expected_bytes):
+            await self._skip(call_id, "memory")
+        else:
+            self._pace.begun()
+            async with AsyncExitStack() as still:
+                await self._take(life, "call", still, last=False)
+
+    async def _skip(self, call_id: CallId, reason: str) -> None:
+        if self._life is not None:
+            owed_ms = round(self._pace.owed_seconds(self._clock.monotonic()) * 1e3)
+            await self._records.checkpoint_skipped(self._life.number, call_id, {"reason": reason, "owed_ms": owed_ms})
+            crash_point("checkpoint.skipped")
+
+    async def _wait_for_room(self) -> None:
+        """A checkpoint that was asked for waits until those before it have left the memory that it needs."""
+        while not self._queue.idle and not self._staging.has_room(self._expected_bytes):
+            await self._queue.progress()
+
+    async def _stage(self, snapshot_id: SnapshotId) -> None:
+        """Make room for an image; the one that is kept for a restore goes if it has to."""
+        if not self._staging.has_room(self._expected_bytes):
+            await self._keep(None)
+        await asyncio.to_thread(self._staging.begin, snapshot_id, self._expected_bytes)
 
     async def _take(self, life: Incarnation, reason: str, still: AsyncExitStack, *, last: bool) -> None:
         """Cut, and hand over to the commit."""
         self._cuts_begun += 1
         snapshot_id = new_snapshot_id(self._clock.wall_ns())
-        self._staged.add(snapshot_id)
+        cut, began = None, self._clock.monotonic()
         try:
-            cut = await self._cut(life, snapshot_id, reason, still, last=last)
+            await self._stage(snapshot_id)
+            cut = await self._cutter.cut(
+                life, snapshot_id, self._baseline, still, number=self._next_number, reason=reason, last=last
+            )
         except Superseded:
             raise
         except (TorporError, OSError) as error:
-            self._discard(snapshot_id)
+            await still.aclose()
+            await asyncio.to_thread(self._staging.discard, snapshot_id)
             logger.warning("no checkpoint: %s", error)
-            await still.aclose()
             await self._records.checkpoint_failed(life.number, reason, error)
-            return
-        await self._waiting.put(cut)
+        if reason != "call" or (cut is not None and cut.broke_into_an_answer):
+            self._pace.charge(began, self._clock.monotonic() if cut is None else cut.ended_at)
+        if cut is not None:
+            await self._queue_up(cut)
 
-    async def _cut(
-        self, life: Incarnation, snapshot_id: SnapshotId, reason: str, still: AsyncExitStack, *, last: bool
-    ) -> Cut:
-        """Closing `still` lets link and agent run on, which is done here unless it is the last cut of a life."""
-        previous = self._newest
-        self._staging.begin(snapshot_id, previous.raw_bytes if previous else 0)
-        status = await life.link.cut(CUT_DEADLINE_SECONDS)
-        still.callback(life.link.release)
-        async with self._gateway.quiet():
-            seq, cursor_seq = await self._records.position()
-            streams = open_streams(status, self._gateway.open_streams())
-            pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
-        crash_point("checkpoint.cut")
-        cut_wall_ns = self._clock.wall_ns()
-        started = self._clock.monotonic()
-        workspace = await self._freeze(life, snapshot_id, still)
-        if not last:
-            await still.aclose()
-            crash_point("checkpoint.resumed")
-        frozen = self._clock.monotonic() - started
-        self._staging.complete(snapshot_id)
-        self.last_cut_at = self._clock.monotonic()
-        image = self._staging.image(snapshot_id)
-        output = {stream.stream: stream.read for stream in status.streams}
-        checkpoint = Checkpoint(
-            checkpoint_id=new_checkpoint_id(cut_wall_ns),
-            session_id=self._records.session_id,
-            number=self._next_number,
-            seq=seq,
-            committed_seq=0,
-            cursor_seq=cursor_seq,
-            incarnation=life.number,
-            snapshot_id=snapshot_id,
-            manifest_digest="",
-            has_memory=True,
-            open_streams=streams,
-            next_stream=status.next_stream,
-            stdout_bytes=output.get(STDOUT, 0),
-            stderr_bytes=output.get(STDERR, 0),
-            reason=reason,
-            wall_ns=cut_wall_ns,
-            freeze_ns=round(frozen * 1e9),
-            commit_ns=0,
-            raw_bytes=sum(file.stat().st_size for file in image.iterdir()),
-            stored_bytes=0,
-            pending_redo=pending,
-            joinable=joinable,
-        )
-        self._newest = checkpoint
+    async def _queue_up(self, cut: Cut) -> None:
         self._next_number += 1
-        return Cut(checkpoint=checkpoint, workspace=workspace)
+        self._expected_bytes = cut.checkpoint.raw_bytes
+        self.last_cut_at = cut.ended_at
+        overtaken = self._queue.put(cut)
+        self._baseline.cut(self._queue.newest, cut.open_files)
+        if overtaken is not None:
+            point = overtaken.checkpoint
+            data = {"number": point.number, "reason": point.reason, "by": cut.checkpoint.number}
+            await self._records.checkpoint_overtaken(point.incarnation, data)
+            crash_point("checkpoint.overtaken")
+            await asyncio.to_thread(self._staging.discard, point.snapshot_id)
+        # What is staged now is what a restore would want, once it is committed.
+        await self._keep(None)
 
-    async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
-        """Pause, image, workspace: until `still` is closed the agent stands still."""
-        life.paused_mark.touch()
-        await life.sandbox.pause()
-        still.push_async_callback(_thaw, life)
-        crash_point("checkpoint.paused")
-        await life.sandbox.save_image(self._staging.image(snapshot_id))
-        crash_point("checkpoint.imaged")
-        return await asyncio.to_thread(self._capture, life, self._staging.changes(snapshot_id))
+    async def _outcome(self, cut: int) -> Checkpoint | None:
+        """The checkpoint that a cut became, or that a newer one became which overtook it."""
+        await self._queue.known(cut)
+        committed, checkpoint = self._committed or (0, None)
+        return checkpoint if committed >= cut else None
 
-    def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
-        """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
-        mapped = life.sandbox.open_for_writing()
-        if mapped is None:
-            return capture(life.plan.workspace, changes)
-        return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
-
-    async def _commit(self, cut: Cut) -> None:
-        started = self._clock.monotonic()
+    async def _commit(self, number: int, cut: Cut) -> None:
         snapshot_id = cut.checkpoint.snapshot_id
-        based_on = cut.workspace.based_on
-        parent = based_on.snapshot_id if based_on else self._committed and self._committed.snapshot_id
-        saved = await asyncio.to_thread(
-            self._store.save,
-            image_dir=self._staging.image(snapshot_id),
-            workspace=cut.workspace,
-            parent=parent,
-            pins=self._pins,
-            snapshot_id=snapshot_id,
-        )
-        self._tree = saved.tree
+        saved = await self._save(snapshot_id, cut.workspace)
+        self._baseline.committed(number, saved.tree)
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
             manifest_digest=saved.manifest_digest,
             stored_bytes=saved.stored_bytes,
-            commit_ns=round((self._clock.monotonic() - started) * 1e9),
+            commit_ns=round((self._clock.monotonic() - cut.ended_at) * 1e9),
         )
-        self._committed = await self._records.commit_checkpoint(checkpoint)
+        self._committed = number, await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
-        self._staging.discard_changes(snapshot_id)
-        self._staged.discard(snapshot_id)
-        self._staging.keep_only({snapshot_id, *self._staged})
+        self._parent = snapshot_id
+        if self._queue.newest == number:
+            await asyncio.to_thread(self._staging.discard_changes, snapshot_id)
+            await self._keep(snapshot_id)
+        else:
+            await asyncio.to_thread(self._staging.discard, snapshot_id)
         self._first_commit.set()
 
-
-async def _thaw(life: Incarnation) -> None:
-    """Let the agent run on, even when the task that held it is cancelled."""
-    await asyncio.shield(asyncio.ensure_future(_resume(life)))
-
-
-async def _resume(life: Incarnation) -> None:
-    """A sandbox that can't run on is destroyed: then its session recovers instead of hanging."""
-    try:
-        await life.sandbox.resume()
-    except SandboxFailed:
-        await life.sandbox.kill()
-    life.paused_mark.unlink(missing_ok=True)
-
-
-def files_checkpoint(
-    saved: SavedSnapshot,
-    *,
-    session_id: SessionId,
-    number: int,
-    seq: int,
-    cursor_seq: int,
-    incarnation: int,
-    reason: str,
-    wall_ns: int,
-) -> Checkpoint:
-    """A checkpoint of files alone: before the agent started, or after it ended."""
-    return Checkpoint(
-        checkpoint_id=new_checkpoint_id(wall_ns),
-        session_id=session_id,
-        number=number,
-        seq=seq,
-        committed_seq=0,
-        cursor_seq=cursor_seq,
-        incarnation=incarnation,
-        snapshot_id=saved.id,
-        manifest_digest=saved.manifest_digest,
-        has_memory=False,
-        open_streams=(),
-        next_stream=0,
-        stdout_bytes=0,
-        stderr_bytes=0,
-        reason=reason,
-        wall_ns=wall_ns,
-        freeze_ns=0,
-        commit_ns=round(saved.seconds * 1e9),
-        raw_bytes=saved.raw_bytes,
-        stored_bytes=saved.stored_bytes,
-    )
-
-
-def open_streams(status: GuestStatus, known: Mapping[StreamId, OpenCall]) -> tuple[OpenStream, ...]:
-    """Join what the guest says of its open streams, who has the last word on positions, with their calls."""
-    found: list[OpenStream] = []
-    for stream in status.streams:
-        attached = known.get(StreamId(stream.stream))
-        if stream.kind != "call" or (stream.closed and attached is None):
-            # A client that left keeps its stream here until its end is logged: its retry must find the call.
-            continue
-        found.append(
-            OpenStream(
-                stream=StreamId(stream.stream),
-                port=stream.port,
-                call_id=attached.call_id if attached else None,
-                read=stream.read,
-                acknowledged=stream.acknowledged,
-                taken=stream.taken,
-                untouched_bytes=attached.untouched_bytes if attached else 0,
-                attempt=attached.attempt if attached else 1,
-            )
+    async def _save(self, snapshot_id: SnapshotId, workspace: TreeCapture) -> SavedSnapshot:
+        return await asyncio.to_thread(
+            self._store.save,
+            image_dir=self._staging.image(snapshot_id),
+            workspace=workspace,
+            parent=self._parent,
+            pins=self._pins,
+            snapshot_id=snapshot_id,
         )
-    return tuple(found)
+
+    async def _keep(self, snapshot_id: SnapshotId | None) -> None:
+        """The image that stays in memory for a restore; the one before is freed."""
+        freed, self._kept = self._kept, snapshot_id
+        if freed is not None and freed != snapshot_id:
+            await asyncio.to_thread(self._staging.discard, freed)

@@ -23,6 +23,7 @@ from torpor.core.session import ENDED, SessionStatus
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.image_cache import ImageCache
 from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
 from torpor.runtime.outputs import OutputPump
 from torpor.runtime.records import Records
@@ -64,6 +65,7 @@ class Owner:
         crossroads: Crossroads,
         checkpointer: Checkpointer,
         staging: Staging,
+        images: ImageCache,
         clock: Clock,
         watcher: Watcher,
     ) -> None:
@@ -75,6 +77,7 @@ class Owner:
         self._crossroads = crossroads
         self._checkpointer = checkpointer
         self._staging = staging
+        self._images = images
         self._clock = clock
         self._watcher = watcher
         self._wanted: Ending | None = None
@@ -86,6 +89,7 @@ class Owner:
 
     async def run(self) -> Outcome:
         """Drive the session until it ends or is asked to stop."""
+        await asyncio.to_thread(self._staging.hold)
         try:
             async with asyncio.TaskGroup() as tasks:
                 gateway = tasks.create_task(self._gateway.run())
@@ -97,6 +101,9 @@ class Owner:
         except* TorporError as failures:
             # One fault may fail several tasks; people and exit codes want the one that came first.
             raise innermost(failures) from failures
+        finally:
+            self._staging.let_go()
+        await self._images.tend()
         return outcome
 
     def ask_to_stop(self) -> asyncio.Event:
@@ -190,6 +197,7 @@ class Owner:
                     await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
+                tasks.create_task(self._images.tend_forever())
                 tasks.create_task(self._prepare_slot(life.number + 1))
                 if self._crossroads.policy is OnDivergence.ASK:
                     tasks.create_task(self._ask_at_crossroads())
@@ -272,7 +280,7 @@ class Owner:
                 deadline_seconds=ALIVE_DEADLINE_SECONDS,
             )
         highest = max(point.number for point in await self._records.checkpoints())
-        self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
+        await self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
         outputs = await self._take_over_outputs(rung, tasks)
         await self._take_over_streams(rung, tasks)
         took_ns = round((self._clock.monotonic() - rung.requested_at) * 1e9)

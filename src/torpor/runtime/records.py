@@ -122,6 +122,16 @@ class Records:
         draft = EventDraft(kind=Kind.CHECKPOINT_FAILED, incarnation=incarnation, data=data)
         await self.append(draft, durable=False)
 
+    async def checkpoint_skipped(self, incarnation: int, call_id: CallId, data: Mapping[str, object]) -> None:
+        """A turn without a checkpoint of its own. Not synced: nothing depends on it."""
+        draft = EventDraft(kind=Kind.CHECKPOINT_SKIPPED, incarnation=incarnation, call_id=call_id, data=data)
+        await self.append(draft, durable=False)
+
+    async def checkpoint_overtaken(self, incarnation: int, data: Mapping[str, object]) -> None:
+        """A cut that a newer one replaced before its commit began. Not synced, like a failure."""
+        draft = EventDraft(kind=Kind.CHECKPOINT_OVERTAKEN, incarnation=incarnation, data=data)
+        await self.append(draft, durable=False)
+
     async def checkpoints(self) -> list[Checkpoint]:
         """All that may restore, oldest first."""
         return await self.database.read(lambda tx: checkpoints.list_intact(tx, self.session_id))

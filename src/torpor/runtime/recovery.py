@@ -20,7 +20,7 @@ from torpor.core.ids import CallId
 from torpor.core.redo import RedoSet, redo_set_after_recovery
 from torpor.core.session import SessionStatus
 from torpor.gateway.server import Gateway
-from torpor.runtime.checkpointing import open_streams
+from torpor.runtime.cutting import open_streams
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
 from torpor.sandbox.frames import Phase

@@ -15,6 +15,8 @@ from torpor.config import (
     PriceRule,
     Upstream,
     guest_environment,
+    read_checkpoint_share,
+    read_image_cache,
     read_prices,
     read_upstreams,
     read_workspace_bytes_max,
@@ -32,9 +34,10 @@ from torpor.db import checkpoints, redaction, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, workspaces
 from torpor.runtime.home import Home
+from torpor.runtime.image_cache import CacheLimits, ImageCache
 from torpor.runtime.records import Records
 from torpor.runtime.spec import SessionSpec, image_spec
-from torpor.runtime.staging import Staging
+from torpor.runtime.staging import Staging, staging_directory
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
@@ -46,6 +49,7 @@ from torpor.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
+    from torpor.gateway.pumps import FirstByteAt
     from torpor.runtime.incarnation import Incarnations
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
@@ -68,6 +72,8 @@ class Request:
     mounts: tuple[Path, ...] = ()
     on_divergence: OnDivergence = OnDivergence.CONTINUE
     budget_nanousd: int | None = None
+    checkpoint_share_ppm: int | None = None
+    """None: as config.toml says."""
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -89,6 +95,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
+        self.images = ImageCache(staging_directory(home.root), CacheLimits(*read_image_cache(home.root)), clock)
         self.store = SnapshotStore(LocalDirectory(home.store, spare_bytes=SPARE_BYTES), clock=clock)
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
@@ -329,8 +336,8 @@ class Runtime:
         staging = Staging(self.home.root, session.session_id)
         incarnations = self._incarnations(session, runsc, staging)
 
-        async def on_call(_call_id: CallId) -> None:
-            await checkpointer.take("call")
+        async def on_call(call_id: CallId, first_byte_at: "FirstByteAt") -> None:
+            await checkpointer.take_turn(call_id, first_byte_at)
 
         async def checkpoint_for(call: Call) -> Checkpoint | None:
             return await checkpointer.take_for(call)
@@ -353,6 +360,7 @@ class Runtime:
             gateway=gateway,
             clock=self.clock,
             pins=self.driver(runsc).pins | {"image_digest": spec.image.digest},
+            share_ppm=spec.checkpoint_share_ppm,
         )
         return Owner(
             spec=spec,
@@ -363,6 +371,7 @@ class Runtime:
             crossroads=crossroads,
             checkpointer=checkpointer,
             staging=staging,
+            images=self.images,
             clock=self.clock,
             watcher=watcher,
         )
@@ -408,11 +417,16 @@ class Runtime:
             init_directory=str(self.home.init_directory()),
             workspace_source=str(source),
             on_divergence=request.on_divergence,
+            checkpoint_share_ppm=self._share(request),
         )
+
+    def _share(self, request: Request) -> int:
+        given = request.checkpoint_share_ppm
+        return read_checkpoint_share(self.home.root) if given is None else given
 
     def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
-        from torpor.runtime.checkpointing import files_checkpoint
+        from torpor.runtime.cutting import files_checkpoint
 
         snapshot_id = new_snapshot_id(self.clock.wall_ns())
         scratch = self.home.session(session.session_id) / "seed"

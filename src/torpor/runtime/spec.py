@@ -6,6 +6,7 @@ import msgspec
 
 from torpor.core.divergence import OnDivergence
 from torpor.core.ids import SessionId
+from torpor.core.pacing import SHARE_PPM
 from torpor.runtime.home import Home
 from torpor.sandbox.driver import SandboxPlan
 from torpor.sandbox.rootfs import Mount, RootImage
@@ -32,6 +33,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         init_directory: host directory of the torpor-init that the session was made with.
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
+        checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
     """
 
     argv: tuple[str, ...]
@@ -41,6 +43,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     init_directory: str
     workspace_source: str
     on_divergence: OnDivergence = OnDivergence.CONTINUE
+    checkpoint_share_ppm: int = SHARE_PPM
 
 
 def image_spec(image: RootImage) -> ImageSpec:

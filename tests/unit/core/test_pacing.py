@@ -75,7 +75,9 @@ def test_in_any_stretch_of_time_turns_cost_no_more_than_the_share(plan: list[Tur
 
 
 @given(turns, st.integers(1, 1_000_000))
-def test_what_is_owed_is_earned_in_time_and_then_the_next_turn_is_checkpointed(plan: list[Turn], share_ppm: int) -> None:
+def test_what_is_owed_is_earned_in_time_and_then_the_next_turn_is_checkpointed(
+    plan: list[Turn], share_ppm: int
+) -> None:
     pace = Pace(share_ppm, 0.0)
     play(pace, plan)
     pace.begun()

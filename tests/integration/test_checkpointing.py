@@ -1,0 +1,470 @@
+"""The pipeline from cut to commit: real init and link, log, store and staging; only the sandbox is a test's own.
+
+Its memory is what the test says, its pause stops the real init. Commits stand still where a test holds the store.
+"""
+
+import asyncio
+import mmap
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.guests import NativeInit, build_init, native_init, running
+
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.clock import SystemClock
+from torpor.core.errors import MachineUnfit
+from torpor.core.events import Event, Kind
+from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.pacing import EVERY_TURN_PPM, SHARE_PPM
+from torpor.core.redo import RedoSet
+from torpor.core.session import SessionStatus
+from torpor.db import checkpoints, log, sessions
+from torpor.db.database import Database, open_database
+from torpor.gateway.server import Gateway
+from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.cutting import files_checkpoint
+from torpor.runtime.incarnation import Incarnation
+from torpor.runtime.records import Records
+from torpor.runtime.staging import MEMORY_DIRECTORY, Staging
+from torpor.sandbox.driver import SandboxPlan
+from torpor.sandbox.frames import AgentSpec
+from torpor.sandbox.link import Link
+from torpor.sandbox.rootfs import directory_image
+from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.capture import FRESH_NS, capture
+from torpor.snapshots.store import SnapshotStore
+
+CLOCK = SystemClock()
+MEGABYTE = 1 << 20
+
+
+class HeldStore(LocalDirectory):
+    """A directory whose manifests are written when the test lets them; the one of the number `refused` never is."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.open = threading.Event()
+        self.open.set()
+        self.manifests = 0
+        self.refused = 0
+        self.reached = asyncio.Semaphore(0)
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, key: str, data: bytes) -> bool:
+        if key.startswith("manifests/"):
+            self._loop.call_soon_threadsafe(self.reached.release)
+            assert self.open.wait(60), "the test holds the store for good"
+            self.manifests += 1
+            if self.manifests == self.refused:
+                raise MachineUnfit("no_space", "cannot write: the test says so")
+        return super().put(key, data)
+
+
+class OwnSandbox:
+    """A sandbox whose memory is the test's, around a real init."""
+
+    def __init__(self, plan: SandboxPlan, init: NativeInit) -> None:
+        self.plan = plan
+        self.memory = b"memory 0"
+        self.open_files: frozenset[int] | None = frozenset()
+        self.is_paused = False
+        self._init = init
+
+    async def start(self) -> None: ...
+
+    async def restore(self, image_directory: Path) -> None:
+        raise NotImplementedError
+
+    async def pause(self) -> None:
+        os.kill(self._init.process.pid, signal.SIGSTOP)
+        self.is_paused = True
+
+    async def resume(self) -> None:
+        os.kill(self._init.process.pid, signal.SIGCONT)
+        self.is_paused = False
+
+    async def save_image(self, image_directory: Path) -> None:
+        assert self.is_paused
+        (image_directory / "pages.img").write_bytes(self.memory)
+
+    def open_for_writing(self) -> frozenset[int] | None:
+        return self.open_files
+
+    def alive(self) -> bool:
+        return self._init.process.poll() is None
+
+    async def kill(self) -> None:
+        self._init.process.kill()
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A session with one life, whose checkpoints are made here."""
+
+    checkpointer: Checkpointer
+    sandbox: OwnSandbox
+    life: Incarnation
+    records: Records
+    backend: HeldStore
+    store: SnapshotStore
+    staging: Staging
+    first: Checkpoint
+    tasks: asyncio.TaskGroup
+    directory: Path
+    _restored: int = field(default=0)
+
+    @property
+    def workspace(self) -> Path:
+        return self.sandbox.plan.workspace
+
+    @property
+    def staged(self) -> int:
+        """How many images are in memory."""
+        return len(list(self.staging.root.iterdir()))
+
+    def be(self, state: str) -> None:
+        """Give memory and workspace this state."""
+        self.sandbox.memory = state.encode()
+        (self.workspace / "state").write_text(state)
+
+    async def hold_a_commit(self) -> None:
+        """Begin a commit that goes on when the store is opened."""
+        self.backend.open.clear()
+        assert await self.checkpointer.take("manual") is not None
+        await self.backend.reached.acquire()
+
+    async def cuts(self, count: int) -> None:
+        """Wait until so many cuts were made."""
+        while self.checkpointer._queue.newest < count:
+            await self.checkpointer._queue.progress()
+
+    async def events(self, *kinds: Kind) -> list[Event]:
+        found = await self.records.database.read(lambda tx: log.events(tx, self.records.session_id))
+        return [event for event in found if event.kind in kinds]
+
+    async def numbers(self) -> list[int]:
+        return [point.number for point in await self.records.checkpoints()]
+
+    def restored(self, point: Checkpoint) -> tuple[str, str]:
+        """What a restore of a checkpoint finds in memory and in the workspace."""
+        self._restored += 1
+        target = self.directory / f"restored-{self._restored}"
+        (target / "workspace").mkdir(parents=True)
+        self.store.restore_image(point.snapshot_id, point.manifest_digest, target / "image")
+        self.store.restore_workspace(point.snapshot_id, point.manifest_digest, target / "workspace")
+        return (target / "image/pages.img").read_text(), (target / "workspace/state").read_text()
+
+    async def turn(self, number: int, lost_seconds: float = 0.0) -> None:
+        """A model call whose first byte had been there for so long when it was let go."""
+        await self.checkpointer.take_turn(CallId(f"call_{number}"), lambda: CLOCK.monotonic() - lost_seconds)
+
+
+async def unused(*_arguments: Any) -> None:
+    raise AssertionError("nobody calls this here")
+
+
+@asynccontextmanager
+async def stage(
+    directory: Path, *, share_ppm: int = EVERY_TURN_PPM, memory: Path = MEMORY_DIRECTORY
+) -> AsyncIterator[Stage]:
+    session_id = new_session_id(CLOCK.wall_ns())
+    database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)
+    backend = HeldStore(directory / "store")
+    store = SnapshotStore(backend)
+    staging = Staging(directory, session_id, memory)
+    try:
+        records, first = await begin_session(database, session_id, store, directory)
+        gateway = Gateway(
+            database=database,
+            session_id=session_id,
+            owner_token=records.owner_token,
+            clock=CLOCK,
+            upstreams=(),
+            on_call=unused,
+            checkpoint_for=unused,
+        )
+        await gateway.begin_incarnation(1, RedoSet(), adopted=False)
+        checkpointer = Checkpointer(
+            records=records, store=store, staging=staging, gateway=gateway, clock=CLOCK, pins={}, share_ppm=share_ppm
+        )
+        (directory / "init").mkdir()
+        with native_init(build_init(), directory / "init") as init:
+            fifos = {"to_guest": init.fifos.to_guest, "from_guest": init.fifos.from_guest}
+            async with running(await Link.open(**fifos, clock=CLOCK)) as link, asyncio.TaskGroup() as tasks:
+                agent = AgentSpec(arguments=("sleep", "600"), environment={"PATH": os.environ["PATH"]}, cwd="/")
+                await link.start(agent, incarnation=1, wall_ns=CLOCK.wall_ns(), entropy=bytes(64))
+                plan = SandboxPlan(
+                    sandbox_id="own",
+                    directory=directory,
+                    image=directory_image(Path("/")),
+                    workspace=directory / "workspace",
+                    init_directory=directory,
+                )
+                sandbox = OwnSandbox(plan, init)
+                life = Incarnation(number=1, sandbox=sandbox, link=link, tree=None)
+                committing = tasks.create_task(checkpointer.commit_forever())
+                await checkpointer.begin_life(life, first, next_number=1)
+                yield Stage(
+                    checkpointer=checkpointer,
+                    sandbox=sandbox,
+                    life=life,
+                    records=records,
+                    backend=backend,
+                    store=store,
+                    staging=staging,
+                    first=first,
+                    tasks=tasks,
+                    directory=directory,
+                )
+                backend.open.set()
+                committing.cancel()
+    finally:
+        backend.open.set()
+        staging.clear()
+        await database.close()
+
+
+async def begin_session(
+    database: Database, session_id: SessionId, store: SnapshotStore, directory: Path
+) -> tuple[Records, Checkpoint]:
+    """A session that runs, with its checkpoint 0."""
+    (directory / "workspace").mkdir()
+    (directory / "workspace/state").write_text("seed")
+    (directory / "empty").mkdir()
+    session = await database.write(
+        lambda tx: sessions.create(tx, session_id=session_id, name=None, spec={}, wall_ns=CLOCK.wall_ns()),
+        durable=True,
+    )
+    owner: dict[str, Any] = {"node_id": NodeId("node_test"), "boot_id": "boot", "pid": 1, "wall_ns": CLOCK.wall_ns()}
+    token = await database.write(
+        lambda tx: sessions.acquire(tx, session_id=session_id, seen_token=session.owner_token, **owner), durable=True
+    )
+    records = Records(database=database, session_id=session_id, owner_token=token, clock=CLOCK)
+    aside = directory / "aside"
+    aside.mkdir()
+    saved = store.save(
+        image_dir=directory / "empty",
+        workspace=capture(directory / "workspace", aside),
+        parent=None,
+        pins={},
+        snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
+    )
+    seq, cursor_seq = await records.position()
+    about: dict[str, Any] = {"session_id": session_id, "number": 0, "seq": seq, "cursor_seq": cursor_seq}
+    point = files_checkpoint(saved, **about, incarnation=0, reason="start", wall_ns=CLOCK.wall_ns())
+    fence: dict[str, Any] = {"session_id": session_id, "owner_token": token, "wall_ns": CLOCK.wall_ns()}
+    first = await database.write(lambda tx: checkpoints.commit(tx, **fence, checkpoint=point), durable=True)
+    await records.begin_incarnation(1, first, "boot", "started")
+    await records.set_status(SessionStatus.RUNNING)
+    return records, first
+
+
+async def test_a_newer_cut_takes_the_place_of_the_one_that_waits_and_nothing_that_was_changed_is_lost(
+    scratch: Path,
+) -> None:
+    async with stage(scratch) as made:
+        made.be("one")
+        await made.hold_a_commit()
+        (made.workspace / "early").write_text("written before the cut that is dropped")
+        made.be("two")
+        await made.checkpointer.take("manual")
+        assert made.staged == 2
+        made.be("three")
+        await made.checkpointer.take("manual")
+        assert made.staged == 2, "the one that was dropped is freed"
+        made.be("what is now")
+        made.backend.open.set()
+        await made.checkpointer.settle()
+        assert await made.numbers() == [0, 1, 3]
+        [dropped] = await made.events(Kind.CHECKPOINT_OVERTAKEN)
+        assert dropped.data == {"number": 2, "reason": "manual", "by": 3}
+        _, one, three = await made.records.checkpoints()
+        assert made.restored(one) == ("one", "one")
+        assert made.restored(three) == ("three", "three")
+        assert (made.directory / "restored-2/workspace/early").exists()
+        assert not (made.directory / "restored-1/workspace/early").exists()
+        assert made.store.verify(three.snapshot_id, three.manifest_digest) == []
+        assert made.staged == 1, "the newest image is kept for a restore"
+        assert made.staging.cached(three.snapshot_id, three.raw_bytes) is not None
+
+
+async def test_a_file_that_only_the_dropped_cut_had_read_again_is_read_by_the_next(scratch: Path) -> None:
+    """Stores through a mapping move no time while the page is dirty; it was open at the dropped cut alone."""
+    async with stage(scratch) as made:
+        path = made.workspace / "mapped"
+        path.write_bytes(bytes(4096))
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
+            mapped[:3] = b"old"
+            changed_ns = path.stat().st_ctime_ns
+            while CLOCK.wall_ns() < changed_ns + 2 * FRESH_NS:
+                await asyncio.sleep(0.01)
+            assert await made.checkpointer.take_and_commit("manual") is not None
+            await made.hold_a_commit()
+            mapped[:3] = b"new"
+            made.sandbox.open_files = frozenset({path.stat().st_ino})
+            await made.checkpointer.take("manual")
+        made.sandbox.open_files = frozenset()
+        await made.checkpointer.take("manual")
+        assert path.stat().st_ctime_ns == changed_ns
+        made.backend.open.set()
+        await made.checkpointer.settle()
+        assert await made.numbers() == [0, 1, 2, 4]
+        made.restored((await made.records.checkpoints())[-1])
+        assert (made.directory / "restored-1/workspace/mapped").read_bytes()[:3] == b"new"
+
+
+async def test_who_asks_gets_a_checkpoint_that_is_at_least_as_new_as_the_question(scratch: Path) -> None:
+    async with stage(scratch) as made:
+        await made.hold_a_commit()
+        made.be("asked")
+        asked_at = (await made.records.position())[0]
+        asking = made.tasks.create_task(made.checkpointer.take_and_commit("agent"))
+        await made.cuts(2)
+        made.be("newer")
+        await made.checkpointer.take("call")
+        made.backend.open.set()
+        got = await asking
+        assert got is not None
+        assert got.number == 3
+        assert got.seq >= asked_at
+        assert made.restored(got) == ("newer", "newer")
+        assert got in await made.records.checkpoints()
+
+
+async def test_who_asked_is_told_when_the_newer_checkpoint_fails(scratch: Path) -> None:
+    async with stage(scratch) as made:
+        await made.hold_a_commit()
+        asking = made.tasks.create_task(made.checkpointer.take_and_commit("manual"))
+        await made.cuts(2)
+        await made.checkpointer.take("manual")
+        made.backend.refused = made.backend.manifests + 2  # After the one in progress.
+        made.backend.open.set()
+        assert await asking is None
+        assert await made.numbers() == [0, 1]
+        [failed] = await made.events(Kind.CHECKPOINT_FAILED)
+        assert failed.data["code"] == "no_space"
+        made.be("after")
+        point = await made.checkpointer.take_and_commit("manual")
+        assert point is not None
+        assert made.restored(point) == ("after", "after")
+
+
+async def test_the_last_checkpoint_of_a_life_waits_for_its_commit_and_the_agent_stands_still(scratch: Path) -> None:
+    async with stage(scratch) as made:
+        await made.hold_a_commit()
+        made.be("last")
+        stopping = made.tasks.create_task(made.checkpointer.take_last("stop"))
+        await made.cuts(2)
+        assert made.sandbox.is_paused
+        made.backend.open.set()
+        last = await stopping
+        assert last is not None
+        assert last.reason == "stop"
+        assert made.restored(last) == ("last", "last")
+        assert made.sandbox.is_paused
+        assert made.sandbox.plan.directory.joinpath("paused").exists()
+        os.kill(made.sandbox._init.process.pid, signal.SIGCONT)
+
+
+async def test_turns_are_skipped_while_the_session_owes_and_who_asks_is_not(scratch: Path) -> None:
+    async with stage(scratch, share_ppm=SHARE_PPM) as made:
+        await made.turn(1, lost_seconds=30.0)
+        await made.turn(2)
+        await made.turn(3)
+        await made.checkpointer.settle()
+        assert [point.reason for point in await made.records.checkpoints()] == ["start", "call"]
+        skipped = await made.events(Kind.CHECKPOINT_SKIPPED)
+        assert [event.call_id for event in skipped] == ["call_2", "call_3"]
+        assert all(event.data["reason"] == "share" for event in skipped)
+        assert 20_000 < skipped[0].data["owed_ms"] <= 30_000
+        assert await made.checkpointer.take_and_commit("manual") is not None
+        await made.checkpointer.take("age")
+        await made.checkpointer.settle()
+        assert [point.reason for point in await made.records.checkpoints()] == ["start", "call", "manual", "age"]
+
+
+async def test_the_first_turn_of_a_life_is_never_skipped(scratch: Path) -> None:
+    async with stage(scratch, share_ppm=SHARE_PPM) as made:
+        await made.turn(1, lost_seconds=30.0)
+        await made.checkpointer.settle()
+        made.checkpointer.end_life()
+        newest = (await made.records.checkpoints())[-1]
+        await made.checkpointer.begin_life(made.life, newest, next_number=2)
+        await made.turn(2)
+        await made.turn(3)
+        await made.checkpointer.settle()
+        assert [event.call_id for event in await made.events(Kind.CHECKPOINT_SKIPPED)] == ["call_3"]
+        assert await made.numbers() == [0, 1, 2]
+
+
+async def test_a_turn_whose_answer_was_not_there_before_costs_nothing(scratch: Path) -> None:
+    async with stage(scratch, share_ppm=1) as made:
+        for number in range(3):
+            await made.checkpointer.take_turn(CallId(f"call_{number}"), lambda: None)
+        await made.checkpointer.settle()
+        assert await made.events(Kind.CHECKPOINT_SKIPPED) == []
+
+
+async def test_with_a_share_of_always_no_turn_is_skipped(scratch: Path) -> None:
+    async with stage(scratch, share_ppm=EVERY_TURN_PPM) as made:
+        for number in range(3):
+            await made.turn(number, lost_seconds=30.0)
+            await made.checkpointer.settle()
+        assert await made.numbers() == [0, 1, 2, 3]
+
+
+@contextmanager
+def small_memory(path: Path, megabytes: int) -> Iterator[Path]:
+    """A memory-backed directory of that size."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=1777", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+async def test_a_cut_that_does_not_fit_into_memory_waits_if_it_was_asked_for_and_a_turn_is_skipped(
+    scratch: Path,
+) -> None:
+    """100 MiB hold one image of 40, and 32 are always left free."""
+    with small_memory(scratch / "memory", 100) as memory:
+        async with stage(scratch, memory=memory) as made:
+            made.sandbox.memory = os.urandom(40 * MEGABYTE)
+            await made.hold_a_commit()
+            assert not made.staging.has_room(40 * MEGABYTE)
+            await made.turn(1)
+            [skipped] = await made.events(Kind.CHECKPOINT_SKIPPED)
+            assert skipped.data["reason"] == "memory"
+            asking = made.tasks.create_task(made.checkpointer.take_and_commit("manual"))
+            while not made.checkpointer._cutting.locked():
+                await asyncio.sleep(0)
+            assert made.staged == 1
+            made.backend.open.set()
+            got = await asking
+            assert got is not None
+            assert await made.numbers() == [0, 1, 2]
+            assert made.staged == 1, "the image that was kept for a restore made room for it"
+            assert await made.events(Kind.CHECKPOINT_FAILED) == []
+
+
+async def test_a_cut_that_will_never_fit_fails_and_the_agent_runs_on(scratch: Path) -> None:
+    with small_memory(scratch / "memory", 60) as memory:
+        async with stage(scratch, memory=memory) as made:
+            made.sandbox.memory = os.urandom(20 * MEGABYTE)
+            assert await made.checkpointer.take_and_commit("manual") is not None
+            made.checkpointer._expected_bytes = 50 * MEGABYTE
+            assert await made.checkpointer.take_and_commit("manual") is None
+            assert not made.sandbox.is_paused
+            [failed] = await made.events(Kind.CHECKPOINT_FAILED)
+            assert failed.data["code"] == "no_staging_space"
