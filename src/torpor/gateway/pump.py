@@ -8,9 +8,6 @@ failure can still be told in words, which clients retry, where a broken connecti
 """
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from torpor.core.call import Call, ResponseHead
 from torpor.db.calls import Chunk
@@ -25,7 +22,6 @@ from torpor.gateway.record import Recorder
 from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
 from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
-from torpor.sandbox.fifos import Pulse
 
 ANSWER_BYTES_MAX = 256 << 20
 
@@ -103,6 +99,7 @@ class Pump:
                 if seconds is None:
                     await self._receive(answer, upstream.name)
                     return
+                await answer.discard()
             facts = {"status": answer.status, "retry": backoff.retries, "wait_ms": round(seconds * 1000)}
             await self._recorder.retry(self.call.call_id, {"upstream": upstream.name, **facts})
             await asyncio.sleep(seconds)
@@ -116,13 +113,12 @@ class Pump:
             headers={name.lower(): value for name, value in headers},
             is_llm=self._destination.route.is_llm,
         )
-        inbox = _Inbox()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(inbox.fill(answer.pieces()))
-            while data := await inbox.next():
-                await self._write(head, reader, self._scrubber.feed(data))
-        if inbox.failure is not None:
-            raise inbox.failure
+        size = 0
+        while data := await answer.next():
+            await self._write(head, reader, self._scrubber.feed(data))
+            size += len(data)
+            if size > ANSWER_BYTES_MAX:
+                raise NoAnswer("upstream_endless", "the answer has no end", status=502, retry=False)
         await self._write(head, reader, self._scrubber.rest())
         if not reader.complete():
             reason = "the answer stopped in the middle"
@@ -186,37 +182,3 @@ class Pump:
         if answer.body:
             self.recording.add_chunk(answer.body)
         self.recording.end(finished=True)
-
-
-class _Inbox:
-    """What arrived from upstream and is not logged yet: pieces that come while one is being logged make one chunk."""
-
-    def __init__(self) -> None:
-        self.failure: NoAnswer | None = None
-        self._arrived: deque[bytes] = deque()
-        self._done = False
-        self._changed = Pulse()
-
-    async def fill(self, pieces: AsyncGenerator[bytes]) -> None:
-        size = 0
-        try:
-            async with aclosing(pieces):
-                async for data in pieces:
-                    self._arrived.append(data)
-                    self._changed.fire()
-                    size += len(data)
-                    if size > ANSWER_BYTES_MAX:
-                        self.failure = NoAnswer("upstream_endless", "the answer has no end", status=502, retry=False)
-                        break
-        except NoAnswer as error:
-            self.failure = error
-        self._done = True
-        self._changed.fire()
-
-    async def next(self) -> bytes:
-        """Everything that arrived, waiting for something; empty at the end."""
-        while not self._arrived and not self._done:
-            await self._changed.wait()
-        batch = b"".join(self._arrived)
-        self._arrived.clear()
-        return batch
