@@ -254,6 +254,10 @@ class Recorder:
         if recording.body_bytes >= BLOB_BYTES_MIN:
             await self._ahead.drop_chunks(call_id, recording.attempt)
 
+    async def drop_rest(self) -> None:
+        """The same for every answer of which chunks are left."""
+        await self._ahead.drop_rest()
+
     async def _pack(self, call_id: CallId, recording: Recording) -> Packed | None:
         if recording.body_bytes < BLOB_BYTES_MIN:
             return None

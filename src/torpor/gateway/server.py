@@ -116,12 +116,13 @@ class Gateway:
         self._incarnation = 0
 
     async def run(self) -> None:
-        """Own the pumps until `close`.
+        """Own the pumps until `close`; then drop the chunks of long answers that they had no time to drop.
 
         Raises:
             ExceptionGroup: a pump could not write the log (Superseded, or the database's own failures).
         """
         await self._pumps.run()
+        await self._recorder.drop_rest()
 
     def close(self) -> None:
         """Abandon the pumps that still run: their calls are torn for the next owner. `run` then returns."""
