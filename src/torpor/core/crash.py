@@ -13,7 +13,7 @@ CRASH_POINTS: dict[str, str] = {
     "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
     "call.retried": "a call that the provider refused for now: torn, and sent as the next attempt",
     "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
-    "blob.stored": "an object that no row names: whoever writes the same bytes takes it up, else it is garbage",
+    "blob.stored": "an object that no row names: the session's next owner deletes it, or puts it again",
     "chunks.dropped": "an answer, and some of its chunk rows, which nobody reads: the next owner drops the rest",
     "redaction.stored": "everything as it was, and objects with masks that no row names",
     "redaction.committed": "masked rows, and the old bytes in objects, the WAL and the search index",

@@ -29,12 +29,8 @@ PUMPS_MAX = 512
 REQUESTS_BYTES_MAX = 256 << 20
 """Bodies of the requests whose answers are fetched, beyond which the next call waits."""
 
-_UNREAD = {
-    "block_redacted": "request_redacted",
-    "block_damaged": "request_damaged",
-    "request_damaged": "request_damaged",
-}
-"""Why a logged request can't be sent again, and what its client is told."""
+_UNREAD = frozenset({"block_redacted", "block_damaged", "request_damaged"})
+"""Why a logged request can't be sent again."""
 
 OnCall = Callable[[CallId], Awaitable[None]]
 
@@ -153,9 +149,9 @@ class Pumps:
             try:
                 head, body = await self._recorder.load_request(call_id)
             except (Conflict, Damaged) as unread:
-                code = _UNREAD.get(unread.code)
-                if code is None:
+                if unread.code not in _UNREAD:
                     raise
+                code = "request_redacted" if unread.code == "block_redacted" else "request_damaged"
                 return await self._fail_unread(call, code, unread)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
             return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
