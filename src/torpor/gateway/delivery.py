@@ -42,6 +42,10 @@ class Recording:
         self.finished: bool | None = None
         self._changed = Pulse()
 
+    @property
+    def body_bytes(self) -> int:
+        return sum(map(len, self.chunks))
+
     def add_head(self, head: ResponseHead) -> None:
         self.head = head
         self._changed.fire()

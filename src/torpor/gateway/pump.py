@@ -135,7 +135,7 @@ class Pump:
         bill = await self._billing.bill(self.call, answer.status, reader.facts, self._sent_ns)
         # What is only read again was paid for by the call that asked for it.
         usage = reader.facts.usage if self._destination.route.is_llm else {}
-        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts, bill=bill)
+        await self._recorder.complete(self.call.call_id, recording=self.recording, usage=usage, facts=facts, bill=bill)
         if self.recording.head is None:
             self.recording.add_head(head)
         self.recording.end(finished=True)
@@ -163,7 +163,9 @@ class Pump:
         bill = await self._billing.bill_failure(self.call, failure, said, self._sent_ns)
         error = f"{failure.code}: {self._scrubber.text(str(failure))}"
         if self.recording.head is not None:
-            await self._recorder.fail(self.call.call_id, error=error, response=None, bill=bill)
+            await self._recorder.fail(
+                self.call.call_id, error=error, response=None, bill=bill, recording=self.recording
+            )
             self.recording.end(finished=False)
             return
         answer = error_answer(
