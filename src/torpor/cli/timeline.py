@@ -143,6 +143,19 @@ def _call(data: Any) -> str:
     return f"{data.get('method', '')} {data.get('target', '')} {data.get('model') or ''}".strip()
 
 
+def _sent(data: Any) -> str:
+    asked = ", with token counts asked for" if data.get("usage_asked") else ""
+    return f"attempt {data.get('attempt')}{asked}"
+
+
+def _retried(data: Any) -> str:
+    if data.get("usage_asked") is False:
+        return (
+            f"status {data.get('status')}: {data.get('upstream')} does not count tokens when asked, sent as it was made"
+        )
+    return f"status {data.get('status')}, sent again after {data.get('wait_ms')} ms"
+
+
 def _completed(data: Any) -> str:
     usage: dict[str, Any] = data.get("usage") or {}
     tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
@@ -202,7 +215,8 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.INCARNATION_ENDED: lambda data: str(data.get("reason", "")),
     Kind.LEASE_ACQUIRED: lambda data: f"owner token {data.get('owner_token')}, pid {data.get('pid')}",
     Kind.CALL_INTENDED: _call,
-    Kind.CALL_SENT: lambda data: f"attempt {data.get('attempt')}",
+    Kind.CALL_SENT: _sent,
+    Kind.CALL_RETRIED: _retried,
     Kind.CALL_ANSWERING: lambda data: f"status {data.get('status')}",
     Kind.CALL_COMPLETED: _completed,
     Kind.CALL_FAILED: lambda data: str(data.get("error", "")),

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torpor.core.call import Attempt
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
+from torpor.core.usage import hidden_alike
 from torpor.db import answers, blocks, outputs, requests
 from torpor.db.calls import load_calls, tear_open
 from torpor.db.database import Transaction
@@ -56,7 +58,7 @@ def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
         for attempt in call.attempts:
             body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
             if body and blocks.digest_of(body) == digest:
-                plan.answers[call.call_id, attempt.number] = MASK * len(body)
+                plan.answers[call.call_id, attempt.number] = _as_long_as(attempt, body, MASK * len(body))
                 plan.places.append(f"answer of {call.call_id}, attempt {attempt.number}: {len(body)} bytes")
     if tx.one("block/find", session_id=session_id, digest=digest) is not None:
         content = blocks.get(tx, session_id, digest)
@@ -82,11 +84,17 @@ def plan_pattern(tx: Transaction, session_id: SessionId, pattern: re.Pattern[byt
             body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
             masked, places = mask_answer(body, pattern)
             if places:
-                plan.answers[call.call_id, attempt.number] = masked
+                plan.answers[call.call_id, attempt.number] = _as_long_as(attempt, body, masked)
                 plan.places += [f"answer of {call.call_id}: {place}" for place in places]
     for channel in (outputs.STDOUT, outputs.STDERR):
         _plan_output(tx, session_id, channel, pattern, plan)
     return plan
+
+
+def _as_long_as(attempt: Attempt, body: bytes, masked: bytes) -> bytes:
+    """A masked answer of which an agent gets as many bytes as of the true one: it may have taken some of them."""
+    asked = attempt.head is not None and attempt.head.usage_asked
+    return hidden_alike(body, masked) if asked else masked
 
 
 def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Plan, wall_ns: int) -> Event:

@@ -36,6 +36,7 @@ class Claim:
         request_bytes: length of the request on this stream.
         continued: this stream's client asked for `100 Continue`, and got it.
         shape: how it gets the answer, when it is the same logical request in another shape.
+        hide_usage: it gets no token counts that only others asked for (`core.usage`).
     """
 
     call_id: CallId
@@ -44,6 +45,7 @@ class Claim:
     request_bytes: int
     continued: bool
     shape: Shape = Shape.AS_SENT
+    hide_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +107,14 @@ class Recorder:
         crash_point("call.intended")
         return call_made
 
-    async def send(self, call_id: CallId, *, needed_nanousd: int | None = None) -> int | Verdict:
+    async def send(
+        self, call_id: CallId, *, needed_nanousd: int | None = None, usage_asked: bool = False
+    ) -> int | Verdict:
         """Open the next attempt, before its first byte goes upstream; or say why the budget does not allow it now.
 
         Args:
             needed_nanousd: what it may cost at most, if it has to fit a budget: that much is reserved with the sending.
+            usage_asked: what is sent asks for token counts, and the logged request does not.
         """
 
         def work(tx: Transaction) -> int | Verdict:
@@ -120,7 +125,7 @@ class Recorder:
                 if verdict is not Verdict.SEND:
                     return verdict
             sent: dict[str, Any] = {"call_id": call_id, "wall_ns": wall_ns, "reserved_nanousd": needed_nanousd}
-            return calls.mark_sent(tx, **self._fence, **sent).number
+            return calls.mark_sent(tx, **self._fence, **sent, usage_asked=usage_asked).number
 
         attempt = await self._database.write(work, durable=True)
         if attempt is Verdict.HOLD:
@@ -388,15 +393,15 @@ class Recorder:
 
         return await self._database.read(work)
 
-    async def load_shape(self, call_id: CallId, stream: StreamId) -> Shape:
-        """How a stream that is inherited was to get its call's answer."""
+    async def load_form(self, call_id: CallId, stream: StreamId) -> tuple[Shape, bool]:
+        """How a stream that is inherited was to get its call's answer: `shape` and `hide_usage` of its claim."""
 
-        def work(tx: Transaction) -> Shape:
-            shape = Shape.AS_SENT
+        def work(tx: Transaction) -> tuple[Shape, bool]:
+            form = (Shape.AS_SENT, False)
             for event in log.events(tx, self._session_id):
                 if event.call_id == call_id and event.kind in _CLAIMING and event.data["stream"] == stream:
-                    shape = Shape(event.data.get("shape", Shape.AS_SENT))
-            return shape
+                    form = _form_of(event)
+            return form
 
         return await self._database.read(work)
 
@@ -422,7 +427,12 @@ def _attached(claim: Claim, attempt: int, *, inherited: bool) -> dict[str, Any]:
         "shape": claim.shape.value,
         "attempt": attempt,
         "inherited": inherited,
+        **({"hide_usage": True} if claim.hide_usage else {}),
     }
+
+
+def _form_of(event: Event) -> tuple[Shape, bool]:
+    return Shape(event.data.get("shape", Shape.AS_SENT)), event.data.get("hide_usage", False)
 
 
 def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
@@ -431,13 +441,15 @@ def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
         # The first stream of a call: its request is the one that was logged.
         head = requests.read_head(tx, call_id)
         continued = head is not None and expects_continue("1.1", head.headers)
+    shape, hide_usage = _form_of(event)
     return Claim(
         call_id=call_id,
         stream=event.data["stream"],
         incarnation=event.incarnation,
         request_bytes=event.data["request_bytes"],
         continued=continued,
-        shape=Shape(event.data.get("shape", Shape.AS_SENT)),
+        shape=shape,
+        hide_usage=hide_usage,
     )
 
 

@@ -338,13 +338,15 @@ class Gateway:
             self._check_current(stream, incarnation)
             # The cut that a restored stream comes from is younger than a cut made now would be worth.
             answer = await self._pumps.revive(call_id, announce=False)
+            shape, hide_usage = await self._recorder.load_form(call_id, open_stream.stream)
             claim = Claim(
                 call_id=call_id,
                 stream=open_stream.stream,
                 incarnation=incarnation,
                 request_bytes=open_stream.read,
                 continued=open_stream.untouched_bytes > 0,
-                shape=await self._recorder.load_shape(call_id, open_stream.stream),
+                shape=shape,
+                hide_usage=hide_usage,
             )
             attachment = _Attachment(stream=stream, claim=claim, answer=answer)
             await self._recorder.inherit(claim, attempt=answer.recording.attempt)
@@ -355,7 +357,8 @@ class Gateway:
     async def _attend(self, stream: Stream, attachment: _Attachment) -> None:
         """Deliver to a stream until it ends, and record how."""
         claim, answer = attachment.claim, attachment.answer
-        rows = rows_in_shape(answer.recording, dialect_named(answer.call.dialect), claim.shape)
+        dialect = dialect_named(answer.call.dialect)
+        rows = rows_in_shape(answer.recording, dialect, claim.shape, hide_usage=claim.hide_usage)
         end = await deliver(stream, rows, continued=claim.continued, released=answer.released)
         if end is not None:
             await self._detach(stream, claim.stream, claim.call_id, claim.incarnation, end)

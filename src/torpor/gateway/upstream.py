@@ -5,9 +5,9 @@ connection that was never made is tried again, since no byte of the request was 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote_plus
@@ -63,7 +63,21 @@ class UpstreamAnswer:
     status: int
     reason: str
     headers: Headers
-    response: httpx.Response
+    raw: AsyncIterator[bytes]
+    _opened: list[bytes] = field(default_factory=list[bytes])
+
+    async def opening(self, bytes_max: int) -> bytes:
+        """Some bytes of the body's beginning, which `pieces` gives all the same.
+
+        Raises:
+            NoAnswer: it broke off.
+        """
+        try:
+            while sum(map(len, self._opened)) < bytes_max and (data := await anext(self.raw, None)) is not None:
+                self._opened.append(data)
+        except httpx.HTTPError as error:
+            raise _translated(error) from error
+        return b"".join(self._opened)
 
     async def pieces(self) -> AsyncGenerator[bytes]:
         """The body as it arrives.
@@ -72,7 +86,9 @@ class UpstreamAnswer:
             NoAnswer: it broke off.
         """
         try:
-            async for data in self.response.aiter_raw():
+            for data in self._opened:
+                yield data
+            async for data in self.raw:
                 yield data
         except httpx.HTTPError as error:
             raise _translated(error) from error
@@ -83,6 +99,7 @@ class UpstreamClient:
 
     def __init__(self, clock: Clock) -> None:
         self._keys = KeyRing(clock)
+        self._never_ask: set[str] = set()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
         # A proxy of the environment may tunnel to https, which it cannot read; what goes in the clear goes straight.
         straight = {"http://": httpx.AsyncHTTPTransport(limits=limits)}
@@ -96,6 +113,14 @@ class UpstreamClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._http.__aexit__(kind, error, traceback)
+
+    def counts_when_asked(self, upstream: Upstream) -> bool:
+        """Whether an upstream may be asked for token counts."""
+        return upstream.stream_usage and upstream.name not in self._never_ask
+
+    def never_ask_again(self, upstream: Upstream) -> None:
+        """It refused to be asked; that lasts as long as this process."""
+        self._never_ask.add(upstream.name)
 
     async def key_for(self, upstream: Upstream) -> Secret | None:
         """The key that a request is sent with, which its answer must be cleared of.
@@ -122,7 +147,7 @@ class UpstreamClient:
                 status=response.status_code,
                 reason=_reason(response),
                 headers=_answer_headers(response, bodiless=outgoing.method == "HEAD"),
-                response=response,
+                raw=response.aiter_raw(),
             )
         finally:
             await response.aclose()

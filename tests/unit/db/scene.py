@@ -69,20 +69,22 @@ class Scene:
         call = self.new_call()
         return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
 
-    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> CallId:
+    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}', *, head: ResponseHead = HEAD) -> CallId:
         """A call whose answer has begun to arrive."""
         call_id = self.intend(tx, body).call_id
         calls.mark_sent(tx, **self.owner, call_id=call_id, wall_ns=NOW)
-        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=HEAD, wall_ns=NOW)
+        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=head, wall_ns=NOW)
         return call_id
 
     def add_chunks(self, tx: Transaction, call_id: CallId, *pieces: bytes, first: int = 0, attempt: int = 1) -> None:
         chunks = [Chunk(number=number, offset_ns=number, data=piece) for number, piece in enumerate(pieces, first)]
         calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
 
-    def answer(self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}') -> CallId:
+    def answer(
+        self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}', head: ResponseHead = HEAD
+    ) -> CallId:
         """A whole call."""
-        call_id = self.send(tx, body)
+        call_id = self.send(tx, body, head=head)
         self.add_chunks(tx, call_id, *pieces)
         calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
         return call_id

@@ -3,15 +3,17 @@
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.db.scene import NOW, Scene, conversation, new_scene
+from tests.unit.db.scene import HEAD, NOW, Scene, conversation, new_scene
 
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import Kind
+from torpor.core.usage import UsageHider
 from torpor.db import answers, blocks, calls, log, outputs, redaction, requests, verify
 from torpor.db.call_rows import Chunk
 from torpor.db.database import Transaction, open_database
@@ -134,6 +136,24 @@ async def test_a_block_is_redacted_by_its_digest(scene: Scene) -> None:
     body = (await scene.read(lambda tx: requests.read_request(tx, call_id))).body
     assert body == told().replace(largest, b"*" * len(largest))
     assert [chunk.data for chunk in await scene.read(lambda tx: calls.load_chunks(tx, call_id, 1))] == [b"******"]
+
+
+@pytest.mark.parametrize("pattern", [b"usage", b"null", rb"\d+", b"(?s).+"])
+async def test_as_much_of_an_answer_is_hidden_as_before(scene: Scene, pattern: bytes) -> None:
+    """An agent may have taken a part of it, without the token counts that only Torpor asked for."""
+    pieces = [
+        b'data: {"id":1,"usage":null}\n\ndata: {"id":',
+        b'2,"usage":null}\n',
+        b'\ndata: {"choices":[],"usage":{"n":1}}\n\n',
+    ]
+    head = replace(HEAD, usage_asked=True)
+    call_id = await scene.write(lambda tx: scene.answer(tx, *pieces, head=head))
+    await redact(scene, re.compile(pattern))
+    chunks = await scene.read(lambda tx: calls.load_chunks(tx, call_id, 1))
+    true, masked = UsageHider(), UsageHider()
+    assert [len(masked.feed(chunk.data)) for chunk in chunks] == [len(true.feed(piece)) for piece in pieces]
+    assert b"".join(chunk.data for chunk in chunks) != b"".join(pieces)
+    assert await problems(scene) == []
 
 
 async def test_a_manifest_cannot_be_redacted(scene: Scene) -> None:

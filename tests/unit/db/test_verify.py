@@ -3,12 +3,14 @@
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.unit.db.scene import NOW, Scene, conversation, new_scene
+from tests.unit.db.scene import HEAD, NOW, Scene, conversation, new_scene
 
 from torpor.db import checkpoints, sessions, verify
+from torpor.db.call_rows import head_digest
 from torpor.db.database import Transaction, open_database
 from torpor.testing.clock import FakeClock
 
@@ -88,6 +90,11 @@ def tamper(directory: Path, statement: str) -> None:
 
 async def problems(scene: Scene) -> set[str]:
     return {problem.code for problem in await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id))}
+
+
+def test_a_head_from_before_a_field_was_added_has_the_digest_that_the_log_has_of_it() -> None:
+    assert head_digest(HEAD) == "3cb7f85c944df13f7a2ab47ce343125fc3ebc7eabf3970d54cd1d5c0edc26167"
+    assert head_digest(replace(HEAD, usage_asked=True)) != head_digest(HEAD)
 
 
 async def test_untouched_log_has_no_problem(scene: Scene) -> None:
