@@ -27,7 +27,7 @@ from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.money import Price, parse_dollars
 from torpor.core.redo import RedoSet
 from torpor.core.usage import UsageHider
-from torpor.db import calls, log, sessions
+from torpor.db import calls, log, notes, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway, OpenCall
@@ -178,6 +178,11 @@ class Node:
     async def events(self, *kinds: Kind) -> list[Event]:
         events = await self.database.read(lambda tx: log.events(tx, self.session_id))
         return [event for event in events if not kinds or event.kind in kinds]
+
+    async def texts(self, kind: Kind) -> list[str]:
+        """What was noted (`note.added`), or told (`agent.told`)."""
+        told = await self.events(kind)
+        return await self.database.read(lambda tx: [notes.get(tx, event) for event in told])
 
     async def calls(self) -> list[Call]:
         return await self.database.read(lambda tx: calls.load_calls(tx, self.session_id))

@@ -151,7 +151,8 @@ async def test_tell_adds_one_note_to_the_next_model_request_and_to_no_other_byte
             assert stage.model.requests[-1].body == (with_usage_asked(third) if path == CHAT else third)
             [told] = await node.events(Kind.AGENT_TOLD)
             added = sent["messages"][-1] if path == CHAT else sent["system"][-1]
-            assert told.data["text"] in added.values()
+            [text] = await node.texts(Kind.AGENT_TOLD)
+            assert text in added.values()
             asked = next(call for call in await node.calls() if call.call_id == told.call_id)
             assert first == await node.logged_response(asked)
             redo = RedoSet([*redo_entries(await node.calls())])
@@ -186,9 +187,10 @@ async def test_a_note_still_owed_is_told_by_the_next_node_and_goes_with_each_att
             stage.on_call.gate.set()
             assert status_of(await reader.read(-1)) == 200
             [told] = await node.events(Kind.AGENT_TOLD)
+            [text] = await node.texts(Kind.AGENT_TOLD)
             asked = next(call for call in await node.calls() if call.call_id == told.call_id)
             assert (asked.state, len(asked.attempts)) == (CallState.ANSWERED, 2)
-        with_note = [request for request in stage.model.requests if told.data["text"].encode() in request.body]
+        with_note = [request for request in stage.model.requests if text.encode() in request.body]
         assert len(with_note) == 2
         await connected.__aexit__(None, None, None)
 

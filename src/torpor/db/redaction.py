@@ -1,8 +1,8 @@
 """Erasing content for good: finding what fits, and putting a mask of the same length in its place.
 
 A mask keeps every length, and so the chain's digests of layouts, the offsets of half delivered answers, and JSON. The
-event session.redacted names the digest of each mask: content that is masked without such an event is damage.
-Events themselves, and images from before, keep what they hold.
+event session.redacted names the digest of each mask: content that is masked without such an event is damage. Events
+themselves, and images from before, keep what they hold; a plan says which events.
 """
 
 import re
@@ -12,14 +12,14 @@ from typing import Any
 
 from torpor.core.call import Attempt
 from torpor.core.errors import Conflict, NotFound
-from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.events import Event, EventDraft, Kind, canonical_json
 from torpor.core.ids import CallId, SessionId
 from torpor.core.usage import hidden_alike
-from torpor.db import answers, blocks, outputs, requests
+from torpor.db import answers, blocks, notes, outputs, requests
 from torpor.db.calls import load_calls, tear_open
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row
-from torpor.db.log import append
+from torpor.db.log import append, events
 from torpor.db.masking import MASK, mask, mask_answer, shown
 
 Answer = tuple[CallId, int]
@@ -32,12 +32,14 @@ class Plan:
 
     Attributes:
         places: for people, each match with what is around it.
+        kept: seqs of events that hold what fits themselves; the chain would not stand their change.
     """
 
     blocks: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
     answers: dict[Answer, bytes] = field(default_factory=dict[Answer, bytes])
     output: dict[tuple[int, int, int], bytes] = field(default_factory=dict[tuple[int, int, int], bytes])
     places: list[str] = field(default_factory=list[str])
+    kept: list[int] = field(default_factory=list[int])
 
     def __bool__(self) -> bool:
         return bool(self.blocks or self.answers or self.output)
@@ -70,22 +72,29 @@ def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
 
 
 def plan_pattern(tx: Transaction, session_id: SessionId, pattern: re.Pattern[bytes]) -> Plan:
-    """Everything that fits a pattern: in requests, in answers (also where events cut a text apart), in output."""
+    """Everything that fits a pattern: in requests, in answers (also where events cut a text apart), notes, output."""
     plan = Plan()
     pairs: set[tuple[bytes, bytes]] = set()
     for call in load_calls(tx, session_id):
         request = requests.find(tx, call.call_id)
         if request is not None:
-            _plan_blocks(tx, session_id, [request.head_digest], pattern, plan)
+            _plan_blocks(tx, session_id, [request.head_digest], pattern, plan, what="request")
             pieces = requests.pieces_of(requests.read_list(tx, session_id, request.manifest))
             for run in _fresh_runs(pieces, pairs):
-                _plan_blocks(tx, session_id, run, pattern, plan)
+                _plan_blocks(tx, session_id, run, pattern, plan, what="request")
         for attempt in call.attempts:
             body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
             masked, places = mask_answer(body, pattern)
             if places:
                 plan.answers[call.call_id, attempt.number] = _as_long_as(attempt, body, masked)
                 plan.places += [f"answer of {call.call_id}: {place}" for place in places]
+    for event in events(tx, session_id):
+        note = notes.block_of(event)
+        if note is not None:
+            _plan_blocks(tx, session_id, [note], pattern, plan, what="note")
+        found = pattern.finditer(canonical_json(dict(event.data)).encode("utf-8", "surrogatepass"))
+        if any(match[0] for match in found):
+            plan.kept.append(event.seq)
     for channel in (outputs.STDOUT, outputs.STDERR):
         _plan_output(tx, session_id, channel, pattern, plan)
     return plan
@@ -121,10 +130,10 @@ def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Pla
     return append(tx, **owner, drafts=[draft], wall_ns=wall_ns)[0]
 
 
-def masks(events: Iterable[Event]) -> dict[str | Answer, str]:
+def masks(logged: Iterable[Event]) -> dict[str | Answer, str]:
     """The digest (hex) of each mask by what it masks (a block's digest in hex, or an answer); the last one counts."""
     told: dict[str | Answer, str] = {}
-    for event in events:
+    for event in logged:
         if event.kind is Kind.SESSION_REDACTED:
             told.update(event.data["blocks"])
             told.update({(CallId(call_id), attempt): digest for call_id, attempt, digest in event.data["answers"]})
@@ -152,14 +161,14 @@ def _fresh_runs(pieces: list[bytes], pairs: set[tuple[bytes, bytes]]) -> Iterato
 
 
 def _plan_blocks(
-    tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan
+    tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan, *, what: str
 ) -> None:
     contents = blocks.read_many(tx, session_id, run)
     text = b"".join(contents[digest].data for digest in run)
     masked, places = mask(text, pattern)
     if not places:
         return
-    plan.places += [f"request: {place}" for place in places]
+    plan.places += [f"{what}: {place}" for place in places]
     at = 0
     for digest in run:
         end = at + len(contents[digest].data)

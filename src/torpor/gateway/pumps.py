@@ -145,16 +145,17 @@ class Pumps:
         if needs_sending(call):
             try:
                 head, body = await self._recorder.load_request(call_id)
+                note = await self._recorder.load_note(call_id)
             except Conflict as redacted:
                 if redacted.code != "block_redacted":
                     raise
                 return await self._fail_redacted(call, redacted)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
-            return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
+            return self.start(call, intake, announce=announce, note=note)
         return self._answer(call, await self._recorder.replay(call))
 
     async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
-        """A request that was redacted can't be sent again; the client has it, and is told that it may."""
+        """A request that was redacted, or its note, can't be sent again; the client has it, and is told that it may."""
         said = {"error": {"type": "api_error", "code": "request_redacted", "message": f"Torpor {reason}."}}
         headers = (
             ("content-type", "application/json"),

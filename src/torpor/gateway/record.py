@@ -18,7 +18,7 @@ from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import budgets, calls, checkpoints, log, redo, requests, sessions
+from torpor.db import budgets, calls, checkpoints, log, notes, redo, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -92,7 +92,7 @@ class Recorder:
             if left is not None:
                 self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
             if note is not None:
-                self._append(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, {"text": note})
+                self._append_note(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, note)
             return calls.intend(
                 tx,
                 session_id=self._session_id,
@@ -196,7 +196,7 @@ class Recorder:
     def append_note(self, tx: Transaction, call_id: CallId, text: str) -> int:
         """Within `answer`: the agent's note; its seq."""
         incarnation = sessions.get(tx, self._session_id).incarnation
-        return self._append(tx, Kind.NOTE_ADDED, incarnation, call_id, {"text": text})
+        return self._append_note(tx, Kind.NOTE_ADDED, incarnation, call_id, text)
 
     def describe(self, tx: Transaction) -> dict[str, Any]:
         """Within `answer`: what an agent may know of its session."""
@@ -365,15 +365,19 @@ class Recorder:
         return await self._database.read(work)
 
     async def load_note(self, call_id: CallId) -> str | None:
-        """The note that goes with a call."""
+        """The note that goes with a call.
+
+        Raises:
+            Conflict: `block_redacted`.
+        """
 
         def work(tx: Transaction) -> str | None:
-            found = [
-                event.data["text"]
+            told = [
+                event
                 for event in log.events(tx, self._session_id)
                 if event.kind is Kind.AGENT_TOLD and event.call_id == call_id
             ]
-            return found[-1] if found else None
+            return notes.get(tx, told[-1]) if told else None
 
         return await self._database.read(work)
 
@@ -408,6 +412,10 @@ class Recorder:
     @property
     def _fence(self) -> Any:
         return {"session_id": self._session_id, "owner_token": self._owner_token}
+
+    def _append_note(self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId, text: str) -> int:
+        note: dict[str, Any] = {"kind": kind, "incarnation": incarnation, "call_id": call_id, "text": text}
+        return notes.add(tx, **self._fence, **note, wall_ns=self.clock.wall_ns()).seq
 
     def _append(
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torpor.core.call import Call, RequestKey, ResponseHead
 from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
     NodeId,
@@ -20,7 +21,7 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
-from torpor.db import calls, requests, sessions
+from torpor.db import calls, log, notes, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -88,6 +89,16 @@ class Scene:
         self.add_chunks(tx, call_id, *pieces)
         calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
         return call_id
+
+    def note(self, tx: Transaction, text: str, *, kind: Kind = Kind.NOTE_ADDED) -> Event:
+        """A note, with the call that brought it."""
+        call_id = self.intend(tx).call_id
+        return notes.add(tx, **self.owner, kind=kind, incarnation=0, call_id=call_id, text=text, wall_ns=NOW)
+
+    def old_note(self, tx: Transaction, text: str) -> Event:
+        """A note as it was written before its text was a block."""
+        draft = EventDraft(kind=Kind.NOTE_ADDED, incarnation=0, call_id=self.intend(tx).call_id, data={"text": text})
+        return log.append(tx, **self.owner, drafts=[draft], wall_ns=NOW)[0]
 
     def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
         streams = [

@@ -14,10 +14,11 @@ from tests.unit.db.scene import HEAD, NOW, Scene, conversation, new_scene
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import Kind
 from torpor.core.usage import UsageHider
-from torpor.db import answers, blocks, calls, log, outputs, redaction, requests, verify
+from torpor.db import answers, blocks, calls, log, notes, outputs, redaction, requests, verify
 from torpor.db.call_rows import Chunk
 from torpor.db.database import Transaction, open_database
 from torpor.db.masking import mask, mask_answer
+from torpor.db.notes import Note
 from torpor.testing.clock import FakeClock
 
 SECRET = "sk-planted-0123456789abcdef"
@@ -99,6 +100,46 @@ async def test_what_was_redacted_does_not_come_back_with_the_next_request(scene:
     await redact(scene)
     again = await scene.write(lambda tx: scene.answer(tx, body=told()))
     assert SECRET.encode() not in (await scene.read(lambda tx: requests.read_request(tx, again))).body
+    assert await problems(scene) == []
+
+
+@pytest.mark.parametrize("kind", [Kind.NOTE_ADDED, Kind.AGENT_TOLD])
+async def test_the_text_of_a_note_is_erased_and_the_chain_holds(scene: Scene, tmp_path: Path, kind: Kind) -> None:
+    text = f"the key is {SECRET}, \ud800 \u00e9"
+    event = await scene.write(lambda tx: scene.note(tx, text, kind=kind), durable=True)
+    assert await scene.read(lambda tx: notes.read(tx, event)) == Note(text, redacted=False)
+    plan = await redact(scene)
+    assert [place.partition(":")[0] for place in plan.places] == ["note"]
+    masked = Note(text.replace(SECRET, "*" * len(SECRET)), redacted=True)
+    assert await scene.read(lambda tx: notes.read(tx, event)) == masked
+    assert await problems(scene) == []
+    with pytest.raises(Conflict) as refused:
+        await scene.read(lambda tx: notes.get(tx, event))
+    assert refused.value.code == "block_redacted"
+    await scene.database.close()
+    for path in tmp_path.iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path.name
+
+
+async def test_a_note_from_before_reads_as_ever_and_redaction_says_that_it_stays(scene: Scene) -> None:
+    event = await scene.write(lambda tx: scene.old_note(tx, SECRET))
+    await scene.write(lambda tx: scene.answer(tx, SECRET.encode()))
+    assert await scene.read(lambda tx: notes.read(tx, event)) == Note(SECRET, redacted=False)
+    plan = await redact(scene)
+    assert plan.kept == [event.seq]
+    assert await scene.read(lambda tx: notes.get(tx, event)) == SECRET
+    assert await problems(scene) == []
+
+
+async def test_a_note_is_erased_by_the_digest_that_its_event_has(scene: Scene) -> None:
+    event = await scene.write(lambda tx: scene.note(tx, SECRET))
+
+    def work(tx: Transaction) -> None:
+        plan = redaction.plan_block(tx, scene.session_id, bytes.fromhex(event.refs[0]))
+        redaction.apply(tx, **scene.owner, plan=plan, wall_ns=NOW)
+
+    await scene.write(work)
+    assert (await scene.read(lambda tx: notes.read(tx, event))).text == "*" * len(SECRET)
     assert await problems(scene) == []
 
 

@@ -58,6 +58,9 @@ OTHER_ROWS = {
     "a block changed": "UPDATE block SET codec = 'raw', data = x'00' WHERE size_bytes > 1000",
     "a block cut off": "UPDATE block SET data = substr(data, 1, length(data) - 5) WHERE codec = 'zstd'",
     "a block gone": "DELETE FROM block WHERE size_bytes = (SELECT MAX(size_bytes) FROM block)",
+    "a note changed": "UPDATE block SET data = CAST('it is dono' AS BLOB) WHERE data = CAST('it is done' AS BLOB)",
+    "a note gone": "DELETE FROM block WHERE data = CAST('it is done' AS BLOB)",
+    "a note said to be redacted": "UPDATE block SET codec = 'redacted-raw' WHERE data = CAST('it is done' AS BLOB)",
     "a manifest gone": "DELETE FROM block WHERE digest = (SELECT manifest FROM request ORDER BY number LIMIT 1)",
     "a checkpoint's seq": "UPDATE checkpoint SET seq = seq - 1",
     "a checkpoint's streams": "UPDATE checkpoint SET open_streams = '[]'",
@@ -73,6 +76,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     def fill(tx: Transaction) -> None:
         scene.answer(tx, b"zero", b"one", b"two", body=conversation(3))
         scene.answer(tx, b"0", b"1", b"2", body=conversation(4))
+        scene.note(tx, "it is done")
         open_call = scene.send(tx, conversation(5))
         scene.add_chunks(tx, open_call, b"some")
         head = sessions.get(tx, scene.session_id).head_seq
