@@ -10,7 +10,7 @@ from torpor.core.call import RequestKey
 from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.db.calls import NewCall
-from torpor.db.requests import RequestHead
+from torpor.db.requests import PreparedBody, RequestHead, prepare
 from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
 from torpor.gateway.dialects import OWN, dialect_named
 from torpor.gateway.dialects.base import Route, Shape
@@ -32,6 +32,8 @@ from torpor.gateway.telling import with_note
 from torpor.gateway.upstream import Outgoing, target_without_key, without_credentials
 from torpor.sandbox.streams import Stream
 
+AT_ONCE_BYTES_MAX = 32 << 10
+"""A body up to this is taken apart on the loop: a thread would take longer to begin."""
 VERSION_FIELD = ":version"
 """A field that no client can send keeps HTTP/1.0 with a request in the log."""
 
@@ -55,6 +57,13 @@ class Intake:
     model: str | None
     shape: Shape
     """How its client wants the answer."""
+    prepared: PreparedBody
+    """The body as the log takes it."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether it goes upstream as soon as it is recorded, if no budget stands between."""
+        return self.destination.dialect is not OWN
 
     @property
     def head(self) -> RequestHead:
@@ -139,7 +148,9 @@ async def take_in(
         return refuse_unreadable(request)
     if destination.dialect is OWN and (answer := answer_here(request)) is not None:
         return answer
-    # Keys of a long conversation take a while: the loop goes on meanwhile.
+    if len(request.body) <= AT_ONCE_BYTES_MAX:
+        return _intake(request, destination)
+    # Taking a long conversation apart takes a while: the loop goes on meanwhile.
     return await asyncio.to_thread(_intake, request, destination)
 
 
@@ -174,6 +185,7 @@ def _intake(request: Request, destination: Destination) -> Intake:
         plain_body=body,
         model=route.model or facts.model,
         shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
+        prepared=prepare(request.body),
     )
 
 

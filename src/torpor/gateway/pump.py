@@ -9,12 +9,13 @@ failure can still be told in words, which clients retry, where a broken connecti
 
 import asyncio
 
-from torpor.core.call import Call, ResponseHead
+from torpor.core.call import Call, CallState, ResponseHead
 from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
 from torpor.gateway.backoff import Backoff
 from torpor.gateway.billing import Billing
+from torpor.gateway.connections import Lease
 from torpor.gateway.delivery import Recording
 from torpor.gateway.failure import NoAnswer
 from torpor.gateway.intake import Intake
@@ -35,7 +36,9 @@ class Pump:
         failed: it ended without an answer.
 
     Args:
+        call: with its attempt opened, if that was recorded together with the call.
         note: goes to the model with the request (`agent.told`).
+        reached: a connection that is on its way, for the first sending.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class Pump:
         billing: Billing,
         upstreams: UpstreamClient,
         note: str | None = None,
+        reached: Lease | None = None,
     ) -> None:
         self.call = call
-        self.recording = Recording(len(call.attempts) + 1)
+        self._is_open = call.state is CallState.SENT
+        self.recording = Recording(len(call.attempts) + (0 if self._is_open else 1))
         self.under_way = asyncio.Event()
         self.failed = False
         noted = intake.outgoing_with(note) if note is not None else None
@@ -60,6 +65,7 @@ class Pump:
         self._recorder = recorder
         self._billing = billing
         self._upstreams = upstreams
+        self._reached = reached
         self._scrubber = Scrubber(None)
         self._reader: AnswerReader | None = None
         self._sent_ns = 0
@@ -75,8 +81,9 @@ class Pump:
             Superseded: this node lost the session.
         """
         try:
-            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
-            self.recording.attempt = await opening
+            if not self._is_open:
+                opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
+                self.recording.attempt = await opening
             self._sent_ns = self._recorder.wall_ns()
             self.under_way.set()
             await self._send()
@@ -84,6 +91,8 @@ class Pump:
             self.under_way.set()
             await self._fail(failure)
         finally:
+            if self._reached is not None:
+                self._reached.end()
             self._billing.look_again()
 
     async def _send(self) -> None:
@@ -93,7 +102,8 @@ class Pump:
         self._scrubber = Scrubber(key.reveal() if key is not None else None)
         backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
         while True:
-            async with self._upstreams.send(self._outgoing, upstream) as answer:
+            reached, self._reached = self._reached, None
+            async with self._upstreams.send(self._outgoing, upstream, reached=reached) as answer:
                 # What is sent at most once is not sent again, whatever the provider says.
                 seconds = None if self.call.barrier else backoff.pause(answer.status, answer.headers)
                 if seconds is None:
