@@ -22,8 +22,8 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from torpor.core.clock import Clock
-from torpor.core.errors import Conflict, MachineUnfit, TorporError
-from torpor.db.database import Database, Row, Transaction, Value
+from torpor.core.errors import Conflict, MachineUnfit, NotFound, TorporError
+from torpor.db.database import BlobStore, Database, Row, Transaction, Value
 from torpor.db.migrations import migrate
 from torpor.db.sqlite_errors import SYNC_FAILURES, translated
 from torpor.db.statements import statements
@@ -41,8 +41,9 @@ COMMITS_PER_CHECKPOINT = 64
 class SqliteTransaction:
     """The statements of one connection; `SqliteDatabase` puts BEGIN and COMMIT around them."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, blobs: BlobStore | None) -> None:
         self._connection = connection
+        self._blobs = blobs
         self._statements = statements()
 
     def one(self, query: str, /, **values: Value) -> Row | None:
@@ -53,6 +54,11 @@ class SqliteTransaction:
 
     def run(self, query: str, /, **values: Value) -> int:
         return self._connection.execute(self._statements[query], values).rowcount
+
+    def fetch(self, key: str, /) -> bytes:
+        if self._blobs is None:
+            raise NotFound("object_not_found", f"cannot read object {key}: the database was opened without its blobs")
+        return self._blobs.get(key)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +81,8 @@ class _Write:
 class SqliteDatabase:
     """One file. Build it with `open_sqlite`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, blobs: BlobStore | None = None) -> None:
+        self.blobs = blobs
         self._path = path
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="torpor-db-writer")
         self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
@@ -200,7 +207,7 @@ class SqliteDatabase:
             with _transaction(connection):
                 before = connection.total_changes
                 if len(batch) == 1:
-                    batch[0].result = batch[0].work(SqliteTransaction(connection))
+                    batch[0].result = batch[0].work(SqliteTransaction(connection, self.blobs))
                 else:
                     self._run_each(connection, batch)
                 if durable and connection.total_changes == before:
@@ -231,7 +238,7 @@ class SqliteDatabase:
         connection.execute("SAVEPOINT work")
         try:
             with self._translating():
-                result = work(SqliteTransaction(connection))
+                result = work(SqliteTransaction(connection, self.blobs))
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK TO work")
@@ -249,7 +256,7 @@ class SqliteDatabase:
             try:
                 connection.execute("BEGIN")
                 with _transaction(connection):
-                    return work(SqliteTransaction(connection))
+                    return work(SqliteTransaction(connection, self.blobs))
             finally:
                 self._idle_readers.append(connection)
 
@@ -331,9 +338,9 @@ async def _outcome(running: Future[T]) -> T:
         raise
 
 
-async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite") -> Database:
+async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite", blobs: BlobStore | None = None) -> Database:
     """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
-    database = SqliteDatabase(Path(path))
+    database = SqliteDatabase(Path(path), blobs)
     try:
         await database.open(clock, schema)
     except BaseException:

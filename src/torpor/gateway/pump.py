@@ -3,13 +3,17 @@
 Nothing that happens to the agent cancels a pump. It ends in one of three ways: the answer is complete and the call is
 answered; the answer broke off and the call failed, so the agent's connection is broken off too; or no answer came, and
 an error of the gateway's own is logged in its place. What the provider refuses for now is sent again within the same
-attempt, since nothing of a refusal was logged or delivered. The head waits for the first byte of the body: until then a
+attempt, since nothing of a refusal was logged or delivered; so is what it refuses only because Torpor asked for token
+counts that the agent had not asked for (`core.usage`). The head waits for the first byte of the body: until then a
 failure can still be told in words, which clients retry, where a broken connection is often final for them.
 """
 
 import asyncio
+from dataclasses import replace
 
+from torpor.config import Upstream
 from torpor.core.call import Call, CallState, ResponseHead
+from torpor.core.usage import refuses_usage
 from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
@@ -18,13 +22,15 @@ from torpor.gateway.billing import Billing
 from torpor.gateway.connections import Lease
 from torpor.gateway.delivery import Recording
 from torpor.gateway.failure import NoAnswer
-from torpor.gateway.intake import Intake
 from torpor.gateway.record import Recorder
 from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
+from torpor.gateway.sending import Sending
 from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
 
 ANSWER_BYTES_MAX = 256 << 20
+REFUSAL_BYTES_MAX = 64 << 10
+"""How much of a refusal is read to see why."""
 
 
 class Pump:
@@ -37,7 +43,7 @@ class Pump:
 
     Args:
         call: with its attempt opened, if that was recorded together with the call.
-        note: goes to the model with the request (`agent.told`).
+        sending: what goes upstream.
         reached: a connection that is on its way, for the first sending.
     """
 
@@ -45,11 +51,10 @@ class Pump:
         self,
         *,
         call: Call,
-        intake: Intake,
+        sending: Sending,
         recorder: Recorder,
         billing: Billing,
         upstreams: UpstreamClient,
-        note: str | None = None,
         reached: Lease | None = None,
     ) -> None:
         self.call = call
@@ -57,11 +62,10 @@ class Pump:
         self.recording = Recording(len(call.attempts) + (0 if self._is_open else 1))
         self.under_way = asyncio.Event()
         self.failed = False
-        noted = intake.outgoing_with(note) if note is not None else None
-        self._body = noted.body if noted is not None else intake.plain_body
-        self._line = intake.request.line
-        self._destination = intake.destination
-        self._outgoing = noted or intake.outgoing
+        self._sending = sending
+        self._line = sending.intake.request.line
+        self._destination = sending.intake.destination
+        self._asking = sending.asking
         self._recorder = recorder
         self._billing = billing
         self._upstreams = upstreams
@@ -72,7 +76,7 @@ class Pump:
 
     @property
     def request_bytes(self) -> int:
-        return len(self._outgoing.body)
+        return len(self._sending.outgoing.body)
 
     async def run(self) -> None:
         """Carry the attempt to its end.
@@ -82,8 +86,12 @@ class Pump:
         """
         try:
             if not self._is_open:
-                opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
-                self.recording.attempt = await opening
+                self.recording.attempt = await self._billing.open_attempt(
+                    self.call,
+                    self._sending.plain_body,
+                    on_hold=self.under_way.set,
+                    usage_asked=self._sending.usage_asked,
+                )
             self._sent_ns = self._recorder.wall_ns()
             self.under_way.set()
             await self._send()
@@ -97,13 +105,16 @@ class Pump:
 
     async def _send(self) -> None:
         """Send the request until it is taken, or refused for good."""
-        upstream = choose(self._destination, self._outgoing.model)
+        upstream = choose(self._destination, self._sending.outgoing.model)
         key = await self._upstreams.key_for(upstream)
         self._scrubber = Scrubber(key.reveal() if key is not None else None)
         backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
         while True:
             reached, self._reached = self._reached, None
-            async with self._upstreams.send(self._outgoing, upstream, reached=reached) as answer:
+            outgoing = self._asking or self._sending.outgoing
+            async with self._upstreams.send(outgoing, upstream, reached=reached) as answer:
+                if await self._was_wrong_to_ask(answer, upstream):
+                    continue
                 # What is sent at most once is not sent again, whatever the provider says.
                 seconds = None if self.call.barrier else backoff.pause(answer.status, answer.headers)
                 if seconds is None:
@@ -114,9 +125,22 @@ class Pump:
             await self._recorder.retry(self.call.call_id, {"upstream": upstream.name, **facts})
             await asyncio.sleep(seconds)
 
+    async def _was_wrong_to_ask(self, answer: UpstreamAnswer, upstream: Upstream) -> bool:
+        """Whether the provider refuses the request for what Torpor added to it; then nothing is added from now on."""
+        if self._asking is None or answer.status < 400:
+            return False
+        if not refuses_usage(answer.status, await answer.opening(REFUSAL_BYTES_MAX)):
+            return False
+        self._asking = None
+        self._upstreams.never_ask_again(upstream)
+        facts = {"upstream": upstream.name, "status": answer.status, "retry": 0, "wait_ms": 0, "usage_asked": False}
+        await self._recorder.retry(self.call.call_id, facts)
+        return True
+
     async def _receive(self, answer: UpstreamAnswer, upstream: str) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)
-        head = self._line.shape(answer.status, answer.reason, headers)
+        asked = self._asking is not None or self._sending.intake.asks_for_usage
+        head = replace(self._line.shape(answer.status, answer.reason, headers), usage_asked=asked)
         self._reader = reader = AnswerReader(
             self._destination.dialect,
             status=answer.status,
@@ -145,7 +169,7 @@ class Pump:
         bill = await self._billing.bill(self.call, answer.status, reader.facts, self._sent_ns)
         # What is only read again was paid for by the call that asked for it.
         usage = reader.facts.usage if self._destination.route.is_llm else {}
-        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts, bill=bill)
+        await self._recorder.complete(self.call.call_id, recording=self.recording, usage=usage, facts=facts, bill=bill)
         if self.recording.head is None:
             self.recording.add_head(head)
         self.recording.end(finished=True)
@@ -173,7 +197,9 @@ class Pump:
         bill = await self._billing.bill_failure(self.call, failure, said, self._sent_ns)
         error = f"{failure.code}: {self._scrubber.text(str(failure))}"
         if self.recording.head is not None:
-            await self._recorder.fail(self.call.call_id, error=error, response=None, bill=bill)
+            await self._recorder.fail(
+                self.call.call_id, error=error, response=None, bill=bill, recording=self.recording
+            )
             self.recording.end(finished=False)
             return
         answer = error_answer(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torpor.core.call import Call, CallState, ResponseHead
-from torpor.core.errors import Conflict
+from torpor.core.errors import Conflict, Damaged, TorporError
 from torpor.core.ids import CallId
 from torpor.gateway.billing import Billing
 from torpor.gateway.connections import Lease
@@ -24,6 +24,7 @@ from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.routing import Routing, choose
+from torpor.gateway.sending import Sending, sending_of
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.fifos import Pulse
 
@@ -32,7 +33,12 @@ PUMPS_MAX = 512
 REQUESTS_BYTES_MAX = 256 << 20
 """Bodies of the requests whose answers are fetched, beyond which the next call waits."""
 
+_UNREAD = frozenset({"block_redacted", "block_damaged", "request_damaged"})
+"""Why a logged request can't be sent again."""
+
 OnCall = Callable[[CallId], Awaitable[None]]
+Intend = Callable[[bool], Awaitable[Call]]
+"""Records a call; told whether what is sent asks for token counts that its client does not ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +124,8 @@ class Pumps:
         """Wait until `run` runs."""
         await self._running.wait()
 
-    async def begin(self, intake: Intake, intend: Callable[[], Awaitable[Call]], *, note: str | None) -> Answer:
-        """Record a new call, and send it.
+    async def begin(self, intake: Intake, intend: Intend, *, note: str | None) -> Answer:
+        """Record a new call, and send it; `note` goes with it (`agent.told`).
 
         Both belong to a task of its own: if the stream that asked goes away meanwhile, a call that the log has as sent
         is sent all the same. This returns, or lets itself be cancelled, only when the log has it.
@@ -129,13 +135,12 @@ class Pumps:
         task.add_done_callback(lambda _: begun.cancel())  # it may end before it began
         return await _settled(begun)
 
-    async def _begin(
-        self, intake: Intake, intend: Callable[[], Awaitable[Call]], note: str | None, begun: asyncio.Future[Answer]
-    ) -> None:
+    async def _begin(self, intake: Intake, intend: Intend, note: str | None, begun: asyncio.Future[Answer]) -> None:
         # A connection takes as long as the disk, and carries nothing of the request before it may leave.
         reached = self._reach(intake)
         try:
-            call = await intend()
+            sending = sending_of(intake, note, self._upstreams)
+            call = await intend(sending.usage_asked)
         except BaseException as error:
             if reached is not None:
                 reached.end()
@@ -146,7 +151,7 @@ class Pumps:
         if reached is not None and call.state is not CallState.SENT:
             reached.end()
             reached = None
-        pump = self._enter(call, intake, announce=True, note=note, reached=reached)
+        pump = self._enter(call, sending, announce=True, reached=reached)
         begun.set_result(self._answer(call, pump.recording))
         await self._run(pump)
 
@@ -160,14 +165,12 @@ class Pumps:
 
     def _start(self, call: Call, intake: Intake, *, announce: bool, note: str | None) -> Answer:
         """Send a call that is in the log, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
-        pump = self._enter(call, intake, announce=announce, note=note)
+        pump = self._enter(call, sending_of(intake, note, self._upstreams), announce=announce)
         self._spawn(self._run(pump))
         return self._answer(call, pump.recording)
 
-    def _enter(
-        self, call: Call, intake: Intake, *, announce: bool, note: str | None, reached: Lease | None = None
-    ) -> Pump | OwnPump:
-        pump = self._pump(call, intake, note, reached)
+    def _enter(self, call: Call, sending: Sending, *, announce: bool, reached: Lease | None = None) -> Pump | OwnPump:
+        pump = self._pump(call, sending, reached)
         self._pumps[call.call_id] = pump
         if call.is_llm and not self._warm:
             self._warm = True
@@ -177,22 +180,21 @@ class Pumps:
             self._spawn(self._announce(pump))
         return pump
 
-    def _pump(self, call: Call, intake: Intake, note: str | None, reached: Lease | None) -> Pump | OwnPump:
-        recorder = self._recorder
+    def _pump(self, call: Call, sending: Sending, reached: Lease | None) -> Pump | OwnPump:
+        recorder, intake = self._recorder, sending.intake
         if intake.destination.dialect is OWN:
             return OwnPump(call=call, request=intake.request, recorder=recorder, checkpoint_for=self._checkpoint_for)
         return Pump(
             call=call,
-            intake=intake,
+            sending=sending,
             recorder=recorder,
             billing=self._billing,
             upstreams=self._upstreams,
-            note=note,
             reached=reached,
         )
 
-    async def revive(self, call_id: CallId, *, announce: bool) -> Answer:
-        """The answer of a call that is in the log: arriving, written, or that of a new attempt."""
+    async def revive(self, call_id: CallId, *, announce: bool) -> Answer | None:
+        """The answer of a call that is in the log: arriving, written, or that of a new attempt. None: it is damaged."""
         pump = self._pumps.get(call_id)
         if pump is not None:
             return self._answer(pump.call, pump.recording)
@@ -200,25 +202,28 @@ class Pumps:
         if needs_sending(call):
             try:
                 head, body = await self._recorder.load_request(call_id)
-            except Conflict as redacted:
-                if redacted.code != "block_redacted":
+                note = await self._recorder.load_note(call_id)
+            except (Conflict, Damaged) as unread:
+                if unread.code not in _UNREAD:
                     raise
-                return await self._fail_redacted(call, redacted)
+                code = "request_redacted" if unread.code == "block_redacted" else "request_damaged"
+                return await self._fail_unread(call, code, unread)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
-            return self._start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
-        return self._answer(call, await self._recorder.replay(call))
+            return self._start(call, intake, announce=announce, note=note)
+        try:
+            return self._answer(call, await self._recorder.replay(call))
+        except Damaged as damaged:
+            if damaged.code != "answer_damaged":
+                raise
+            return None
 
-    async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
-        """A request that was redacted can't be sent again; the client has it, and is told that it may."""
-        said = {"error": {"type": "api_error", "code": "request_redacted", "message": f"Torpor {reason}."}}
-        headers = (
-            ("content-type", "application/json"),
-            ("x-torpor-error", "request_redacted"),
-            ("x-should-retry", "true"),
-        )
+    async def _fail_unread(self, call: Call, code: str, reason: TorporError) -> Answer:
+        """A request, or its note, that was redacted or damaged can't be sent again; its client is told that it may."""
+        said = {"error": {"type": "api_error", "code": code, "message": f"Torpor {reason}."}}
+        headers = (("content-type", "application/json"), ("x-torpor-error", code), ("x-should-retry", "true"))
         head = ResponseHead(status=502, reason="Bad Gateway", headers=headers)
         response = (head, json.dumps(said).encode())
-        failed = await self._recorder.fail(call.call_id, error=f"request_redacted: {reason}", response=response)
+        failed = await self._recorder.fail(call.call_id, error=f"{code}: {reason}", response=response)
         self._on_failed(call.call_id)
         return self._answer(failed, await self._recorder.replay(failed))
 
@@ -242,6 +247,7 @@ class Pumps:
         self._ended.fire()
         if pump.failed:
             self._on_failed(pump.call.call_id)
+        await self._recorder.drop_chunks(pump.call.call_id, pump.recording)
 
     async def _announce(self, pump: Pump) -> None:
         await pump.under_way.wait()
