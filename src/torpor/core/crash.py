@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 
 CRASH_POINTS: dict[str, str] = {
-    "call.intended": "a call that was never sent: the restored or adopted stream sends it",
+    "call.intended": "a call under a budget, or for Torpor itself, never sent: the restored or adopted stream sends it",
     "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
     "call.retried": "a call that the provider refused for now: torn, and sent as the next attempt",
     "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
