@@ -21,10 +21,11 @@ KILLS_PER_SESSION = 10
 NODE_POINTS = [
     point
     for point in CRASH_POINTS
-    # The model of these sessions refuses nothing, nobody stops them, they have no budget, no policy minds another path,
-    # and their turns are neither skipped nor overtaken: other tests have those.
-    if not point.startswith(("backend.", "divergence.", "session.", "waitpoint."))
-    and point not in ("call.retried", "checkpoint.skipped", "checkpoint.overtaken")
+    # The model of these sessions refuses nothing, nobody stops them, they have no budget, which would keep a call's
+    # intent and its sending apart, no policy minds another path, nothing in them is large, nothing is erased, and their
+    # turns are neither skipped nor overtaken: other tests have those.
+    if not point.startswith(("backend.", "blob.", "chunks.", "divergence.", "redaction.", "session.", "waitpoint."))
+    and point not in {"call.intended", "call.retried", "checkpoint.skipped", "checkpoint.overtaken"}
 ]
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 

@@ -9,10 +9,15 @@ import signal
 from collections import Counter
 
 CRASH_POINTS: dict[str, str] = {
-    "call.intended": "a call that was never sent: the restored or adopted stream sends it",
+    "call.intended": "a call under a budget, or for Torpor itself, never sent: the restored or adopted stream sends it",
     "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
     "call.retried": "a call that the provider refused for now: torn, and sent as the next attempt",
     "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
+    "blob.stored": "an object that no row names: the session's next owner deletes it, or puts it again",
+    "chunks.dropped": "an answer, and some of its chunk rows, which nobody reads: the next owner drops the rest",
+    "redaction.stored": "everything as it was, and objects with masks that no row names",
+    "redaction.committed": "masked rows, and the old bytes in objects, the WAL and the search index",
+    "session.forgotten": "objects and the directory of a session that is gone",
     "call.completed": "a whole answer that was not delivered: delivered from the log",
     "waitpoint.created": "a call that is intended and held: its stream finds the waitpoint again, nothing was sent",
     "waitpoint.resolved": "a resolution that nobody was told of: who waited asks again when a node runs it",

@@ -1,4 +1,4 @@
-"""The seam between Torpor and a database: transactions are plain functions that run on the database's own thread.
+"""The seam between Torpor and a database: transactions are plain functions, mostly run on the database's own thread.
 
 A function that fails is rolled back; one that returns is committed. It is atomic against cancellation too: a task that
 is cancelled before its function started leaves no trace, afterwards the function runs to its end before the
@@ -16,6 +16,33 @@ Value = str | int | bytes | None
 T = TypeVar("T")
 
 
+class BlobStore(Protocol):
+    """Where large bodies lie: immutable objects by key, durable when `put` returns. A snapshot store's backend is one.
+
+    Synchronous, and maybe slow: never call it on the event loop, and change it in no transaction.
+    """
+
+    def put(self, key: str, data: bytes) -> bool:
+        """Create the object; False if the key is there, and is left alone.
+
+        Raises:
+            MachineUnfit: `no_space`, `storage_failed`.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Raises NotFound (`object_not_found`)."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Absent afterwards, whether it was there or not."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that begin so."""
+        ...
+
+
 class Transaction(Protocol):
     """Runs statements of queries/ by name. Raises only TorporErrors."""
 
@@ -29,9 +56,16 @@ class Transaction(Protocol):
         """The number of rows that the statement wrote or deleted."""
         ...
 
+    def fetch(self, key: str, /) -> bytes:
+        """The object that a row names, from the blob store. Raises NotFound (`object_not_found`)."""
+        ...
+
 
 class Database(Protocol):
     """Where sessions live.
+
+    Attributes:
+        blobs: where their large bodies are; None keeps new ones in rows, however large.
 
     Raises (from every method):
         Conflict: `database_busy`, another process held the database for too long; `row_conflict`, a constraint;
@@ -40,10 +74,17 @@ class Database(Protocol):
         Damaged: `database_damaged`.
     """
 
-    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        """Run `work` alone among all writers. Its rows survive the death of every process.
+    @property
+    def blobs(self) -> BlobStore | None: ...
 
-        With `durable`, they and those of every earlier write have also reached the disk when this returns.
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool, brief: bool = False) -> T:
+        """Run `work` alone among all writers, after those that came before it.
+
+        Its rows survive the death of every process.
+
+        Args:
+            durable: they and those of every earlier write have also reached the disk when this returns.
+            brief: it is a few statements on little data, and may run on the caller's thread.
         """
         ...
 
@@ -64,11 +105,12 @@ class Database(Protocol):
         ...
 
 
-async def open_database(url: str, *, clock: Clock) -> Database:
+async def open_database(url: str, *, clock: Clock, blobs: BlobStore | None = None) -> Database:
     """Open the database and bring its schema up to date.
 
     Args:
         url: `sqlite:///` and an absolute path, which is taken as it stands; the file is created if it is not there.
+        blobs: the store of large bodies; the same one each time, since rows name its objects.
 
     Raises:
         InvalidInput: the URL names no database that Torpor knows.
@@ -83,4 +125,4 @@ async def open_database(url: str, *, clock: Clock) -> Database:
         )
     from torpor.db.sqlite import open_sqlite
 
-    return await open_sqlite(f"/{path.lstrip('/')}", clock=clock)
+    return await open_sqlite(f"/{path.lstrip('/')}", clock=clock, blobs=blobs)

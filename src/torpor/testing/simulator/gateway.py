@@ -157,12 +157,23 @@ class Gateway:
             rows.append((kinds.CALL_DIVERGED, node.incarnation, None, None, None))
             node.world.count("diverged")
         stream.logged = True
+        call_id = stream.call_id
+        assert stream.ask is not None
+        assert call_id is not None
         parent = node.tree.hang(node.db.head + len(rows) + 1)
         data = (stream.ask, stream.spelling, stream.sid, None)
-        rows.append((kinds.CALL_INTENDED, node.incarnation, stream.call_id, parent, data))
-        node.write(*rows)
-        node.db.fsync()
-        node.world.witness.intended(node, node.db.calls[rows[-1][2]])  # pyright: ignore[reportArgumentType]
+        rows.append((kinds.CALL_INTENDED, node.incarnation, call_id, parent, data))
+        # Nothing stands between a call's intent and its sending unless a budget or a checkpoint has to be asked.
+        at_once = stream.ask.kind in _SENT_AT_ONCE and not node.world.plan.budget
+        if at_once:
+            rows.append((kinds.CALL_SENT, node.incarnation, call_id, None, None))
+        written = node.write(*rows)
+        if node.world.rules.fsync_before_send or not at_once:
+            node.db.fsync()
+        row = node.db.calls[call_id]
+        node.world.witness.intended(node, row)
+        if at_once:
+            self.start_pump(row, written)
 
     def bind(self, stream: HostStream) -> None:
         """The stream has its call: see that the call has a pump if it needs one, and deliver from the log."""
@@ -193,9 +204,10 @@ class Gateway:
             self.start_pump(row)
         return number
 
-    def start_pump(self, row: CallRow) -> None:
-        self.node.pumps[row.call_id] = len(row.attempts) + 1
-        self.node.lasting.add(self.pump(row))
+    def start_pump(self, row: CallRow, sent: int | None = None) -> None:
+        """Send a call; `sent` is the transaction that says so, if there is one already."""
+        self.node.pumps[row.call_id] = len(row.attempts) + (1 if sent is None else 0)
+        self.node.lasting.add(self.pump(row, sent))
 
     # --- upstream ------------------------------------------------------------------------------------------------
 
@@ -210,14 +222,15 @@ class Gateway:
         if row.call_id not in node.pumps and row.state in _TO_BE_SENT:
             self.start_pump(row)
 
-    def pump(self, row: CallRow) -> Task:
+    def pump(self, row: CallRow, sent: int | None) -> Task:
         """Send one attempt and write what comes. Detached from the client: it outlives streams and sandboxes."""
         node = self.node
         world = node.world
-        sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
-        if world.rules.fsync_before_send:
-            node.db.fsync()
-        yield
+        if sent is None:
+            sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
+            if world.rules.fsync_before_send:
+                node.db.fsync()
+            yield
         served = world.upstream.request(node, row, sent)
         while served is None or (served.truncated and not world.rules.only_refusals_are_sent_again):
             node.append((kinds.CALL_RETRIED, node.incarnation, row.call_id, None, None))
@@ -316,5 +329,6 @@ class Gateway:
         node.send("RESET", stream.sid)
 
 
+_SENT_AT_ONCE = frozenset({"llm", "effect", "read"})
 _TO_BE_SENT = frozenset({CallState.INTENDED, CallState.TORN})
 _SETTLED = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.SENT})

@@ -21,6 +21,7 @@ class Plan:
     """One schedule, drawn from its seed.
 
     Attributes:
+        budget: there is one, so that a call's sending is a step of its own after its intent.
         cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
         happenings: (step, what), the next one last.
         refusal_rate: how often upstream refuses a sending for now.
@@ -30,6 +31,7 @@ class Plan:
     """
 
     __slots__ = (
+        "budget",
         "checkpoint_rate",
         "cluster",
         "fickle",
@@ -58,6 +60,7 @@ class Plan:
         self.sleepy = int(random() * 3)
         self.happenings = self._happenings(random)
         # Drawn apart, so that the schedules of all other seeds stay what they are.
+        self.budget = Random(f"budget {seed}").random() < 0.4
         self.refusal_rate = 0.3 if Random(f"refusals {seed}").random() < 0.15 else 0.0
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
