@@ -13,6 +13,7 @@ from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_sce
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import KeyId
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import WaitpointKind
@@ -21,6 +22,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    keys,
     log,
     outputs,
     redaction,
@@ -170,7 +172,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints, keys),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -203,6 +205,7 @@ class Rows:
             tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
         )
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        keys.add_tenant(tx, wrapped_key(keys.TENANT))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
@@ -248,6 +251,7 @@ class Rows:
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {
                 "channel": 1,
@@ -257,6 +261,12 @@ class Rows:
                 "wall_ns": NOW,
             },
         }
+
+
+def wrapped_key(whose: str, master: str = "key_m") -> keys.WrappedKey:
+    return keys.WrappedKey(
+        whose=whose, key_id=KeyId("key_k"), master_id=KeyId(master), wrapped=b"sealed by " + master.encode()
+    )
 
 
 class StaleFirst:
@@ -333,7 +343,11 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 
 
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
-    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    unfenced = {
+        *("session/insert_session", "session/acquire_if_unchanged"),
+        # No node's: they change what wraps a key, for all sessions at once.
+        *("key/insert_tenant_if_absent", "key/rewrap_tenant_if_unchanged", "key/rewrap_of_session_if_unchanged"),
+    }
     for name, text in statements().items():
         if name.startswith(("search/", "transfer/insert_")):
             continue  # the index is nobody's; a session that is being imported is no node's

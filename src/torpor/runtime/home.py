@@ -42,6 +42,10 @@ class Home:
         return self.root / "store"
 
     @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

@@ -28,32 +28,27 @@ from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
-from torpor.db import checkpoints, redaction, sessions
+from torpor.db import checkpoints, keys, redaction, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, workspaces
 from torpor.runtime.home import Home
 from torpor.runtime.records import Records
+from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
-from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
-from torpor.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
-    from torpor.runtime.incarnation import Incarnations
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
-
-SPARE_BYTES = 4 << 20
-"""Left free by snapshots for the event log, which is on the same disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +77,7 @@ class Runtime:
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         database: Database,
+        stores: SessionStores,
         clock: Clock,
     ) -> None:
         self.home = home
@@ -89,7 +85,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.store = SnapshotStore(LocalDirectory(home.store, spare_bytes=SPARE_BYTES), clock=clock)
+        self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
@@ -110,18 +106,22 @@ class Runtime:
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
-        session = await self.database.write(
-            lambda tx: sessions.create(
+        key, kept = (await self.stores.keyring(anew=True)).new_session_key(session_id)
+
+        def record(tx: Transaction) -> sessions.Session:
+            created = sessions.create(
                 tx,
                 session_id=session_id,
                 name=request.name,
                 spec=plain,
                 wall_ns=self.clock.wall_ns(),
                 budget_nanousd=request.budget_nanousd,
-            ),
-            durable=True,
-        )
-        seed = await asyncio.to_thread(self._seed, session, source, inside)
+            )
+            keys.add_session(tx, session_id=session_id, owner_token=created.owner_token, key=kept)
+            return created
+
+        session = await self.database.write(record, durable=True)
+        seed = await asyncio.to_thread(self._seed, session, source, inside, await self.stores.with_key(key))
         await self.database.write(
             lambda tx: checkpoints.commit(
                 tx,
@@ -166,13 +166,14 @@ class Runtime:
                 f"cannot resume session {session_id}: it has no checkpoint",
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
+        store = await self.stores.of(session_id)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
+            yield self._owner(records, seen, store, runsc, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -196,22 +197,21 @@ class Runtime:
         """Lay the session's newest checkpointed workspace over a directory."""
         point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
-        return await asyncio.to_thread(
-            self.store.export_workspace, point.snapshot_id, point.manifest_digest, destination
-        )
+        store = await self.stores.of(session_id)
+        return await asyncio.to_thread(store.export_workspace, point, destination)
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
-        return await asyncio.to_thread(
-            self.store.diff,
-            (first.snapshot_id, first.manifest_digest),
-            (last.snapshot_id, last.manifest_digest),
-        )
+        store = await self.stores.of(session_id)
+        return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
-        """Forget a session: its rows, directories and sandboxes. Its snapshots become garbage for `collect`."""
+        """Forget a session: its rows, directories and sandboxes. Its snapshots become garbage for `collect`.
+
+        Its key is among the rows: from here on nobody reads what only its snapshots needed (docs/keys.md).
+        """
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
@@ -222,6 +222,8 @@ class Runtime:
             )
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
             self.home.drop_search_index()
+            with contextlib.suppress(Conflict):  # Who reads an older state keeps the WAL, until he closes the database.
+                await self.database.settle()
         finally:
             lock.release()
 
@@ -266,10 +268,12 @@ class Runtime:
 
     async def _free(self, session: sessions.Session) -> None:
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
+        from torpor.runtime.incarnation import sweep
+
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-        staging = Staging(self.home.root, session.session_id)
-        await self._incarnations(session, runsc, staging).sweep(keep=None)
-        staging.clear()
+        spec = msgspec.convert(session.spec, SessionSpec)
+        await sweep(self.home, session.session_id, spec, self.driver(runsc), keep=None)
+        Staging(self.home.root, session.session_id).clear()
 
     async def add_to_budget(
         self, session_id: SessionId, amount_nanousd: int, me: leasing.Holder, answers: leasing.HolderAnswers
@@ -316,18 +320,34 @@ class Runtime:
         )
 
     def _owner(
-        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
+        self,
+        records: Records,
+        session: sessions.Session,
+        store: SessionStore,
+        runsc: Runsc,
+        watcher: "Watcher",
+        *,
+        let_go: bool,
     ) -> "Owner":
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
         from torpor.runtime.checkpointing import Checkpointer
+        from torpor.runtime.incarnation import Incarnations
         from torpor.runtime.owner import Owner
         from torpor.runtime.recovery import Ladder
 
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
-        incarnations = self._incarnations(session, runsc, staging)
+        incarnations = Incarnations(
+            home=self.home,
+            session_id=session.session_id,
+            spec=spec,
+            driver=self.driver(runsc),
+            store=store,
+            staging=staging,
+            clock=self.clock,
+        )
 
         async def on_call(_call_id: CallId) -> None:
             await checkpointer.take("call")
@@ -348,7 +368,7 @@ class Runtime:
         )
         checkpointer = Checkpointer(
             records=records,
-            store=self.store,
+            store=store,
             staging=staging,
             gateway=gateway,
             clock=self.clock,
@@ -365,19 +385,6 @@ class Runtime:
             staging=staging,
             clock=self.clock,
             watcher=watcher,
-        )
-
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
-        from torpor.runtime.incarnation import Incarnations
-
-        return Incarnations(
-            home=self.home,
-            session_id=session.session_id,
-            spec=msgspec.convert(session.spec, SessionSpec),
-            driver=self.driver(runsc),
-            store=self.store,
-            staging=staging,
-            clock=self.clock,
         )
 
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
@@ -410,7 +417,9 @@ class Runtime:
             on_divergence=request.on_divergence,
         )
 
-    def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
+    def _seed(
+        self, session: sessions.Session, source: Path, environments: tuple[bytes, ...], store: SessionStore
+    ) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
         from torpor.runtime.checkpointing import files_checkpoint
 
@@ -424,7 +433,7 @@ class Runtime:
             leave_out=lambda path: workspaces.left_out(path, environments),
             clock=self.clock,
         )
-        saved = self.store.save(
+        saved = store.save(
             image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
         )
         shutil.rmtree(scratch)
@@ -458,7 +467,8 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     home.prepare()
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, clock=clock)
+        stores = SessionStores(home, database, environment, clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, stores=stores, clock=clock)
     finally:
         await database.close()
 
