@@ -327,12 +327,22 @@ class Checkpointer:
             stored_bytes=saved.stored_bytes,
             commit_ns=round((self._clock.monotonic() - started) * 1e9),
         )
+        is_first = self._committed is None or not self._committed.has_memory
         self._committed = await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
+        if is_first:
+            await self._share(saved.ref)
         self._staging.discard_changes(snapshot_id)
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
         self._first_commit.set()
+
+    async def _share(self, ref: SnapshotRef) -> None:
+        """Others may refer to it from now on. Whether they can is no matter of this session's."""
+        try:
+            await asyncio.to_thread(self._store.share, ref)
+        except (TorporError, OSError) as error:
+            logger.warning("nothing shared: %s", error)
 
 
 async def _thaw(life: Incarnation) -> None:

@@ -46,6 +46,10 @@ class Home:
         return self.root / "keys"
 
     @property
+    def shared_indexes(self) -> Path:
+        return self.root / "cache/shared"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

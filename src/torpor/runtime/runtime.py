@@ -42,6 +42,7 @@ from torpor.sandbox.tools import find_runsc
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
+from torpor.snapshots.shared import drop_shared
 
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
@@ -121,7 +122,7 @@ class Runtime:
             return created
 
         session = await self.database.write(record, durable=True)
-        seed = await asyncio.to_thread(self._seed, session, source, inside, await self.stores.with_key(key))
+        seed = await asyncio.to_thread(self._seed, session, source, inside, await self.stores.with_key(session, key))
         await self.database.write(
             lambda tx: checkpoints.commit(
                 tx,
@@ -166,7 +167,7 @@ class Runtime:
                 f"cannot resume session {session_id}: it has no checkpoint",
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
-        store = await self.stores.of(session_id)  # Without its key a session stays as it is: nothing is acquired yet.
+        store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
@@ -197,14 +198,14 @@ class Runtime:
         """Lay the session's newest checkpointed workspace over a directory."""
         point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
-        store = await self.stores.of(session_id)
+        store = await self.stores.of(await self.session(session_id))
         return await asyncio.to_thread(store.export_workspace, point, destination)
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
-        store = await self.stores.of(session_id)
+        store = await self.stores.of(await self.session(session_id))
         return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
@@ -217,6 +218,7 @@ class Runtime:
             session = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
             await self._free(session)
+            await asyncio.to_thread(drop_shared, self.home.shared_indexes, session_id)
             await self.database.write(
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )

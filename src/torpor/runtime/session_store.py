@@ -4,16 +4,21 @@ Joins the store, which knows no session, to the keys, which are read when the fi
 look at the event log alone, and work without a master key.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.ids import SessionId, SnapshotId
 from torpor.db.database import Database
+from torpor.db.sessions import Session
 from torpor.runtime.home import Home
 from torpor.runtime.keyring import Keyring, open_keyring
 from torpor.runtime.master_key import MasterKeys
+from torpor.runtime.spec import SessionSpec
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import TreeCapture
 from torpor.snapshots.cipher import Key
@@ -21,6 +26,7 @@ from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change
 from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.materialize import ExportReport
+from torpor.snapshots.shared import SharedIndexes
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 from torpor.snapshots.tree import TreeIndex
 
@@ -31,9 +37,14 @@ SPARE_BYTES = 4 << 20
 class SessionStore:
     """One session's snapshots. Synchronous, as the store is; raises what it raises."""
 
-    def __init__(self, store: SnapshotStore, key: Key) -> None:
+    def __init__(self, store: SnapshotStore, key: Key, session_id: SessionId, shares: Sequence[str]) -> None:
+        """Args:
+        shares: names that this session has in common with those whose memory is like its own, the closest first.
+        """
         self._store = store
         self._key = key
+        self._session_id = session_id
+        self._shares = shares
 
     def ref(self, checkpoint: Checkpoint) -> SnapshotRef:
         return SnapshotRef(id=checkpoint.snapshot_id, manifest_digest=checkpoint.manifest_digest, key=self._key)
@@ -54,7 +65,12 @@ class SessionStore:
             pins=pins,
             snapshot_id=snapshot_id,
             key=self._key,
+            shares=self._shares,
         )
+
+    def share(self, ref: SnapshotRef) -> None:
+        """Let the first snapshots of sessions that are like this one be compared with this snapshot, once committed."""
+        self._store.share(ref, self._shares, self._session_id)
 
     def pins(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         """What the checkpoint's image needs of the machine."""
@@ -94,16 +110,22 @@ class SessionStores:
             self._keyring = await open_keyring(self._database, self.masters)
         return self._keyring
 
-    async def of(self, session_id: SessionId) -> SessionStore:
+    async def of(self, session: Session) -> SessionStore:
         """Raises:
         As `keyring` and `Keyring.session_key`.
         """
-        return await self.with_key(await (await self.keyring()).session_key(session_id))
+        return await self.with_key(session, await (await self.keyring()).session_key(session.session_id))
 
-    async def with_key(self, key: Key) -> SessionStore:
-        """The store of the session whose key that is."""
+    async def with_key(self, session: Session, key: Key) -> SessionStore:
+        """The store of a session whose key is at hand."""
         if self._store is None:
-            ids = ContentIds((await self.keyring()).tenant.secret)
+            secret = (await self.keyring()).tenant.secret
             backend = LocalDirectory(self._home.store, spare_bytes=SPARE_BYTES)
-            self._store = SnapshotStore(backend, ids, clock=self._clock)
-        return SessionStore(self._store, key)
+            shared = SharedIndexes(self._home.shared_indexes, secret)
+            self._store = SnapshotStore(backend, ContentIds(secret), shared=shared, clock=self._clock)
+        return SessionStore(self._store, key, session.session_id, _shares(msgspec.convert(session.spec, SessionSpec)))
+
+
+def _shares(spec: SessionSpec) -> tuple[str, ...]:
+    """Sessions of one image and command are most alike; next to that, those of one image and program."""
+    return tuple(json.dumps([spec.image.digest, *words]) for words in (spec.argv, spec.argv[:1]))

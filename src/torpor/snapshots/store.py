@@ -5,9 +5,10 @@ come with each snapshot. Nothing it wrote is ever changed; the order of a save, 
 docs/snapshot-format.md.
 """
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -38,11 +39,14 @@ from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
 from torpor.snapshots.pack import PackIndex, missing, read_pack_index
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
-from torpor.snapshots.tree import TreeIndex, objects_below
+from torpor.snapshots.shared import Shared, SharedIndexes
+from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
 from torpor.snapshots.verify import problems_of
 
 PAGED_FILES = frozenset({"pages.img"})
 _CACHED_ITEMS_MAX = 2_000_000
+# A pack that another session made is not kept alive, and readable, for less than this.
+_SHARED_BYTES_MIN = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +95,32 @@ class _Indexes:
         return self.pages.pages + sum(pack.items for pack in self.object_packs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """What a save has put into packs, for its manifest."""
+
+    indexes: _Indexes
+    files: tuple[PagedFile | WholeFile, ...]
+    tree: DirNode
+    stored_bytes: int
+    new_pages: int
+    total_pages: int
+
+
 _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
 
 
 class SnapshotStore:
-    def __init__(self, backend: Backend, ids: ContentIds, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, backend: Backend, ids: ContentIds, *, shared: SharedIndexes | None = None, clock: Clock | None = None
+    ) -> None:
         """Args:
         ids: names contents; those that go by other ids share nothing.
+        shared: what snapshots without a parent are compared with.
         """
         self._backend = backend
         self._ids = ids
+        self._shared = shared
         self._clock = clock or SystemClock()
         self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
         self._lock = threading.Lock()
@@ -114,6 +134,7 @@ class SnapshotStore:
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
         key: Key,
+        shares: Sequence[str] = (),
         paged_files: AbstractSet[str] = PAGED_FILES,
     ) -> SavedSnapshot:
         """Store an image (a flat directory of files) and a workspace; durable on return.
@@ -122,6 +143,7 @@ class SnapshotStore:
             parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
                 result says so.
             key: what opens the snapshot from now on.
+            shares: names of shared indexes; the first that there is takes the place of pages that the parent has not.
             paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
@@ -132,43 +154,46 @@ class SnapshotStore:
         started = self._clock.monotonic()
         _check_parent(workspace, parent and parent.id, snapshot_id)
         before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
-        present = [self._backend.exists(ref.key) for ref in before.pages.packs]
-        pages = PageWriter(self._backend, self._ids, before.pages, present)
-        objects = ObjectWriter(self._backend, self._ids, places_of_objects(before.object_packs))
-        whole = _store_files(image_dir, paged_files, pages, objects)
-        tree = store_tree(workspace, objects)
-        objects.finish()
-        paged, index = pages.finish()
-        object_packs, folded_bytes = fold_packs(
-            self._backend,
-            self._ids,
-            (*before.object_packs, *objects.packs),
-            lambda: {*objects_below(tree)}.union(*(content.objects for content in whole.values())),
-        )
+        written = self._write_packs(image_dir, paged_files, workspace, before, shares)
         crash_point("snapshot.packs_durable")
         manifest = Manifest(
             snapshot_id=snapshot_id,
             parent=parent and parent.id,
             pins=dict(pins),
-            page_packs=index.packs,
-            object_packs=tuple(pack.ref for pack in object_packs),
-            files=tuple(sorted([*paged, *whole], key=lambda file: file.name)),
-            tree_root=tree.digest,
-            tree_bytes=tree.file_bytes,
+            page_packs=written.indexes.pages.packs,
+            object_packs=tuple(pack.ref for pack in written.indexes.object_packs),
+            files=written.files,
+            tree_root=written.tree.digest,
+            tree_bytes=written.tree.file_bytes,
         )
         data = self._publish(manifest, key)
         ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
-        self._remember(ref, _Indexes(pages=index, object_packs=object_packs))
+        self._remember(ref, written.indexes)
         return SavedSnapshot(
             ref=ref,
             raw_bytes=manifest.raw_bytes,
-            stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes + len(data),
-            new_pages=pages.new_pages,
-            total_pages=pages.total_pages,
-            tree=TreeIndex(root=tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
+            stored_bytes=written.stored_bytes + len(data),
+            new_pages=written.new_pages,
+            total_pages=written.total_pages,
+            tree=TreeIndex(root=written.tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )
+
+    def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
+        """Let first snapshots that share one of these names be compared with this one, where there is none yet.
+
+        Raises:
+            Damaged: as `read_manifest`.
+            MachineUnfit: no_space, storage_failed.
+        """
+        if self._shared is None or all(map(self._shared.has, names)):
+            return
+        indexes = self._recall(ref) or self._load_indexes(ref)
+        shared = Shared(pages=indexes.pages, object_packs=tuple(pack.ref for pack in indexes.object_packs))
+        for name in names:
+            if not self._shared.has(name):
+                self._shared.write(name, origin, shared)
 
     def read_manifest(self, ref: SnapshotRef) -> Manifest:
         """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""
@@ -254,6 +279,68 @@ class SnapshotStore:
                 raise
             return _NO_INDEXES, str(error)
         return indexes, ""
+
+    def _write_packs(
+        self,
+        image_dir: Path,
+        paged_files: AbstractSet[str],
+        workspace: TreeCapture,
+        before: _Indexes,
+        shares: Sequence[str],
+    ) -> _Written:
+        known, shared_packs = self._known(before, shares)
+        present = [self._backend.exists(ref.key) for ref in known.packs]
+        stored = places_of_objects((*before.object_packs, *shared_packs))
+        pages = PageWriter(self._backend, self._ids, known, present)
+        objects = ObjectWriter(self._backend, self._ids, stored)
+        whole = _store_files(image_dir, paged_files, pages, objects)
+        tree = store_tree(workspace, objects)
+
+        def needed() -> set[bytes]:
+            return {*objects_below(tree)}.union(*(content.objects for content in whole.values()))
+
+        if shared_packs:
+            missing_here = needed() - places_of_objects(before.object_packs).keys()
+            shared_packs = self._worth_sharing(shared_packs, missing_here, stored, objects)
+        objects.finish()
+        paged, index = pages.finish()
+        object_packs, folded_bytes = fold_packs(
+            self._backend, self._ids, (*before.object_packs, *shared_packs, *objects.packs), needed
+        )
+        return _Written(
+            indexes=_Indexes(pages=index, object_packs=object_packs),
+            files=tuple(sorted([*paged, *whole], key=lambda file: file.name)),
+            tree=tree,
+            stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes,
+            new_pages=pages.new_pages,
+            total_pages=pages.total_pages,
+        )
+
+    def _known(self, before: _Indexes, shares: Sequence[str]) -> tuple[PageIndex, list[PackIndex]]:
+        """The pages that a save may refer to, and shared object packs that can be read."""
+        if before.pages.pages or self._shared is None:
+            return before.pages, []
+        shared, found = self._shared.find(shares), list[PackIndex]()
+        for ref in shared.object_packs:
+            with contextlib.suppress(Damaged):
+                found.append(read_pack_index(self._backend, ref))
+        return shared.pages, found
+
+    def _worth_sharing(
+        self, packs: Sequence[PackIndex], needed: AbstractSet[bytes], stored: dict[bytes, int], writer: ObjectWriter
+    ) -> list[PackIndex]:
+        """Those that hold so much of what is needed that it shall not be stored again; of the others, it is."""
+        worth: list[PackIndex] = []
+        for pack in packs:
+            used = {digest: length for digest, length in pack.objects() if digest in needed}
+            if sum(used.values()) >= _SHARED_BYTES_MIN:
+                worth.append(pack)
+                continue
+            reader = ObjectReader(self._backend, self._ids, [pack])
+            for digest in used:
+                stored.pop(digest, None)
+                writer.put(reader.get(digest))
+        return worth
 
     def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
         manifest = self.read_manifest(ref)

@@ -39,7 +39,7 @@ def snapshots_with(secret: str, home: Path) -> list[str]:
 async def _restore_all(home: Path, destination: Path) -> None:
     async with open_runtime({**os.environ, "TORPOR_HOME": str(home)}, SystemClock()) as runtime:
         for session in await runtime.database.read(sessions.list_newest):
-            store = await runtime.stores.of(session.session_id)
+            store = await runtime.stores.of(session)
             points = await runtime.database.read(lambda tx, of=session.session_id: checkpoints.list_intact(tx, of))
             for point in points:
                 target = destination / session.session_id / str(point.number)
