@@ -68,9 +68,6 @@ class SharedIndexes:
                     return found
         return NOTHING_SHARED
 
-    def has(self, name: str) -> bool:
-        return self._path(name).exists()
-
     def write(self, name: str, origin: str, shared: Shared) -> None:
         """Let sessions that go by `name` share this, until `origin` is dropped.
 

@@ -39,7 +39,7 @@ from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
 from torpor.snapshots.pack import PackIndex, missing, read_pack_index
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
-from torpor.snapshots.shared import Shared, SharedIndexes
+from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
 from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
 from torpor.snapshots.verify import problems_of
 
@@ -187,13 +187,18 @@ class SnapshotStore:
             Damaged: as `read_manifest`.
             MachineUnfit: no_space, storage_failed.
         """
-        if self._shared is None or all(map(self._shared.has, names)):
+        free = [name for name in names if not self._is_shared(name)]
+        if self._shared is None or not free:
             return
         indexes = self._recall(ref) or self._load_indexes(ref)
         shared = Shared(pages=indexes.pages, object_packs=tuple(pack.ref for pack in indexes.object_packs))
-        for name in names:
-            if not self._shared.has(name):
-                self._shared.write(name, origin, shared)
+        for name in free:
+            self._shared.write(name, origin, shared)
+
+    def _is_shared(self, name: str) -> bool:
+        """By a snapshot whose packs are still there."""
+        found = self._shared.find([name]) if self._shared else NOTHING_SHARED
+        return found is not NOTHING_SHARED and all(self._backend.exists(ref.key) for ref in found.pages.packs)
 
     def read_manifest(self, ref: SnapshotRef) -> Manifest:
         """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""

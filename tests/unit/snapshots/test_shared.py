@@ -141,6 +141,19 @@ def test_the_first_that_was_shared_stays(world: World, golden: SavedSnapshot) ->
     assert len(files(world)) == 3
 
 
+@pytest.mark.parametrize("gone", ["packs", "file"])
+def test_one_that_is_of_no_use_any_more_is_replaced(world: World, golden: SavedSnapshot, gone: str) -> None:
+    if gone == "packs":
+        for name in world.backend.list("packs/"):
+            world.backend.delete(name)
+    for path in files(world) if gone == "file" else ():
+        path.write_bytes(b"no index")
+    second = Session(world, "second")
+    second.share(second.save())
+    assert all(b"session second" in path.read_bytes() for path in files(world))
+    assert Session(world, "third").save().new_pages == 0
+
+
 def test_dropping_an_origin_removes_its_files_alone(world: World, golden: SavedSnapshot) -> None:
     second = Session(world, "second", names=("node agent.js",))
     second.share(second.save())
