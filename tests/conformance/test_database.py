@@ -8,16 +8,16 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
-from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
-from torpor.core.errors import Conflict, NotFound, Superseded
+from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import KeyId
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import WaitpointKind
 from torpor.db import (
+    answers,
     blocks,
     budgets,
     calls,
@@ -172,7 +172,8 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints, keys),
+    *(sessions, log, calls, answers, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    keys,
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -193,6 +194,8 @@ class Rows:
         output = {"channel": 1, "incarnation": 0, "wall_ns": NOW}
         outputs.append_output(tx, **scene.owner, **output, position=0, data=b"hello")
         self.answered = scene.answer(tx, b"x", b"y")
+        self.thick = scene.with_chunks(tx, has_row=True).call_id
+        self.packed = scene.with_chunks(tx, has_row=False)
         self.open = scene.send(tx)
         scene.add_chunks(tx, self.open, b"first")
         self.sent = scene.intend(tx).call_id
@@ -235,6 +238,9 @@ class Rows:
             "calls.tear": {"call_id": self.open, "wall_ns": NOW},
             "calls.tear_open": {"wall_ns": NOW},
             "calls.doubt": {"call_id": self.open},
+            "answers.store": {"packed": self.packed},
+            "answers.drop_chunks": {"call_id": self.thick, "attempt": 1, "last": 0},
+            "answers.redact": {"call_id": self.answered, "attempt": 1, "masked": b"**"},
             "requests.store": {"head": REQUEST_HEAD, "body": requests.prepare(b"never seen")},
             "requests.attach": {"call_id": self.bare, "request": self.request},
             "blocks.put": {"data": b"block"},
@@ -263,12 +269,6 @@ class Rows:
         }
 
 
-def wrapped_key(whose: str, master: str = "key_m") -> keys.WrappedKey:
-    return keys.WrappedKey(
-        whose=whose, key_id=KeyId("key_k"), master_id=KeyId(master), wrapped=b"sealed by " + master.encode()
-    )
-
-
 class StaleFirst:
     """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
 
@@ -284,6 +284,9 @@ class StaleFirst:
 
     def all(self, query: str, /, **values: Value) -> list[Row]:
         return self._inner.all(query, **values)
+
+    def fetch(self, key: str, /) -> bytes:
+        return self._inner.fetch(key)
 
     def run(self, query: str, /, **values: Value) -> int:
         self.tried.append(query)
@@ -489,12 +492,3 @@ async def test_call_states_follow_their_table(scene: Scene) -> None:
     await scene.write(lambda tx: calls.mark_sent(tx, **scene.owner, call_id=headless, wall_ns=NOW))
     with pytest.raises(Conflict, match="no head"):
         await scene.write(lambda tx: calls.complete(tx, **scene.owner, call_id=headless, usage={}, wall_ns=NOW))
-
-
-async def test_call_of_another_session_is_not_found(database: Database) -> None:
-    mine, theirs = await new_scene(database), await new_scene(database)
-    call_id = await theirs.write(theirs.send)
-    with pytest.raises(NotFound):
-        await mine.write(lambda tx: calls.tear(tx, **mine.owner, call_id=call_id, wall_ns=NOW))
-    with pytest.raises(Conflict):
-        await mine.write(lambda tx: mine.add_chunks(tx, call_id, b"x"))

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from tests.unit.db.scene import Scene, new_scene
+from tests.unit.db.scene import Scene, new_scene, wrapped_key
 
 from torpor.core.errors import Conflict
 from torpor.core.ids import KeyId
@@ -12,13 +12,7 @@ from torpor.db import keys, sessions
 from torpor.db.database import Database, Transaction
 from torpor.db.keys import TENANT, WrappedKey
 
-OLD, NEW = KeyId("key_old"), KeyId("key_new")
-
-
-def wrapped(whose: str, master: KeyId = OLD) -> WrappedKey:
-    return WrappedKey(
-        whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=master, wrapped=f"{whose} {master}".encode()
-    )
+OLD, NEW = KeyId("key_m"), KeyId("key_n")
 
 
 def again(row: WrappedKey) -> WrappedKey:
@@ -27,8 +21,8 @@ def again(row: WrappedKey) -> WrappedKey:
 
 async def with_key(scene: Scene) -> Scene:
     def work(tx: Transaction) -> None:
-        keys.add_tenant(tx, wrapped(TENANT))
-        keys.add_session(tx, **scene.owner, key=wrapped(scene.session_id))
+        keys.add_tenant(tx, wrapped_key(TENANT))
+        keys.add_session(tx, **scene.owner, key=wrapped_key(scene.session_id))
 
     await scene.write(work)
     return scene
@@ -36,28 +30,28 @@ async def with_key(scene: Scene) -> Scene:
 
 async def test_of_two_tenant_secrets_the_first_is_kept(database: Database) -> None:
     assert await database.read(keys.tenant) is None
-    first = await database.write(lambda tx: keys.add_tenant(tx, wrapped(TENANT)), durable=True)
-    second = await database.write(lambda tx: keys.add_tenant(tx, wrapped(TENANT, NEW)), durable=True)
-    assert first == second == wrapped(TENANT)
+    first = await database.write(lambda tx: keys.add_tenant(tx, wrapped_key(TENANT)), durable=True)
+    second = await database.write(lambda tx: keys.add_tenant(tx, wrapped_key(TENANT, NEW)), durable=True)
+    assert first == second == wrapped_key(TENANT)
 
 
 async def test_a_session_has_one_key_that_goes_with_it(scene: Scene) -> None:
     await with_key(scene)
     other = await with_key(await new_scene(scene.database))
-    assert await scene.read(lambda tx: keys.of_session(tx, scene.session_id)) == wrapped(scene.session_id)
+    assert await scene.read(lambda tx: keys.of_session(tx, scene.session_id)) == wrapped_key(scene.session_id)
     with pytest.raises(Conflict):
-        await scene.write(lambda tx: keys.add_session(tx, **scene.owner, key=wrapped(scene.session_id)))
+        await scene.write(lambda tx: keys.add_session(tx, **scene.owner, key=wrapped_key(scene.session_id)))
     await scene.write(lambda tx: sessions.forget(tx, **scene.owner))
     assert await scene.read(lambda tx: keys.of_session(tx, scene.session_id)) is None
-    assert await scene.read(keys.list_sessions) == [wrapped(other.session_id)]
+    assert await scene.read(keys.list_sessions) == [wrapped_key(other.session_id)]
 
 
 async def test_session_that_is_not_made_leaves_no_key(scene: Scene) -> None:
     def work(tx: Transaction) -> None:
-        keys.add_session(tx, **scene.owner, key=wrapped(scene.session_id))
+        keys.add_session(tx, **scene.owner, key=wrapped_key(scene.session_id))
         raise LookupError
 
-    await scene.write(lambda tx: keys.add_tenant(tx, wrapped(TENANT)))
+    await scene.write(lambda tx: keys.add_tenant(tx, wrapped_key(TENANT)))
     with pytest.raises(LookupError):
         await scene.write(work)
     assert await scene.read(keys.list_sessions) == []
@@ -67,9 +61,9 @@ async def test_all_keys_change_their_master_together(scene: Scene) -> None:
     await with_key(scene)
     other = await with_key(await new_scene(scene.database))
     assert await scene.write(lambda tx: keys.rewrap_all(tx, OLD, again)) == 3
-    assert await scene.read(keys.tenant) == again(wrapped(TENANT))
+    assert await scene.read(keys.tenant) == again(wrapped_key(TENANT))
     assert await scene.read(keys.list_sessions) == [
-        again(wrapped(made.session_id)) for made in sorted_by_id(scene, other)
+        again(wrapped_key(made.session_id)) for made in sorted_by_id(scene, other)
     ]
 
 
@@ -82,10 +76,10 @@ async def test_master_that_was_changed_meanwhile_is_noticed_and_nothing_is_writt
     with pytest.raises(Conflict) as refused:
         await scene.write(lambda tx: keys.rewrap_all(tx, NEW, again))
     assert refused.value.code == "master_key_changed"
-    assert await scene.read(keys.tenant) == wrapped(TENANT)
+    assert await scene.read(keys.tenant) == wrapped_key(TENANT)
     late = await new_scene(scene.database)
     with pytest.raises(Conflict) as refused:
-        await scene.write(lambda tx: keys.add_session(tx, **late.owner, key=wrapped(late.session_id, NEW)))
+        await scene.write(lambda tx: keys.add_session(tx, **late.owner, key=wrapped_key(late.session_id, NEW)))
     assert refused.value.code == "master_key_changed"
 
 
@@ -99,7 +93,7 @@ async def test_key_that_does_not_open_leaves_all_as_they_were(scene: Scene) -> N
 
     with pytest.raises(LookupError):
         await scene.write(lambda tx: keys.rewrap_all(tx, OLD, fail_at_the_session))
-    assert await scene.read(keys.tenant) == wrapped(TENANT)
+    assert await scene.read(keys.tenant) == wrapped_key(TENANT)
 
 
 async def test_nothing_to_change_is_no_error(database: Database) -> None:

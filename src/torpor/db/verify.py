@@ -12,7 +12,7 @@ from torpor.core.errors import Damaged
 from torpor.core.events import CONTEXT_KINDS, GENESIS_HASH, Event, EventDraft, Kind, event_hash
 from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text
-from torpor.db import answers, blocks, log, redaction, requests
+from torpor.db import answers, blocks, log, notes, redaction, requests
 from torpor.db.call_rows import body_facts, head_digest, intent_data
 from torpor.db.calls import load_calls
 from torpor.db.checkpoints import commit_data, list_intact
@@ -45,6 +45,7 @@ def verify_chain(tx: Transaction, session_id: SessionId) -> list[Problem]:
     return [
         *_tree_problems(session, events),
         *_call_problems(tx, session_id, events, masks),
+        *_note_problems(tx, events, masks),
         *_checkpoint_problems(tx, session_id, events),
     ]
 
@@ -110,6 +111,7 @@ def _call_problems(
     calls = {call.call_id: call for call in load_calls(tx, session_id)}
     seen: set[bytes] = set()
     ended: set[str] = set()
+    told: set[redaction.Answer] = set()
     for seq, event in events.items():
         call = calls.get(event.call_id) if event.call_id is not None else None
         if event.call_id is not None and call is None:
@@ -122,14 +124,17 @@ def _call_problems(
                 yield from _intent_problems(tx, call, event, masks, seen)
             case Kind.CALL_ANSWERING:
                 yield from _head_problems(call, event)
-            case Kind.CALL_COMPLETED | Kind.CALL_FAILED:
-                ended.add(call.call_id)
-                yield from _response_problems(tx, call, event, masks)
-            case Kind.CALL_TORN:
+            case Kind.CALL_COMPLETED | Kind.CALL_FAILED | Kind.CALL_TORN:
+                if event.kind is not Kind.CALL_TORN:
+                    ended.add(call.call_id)
+                told.add((call.call_id, event.data.get("attempt", 0)))
                 yield from _response_problems(tx, call, event, masks)
             case _:
                 pass
     for call in calls.values():
+        for attempt in call.attempts:
+            if (call.call_id, attempt.number) not in told:
+                yield from _rest_problems(tx, call, attempt.number)
         if (call.state in {CallState.ANSWERED, CallState.FAILED}) != (call.call_id in ended):
             text = f"call {call.call_id} is {call.state} without an event that says so, or the other way round"
             yield Problem(code="call_state_wrong", seq=call.ended_seq, text=text)
@@ -145,18 +150,59 @@ def _intent_problems(tx: Transaction, call: Call, event: Event, masks: Masks, se
         return
     try:
         digests = requests.pieces_of(requests.read_list(tx, call.session_id, request.manifest))
-        heads = [request.head_digest] if request.head_is_block else []
-        fresh = {*digests, *heads} - seen
-        seen |= fresh
-        for digest, content in blocks.read_many(tx, call.session_id, fresh).items():
-            found = blocks.digest_of(content.data)
-            if content.redacted and masks.get(digest.hex()) != found.hex():
-                text = f"block {digest.hex()} is masked, and no event says so"
-                yield Problem(code="redaction_unknown", seq=event.seq, text=text)
-            elif not content.redacted and found != digest:
-                blocks.read(tx, call.session_id, digest)
     except Damaged as error:
         yield Problem(code="request_damaged", seq=event.seq, text=str(error))
+        return
+    heads = [request.head_digest] if request.head_is_block else []
+    fresh = [digest for digest in dict.fromkeys([*digests, *heads]) if digest not in seen]
+    seen.update(fresh)
+    yield from _block_problems(tx, event, fresh, masks, code="request_damaged")
+
+
+def _block_problems(
+    tx: Transaction, event: Event, digests: list[bytes], masks: Masks, *, code: str
+) -> Iterator[Problem]:
+    """Each block is as it was written, or as it was masked; else `code`."""
+    for digest, content in _readable(tx, event.session_id, digests):
+        if isinstance(content, Damaged):
+            yield Problem(code=code, seq=event.seq, text=str(content))
+        elif content.redacted and masks.get(digest.hex()) != blocks.digest_of(content.data).hex():
+            text = f"block {digest.hex()} is masked, and no event says so"
+            yield Problem(code="redaction_unknown", seq=event.seq, text=text)
+
+
+def _readable(
+    tx: Transaction, session_id: SessionId, digests: list[bytes]
+) -> Iterator[tuple[bytes, blocks.Content | Damaged]]:
+    """Each block's content, or what is wrong with it. All at once, unless something is."""
+    try:
+        contents = blocks.read_many(tx, session_id, digests)
+    except Damaged:
+        contents = {}
+    for digest in digests:
+        try:
+            content = contents.get(digest)
+            if content is None or not (content.redacted or blocks.digest_of(content.data) == digest):
+                content = blocks.read(tx, session_id, digest)
+            yield digest, content
+        except Damaged as error:
+            yield digest, error
+
+
+def _note_problems(tx: Transaction, events: Mapping[int, Event], masks: Masks) -> Iterator[Problem]:
+    """The text of each note is as it was written, or as it was masked."""
+    for event in events.values():
+        digest = notes.block_of(event)
+        if digest is not None:
+            yield from _block_problems(tx, event, [digest], masks, code="note_damaged")
+
+
+def _rest_problems(tx: Transaction, call: Call, number: int) -> Iterator[Problem]:
+    """Of an attempt that broke off no event has a digest; what came of it can be read all the same."""
+    try:
+        answers.load(tx, call.call_id, number)
+    except Damaged as error:
+        yield Problem(code="response_changed", seq=call.ended_seq, text=str(error))
 
 
 def _head_problems(call: Call, event: Event) -> Iterator[Problem]:

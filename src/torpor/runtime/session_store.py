@@ -19,7 +19,7 @@ from torpor.runtime.home import Home
 from torpor.runtime.keyring import Keyring, open_keyring
 from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.spec import SessionSpec
-from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.capture import TreeCapture
 from torpor.snapshots.cipher import Key
 from torpor.snapshots.content_ids import ContentIds
@@ -29,9 +29,6 @@ from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.shared import SharedIndexes
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 from torpor.snapshots.tree import TreeIndex
-
-SPARE_BYTES = 4 << 20
-"""Left free by snapshots for the event log, which is on the same disk."""
 
 
 class SessionStore:
@@ -92,9 +89,12 @@ class SessionStore:
 class SessionStores:
     """Every session's store of one TORPOR_HOME."""
 
-    def __init__(self, home: Home, database: Database, environment: Mapping[str, str], clock: Clock) -> None:
+    def __init__(
+        self, home: Home, database: Database, backend: Backend, environment: Mapping[str, str], clock: Clock
+    ) -> None:
         self._home = home
         self._database = database
+        self._backend = backend
         self._clock = clock
         self._keyring: Keyring | None = None
         self._store: SnapshotStore | None = None
@@ -120,9 +120,8 @@ class SessionStores:
         """The store of a session whose key is at hand."""
         if self._store is None:
             secret = (await self.keyring()).tenant.secret
-            backend = LocalDirectory(self._home.store, spare_bytes=SPARE_BYTES)
             shared = SharedIndexes(self._home.shared_indexes, secret)
-            self._store = SnapshotStore(backend, ContentIds(secret), shared=shared, clock=self._clock)
+            self._store = SnapshotStore(self._backend, ContentIds(secret), shared=shared, clock=self._clock)
         return SessionStore(self._store, key, session.session_id, _shares(msgspec.convert(session.spec, SessionSpec)))
 
 

@@ -4,14 +4,17 @@ import json
 import random
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from torpor.core.call import Call, RequestKey, ResponseHead
 from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
+    KeyId,
     NodeId,
     SessionId,
     StreamId,
@@ -20,9 +23,11 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
-from torpor.db import calls, requests, sessions
+from torpor.db import answers, calls, log, notes, requests, sessions
+from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
+from torpor.db.keys import WrappedKey
 from torpor.db.requests import RequestHead
 
 T = TypeVar("T")
@@ -69,23 +74,44 @@ class Scene:
         call = self.new_call()
         return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
 
-    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> CallId:
+    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}', *, head: ResponseHead = HEAD) -> CallId:
         """A call whose answer has begun to arrive."""
         call_id = self.intend(tx, body).call_id
         calls.mark_sent(tx, **self.owner, call_id=call_id, wall_ns=NOW)
-        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=HEAD, wall_ns=NOW)
+        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=head, wall_ns=NOW)
         return call_id
 
     def add_chunks(self, tx: Transaction, call_id: CallId, *pieces: bytes, first: int = 0, attempt: int = 1) -> None:
         chunks = [Chunk(number=number, offset_ns=number, data=piece) for number, piece in enumerate(pieces, first)]
         calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
 
-    def answer(self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}') -> CallId:
+    def answer(
+        self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}', head: ResponseHead = HEAD
+    ) -> CallId:
         """A whole call."""
-        call_id = self.send(tx, body)
+        call_id = self.send(tx, body, head=head)
         self.add_chunks(tx, call_id, *pieces)
         calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
         return call_id
+
+    def note(self, tx: Transaction, text: str, *, kind: Kind = Kind.NOTE_ADDED) -> Event:
+        """A note, with the call that brought it."""
+        call_id = self.intend(tx).call_id
+        return notes.add(tx, **self.owner, kind=kind, incarnation=0, call_id=call_id, text=text, wall_ns=NOW)
+
+    def old_note(self, tx: Transaction, text: str) -> Event:
+        """A note as it was written before its text was a block."""
+        draft = EventDraft(kind=Kind.NOTE_ADDED, incarnation=0, call_id=self.intend(tx).call_id, data={"text": text})
+        return log.append(tx, **self.owner, drafts=[draft], wall_ns=NOW)[0]
+
+    def with_chunks(self, tx: Transaction, *, has_row: bool) -> Packed:
+        """A whole answer whose chunks are still there, with or without the row that replaces them."""
+        call_id = self.send(tx)
+        self.add_chunks(tx, call_id, b"long", b"answer")
+        packed = replace(answers.pack(tx, call_id, 1), ahead=True)
+        ended = packed if has_row else replace(packed, stored=None)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={}, packed=ended, wall_ns=NOW)
+        return packed
 
     def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
         streams = [
@@ -115,6 +141,11 @@ class Scene:
             stored_bytes=4,
             joinable=tuple(open_calls),
         )
+
+
+def wrapped_key(whose: str, master: str = "key_m") -> WrappedKey:
+    sealed = f"{whose} {master}".encode()
+    return WrappedKey(whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=KeyId(master), wrapped=sealed)
 
 
 async def new_scene(database: Database, name: str | None = None) -> Scene:
