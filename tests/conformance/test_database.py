@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
-from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
@@ -22,6 +22,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    keys,
     log,
     outputs,
     redaction,
@@ -172,6 +173,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    keys,
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -206,6 +208,7 @@ class Rows:
             tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
         )
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        keys.add_tenant(tx, wrapped_key(keys.TENANT))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
@@ -254,6 +257,7 @@ class Rows:
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {
                 "channel": 1,
@@ -342,7 +346,11 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 
 
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
-    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    unfenced = {
+        *("session/insert_session", "session/acquire_if_unchanged"),
+        # No node's: they change what wraps a key, for all sessions at once.
+        *("key/insert_tenant_if_absent", "key/rewrap_tenant_if_unchanged", "key/rewrap_of_session_if_unchanged"),
+    }
     for name, text in statements().items():
         if name.startswith(("search/", "transfer/insert_")):
             continue  # the index is nobody's; a session that is being imported is no node's

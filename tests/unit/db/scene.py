@@ -14,6 +14,7 @@ from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
+    KeyId,
     NodeId,
     SessionId,
     StreamId,
@@ -26,6 +27,7 @@ from torpor.db import answers, calls, log, notes, requests, sessions
 from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
+from torpor.db.keys import WrappedKey
 from torpor.db.requests import RequestHead
 
 T = TypeVar("T")
@@ -139,6 +141,11 @@ class Scene:
             stored_bytes=4,
             joinable=tuple(open_calls),
         )
+
+
+def wrapped_key(whose: str, master: str = "key_m") -> WrappedKey:
+    sealed = f"{whose} {master}".encode()
+    return WrappedKey(whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=KeyId(master), wrapped=sealed)
 
 
 async def new_scene(database: Database, name: str | None = None) -> Scene:
