@@ -14,6 +14,7 @@ from torpor.core.call import CallState
 from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
+from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import WaitpointKind
 from torpor.db import (
@@ -26,6 +27,7 @@ from torpor.db import (
     redaction,
     redo,
     requests,
+    roots,
     sessions,
     verify,
     waitpoints,
@@ -170,7 +172,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    *(sessions, log, calls, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets, waitpoints),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -199,9 +201,9 @@ class Rows:
         self.body = requests.prepare(b'{"messages":["new"]}')
         self.request = requests.store(tx, **scene.owner, head=REQUEST_HEAD, body=self.body)
         seq = sessions.get(tx, scene.session_id).head_seq
-        self.checkpoint = checkpoints.commit(
-            tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
-        )
+        for number in (2, 1, 0):  # of three, retention may forget the one in the middle
+            point = scene.checkpoint(2 - number, seq, self.open)
+            self.checkpoint = checkpoints.commit(tx, **scene.owner, checkpoint=point, wall_ns=NOW)
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
@@ -244,9 +246,13 @@ class Rows:
             "budgets.add": {"amount_nanousd": 1, "wall_ns": NOW},
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
             "waitpoints.resolve_all": {"kind": budget, "resolution": {}, "wall_ns": NOW},
-            "checkpoints.commit": {"checkpoint": self.scene.checkpoint(1, self.checkpoint.seq), "wall_ns": NOW},
+            "checkpoints.commit": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq), "wall_ns": NOW},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
+            "roots.retain": {"policy": RetentionPolicy(keep_last=1, keep_hourly=0, keep_daily=0), "wall_ns": NOW},
+            "roots.forget_damaged": {"roots": roots.list_roots(tx)[:1], "wall_ns": NOW},
+            "roots.pin": {"number": self.checkpoint.number, "is_pinned": True, "wall_ns": NOW},
+            "roots.move": {"moves": [self.scene.move(self.checkpoint)], "wall_ns": NOW},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {

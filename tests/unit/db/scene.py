@@ -24,6 +24,7 @@ from torpor.db import calls, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
+from torpor.db.roots import Move
 
 T = TypeVar("T")
 NOW = 1_700_000_000_000_000_000
@@ -114,6 +115,15 @@ class Scene:
             raw_bytes=3,
             stored_bytes=4,
             joinable=tuple(open_calls),
+        )
+
+    def move(self, point: Checkpoint) -> Move:
+        """The checkpoint to a snapshot of another name."""
+        return Move(
+            checkpoint_id=point.checkpoint_id,
+            seen_id=point.snapshot_id,
+            snapshot_id=new_snapshot_id(NOW),
+            manifest_digest="cd" * 32,
         )
 
 
