@@ -4,8 +4,9 @@ A row keeps its snapshot; whatever no row names is garbage. So deleting a row is
 a collector syncs the database before it takes the second (docs/collecting.md).
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torpor.core.checkpoint import Checkpoint, sure_to_restore
 from torpor.core.errors import NotFound
@@ -200,7 +201,7 @@ def _note(
     tx: Transaction,
     session_id: SessionId,
     owner_token: int,
-    events: Sequence[tuple[Kind, dict[str, object]]],
+    events: Sequence[tuple[Kind, Mapping[str, Any]]],
     wall_ns: int,
 ) -> None:
     incarnation = get(tx, session_id).incarnation
