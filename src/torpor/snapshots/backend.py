@@ -11,15 +11,27 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import MachineUnfit, NotFound
+from torpor.snapshots.lease import FlockLeases, Leases
 
 _KEY = re.compile(r"[a-z]+/[a-z0-9_]{2,128}")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_NOT_OBJECTS = frozenset({"partial", "leases"})
+
+
+class Entry(NamedTuple):
+    """An object as a listing shows it; `written_ns` is by the store's own clock."""
+
+    key: str
+    stored_bytes: int
+    written_ns: int
 
 
 class Backend(Protocol):
@@ -48,8 +60,25 @@ class Backend(Protocol):
         """Absent afterwards, whether it was there or not."""
         ...
 
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """As `delete` for each, quicker. Some may be gone after an error."""
+        ...
+
     def list(self, prefix: str) -> list[str]:
         """All keys that start with `prefix`, sorted."""
+        ...
+
+    def entries(self, prefix: str) -> Sequence[Entry]:
+        """As `list`, with sizes and times."""
+        ...
+
+    def now_ns(self) -> int:
+        """What an object would be stamped with that were written now: ages are told by one clock."""
+        ...
+
+    @property
+    def leases(self) -> Leases:
+        """What keeps a collector from sweeping under the feet of others."""
         ...
 
 
@@ -83,7 +112,9 @@ class LocalDirectory:
         self._partial = root / "partial"
         with storage_errors(f"open store {root}"):
             _make_private(self._partial)
+            _make_private(root / "leases")
             self._sweep_partials()
+        self._leases = FlockLeases(root / "leases")
 
     def put(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -120,16 +151,47 @@ class LocalDirectory:
             path.unlink()
             _fsync_directory(path.parent)
 
+    def delete_many(self, keys: Iterable[str]) -> None:
+        directories: set[Path] = set()
+        with storage_errors("delete objects"):
+            for path in map(self._path, keys):
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                    directories.add(path.parent)
+            for directory in directories:
+                _fsync_directory(directory)
+
     def list(self, prefix: str) -> list[str]:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> Sequence[Entry]:
         kind, slash, _ = prefix.partition("/")
-        kinds = [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
-        keys = [f"{kind}/{path.name}" for kind in kinds if kind != "partial" for path in self._root.glob(f"{kind}/*/*")]
-        return sorted(key for key in keys if key.startswith(prefix))
+        with storage_errors("list objects"):
+            kinds = [kind] if slash else [path.name for path in self._root.iterdir() if path.name.startswith(kind)]
+            found = [entry for kind in kinds if kind not in _NOT_OBJECTS for entry in self._entries_of(kind)]
+        return sorted(entry for entry in found if entry.key.startswith(prefix))
+
+    def now_ns(self) -> int:
+        """The file system's clock, which stamps files too; nothing is created, since the disk may be full."""
+        with storage_errors("read the store's clock"):
+            os.utime(self._partial)
+            return self._partial.stat().st_mtime_ns
+
+    @property
+    def leases(self) -> Leases:
+        return self._leases
+
+    def _entries_of(self, kind: str) -> Iterator[Entry]:
+        for directory in _scanned(self._root / kind):
+            for file in _scanned(Path(directory)):
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat(follow_symlinks=False)
+                    yield Entry(f"{kind}/{file.name}", status.st_size, status.st_mtime_ns)
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key) or key.startswith("partial/"):
+        kind, _, name = key.partition("/")
+        if not _KEY.fullmatch(key) or kind in _NOT_OBJECTS:
             raise ValueError(f"malformed object key {key!r}")
-        kind, name = key.split("/")
         return self._root / kind / name[-2:] / name
 
     @contextlib.contextmanager
@@ -171,6 +233,14 @@ class LocalDirectory:
                     partial.unlink()
                 finally:
                     os.close(descriptor)
+
+
+def _scanned(directory: Path) -> "list[os.DirEntry[str]]":
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _make_private(directory: Path) -> None:
