@@ -29,6 +29,7 @@ CRASH_POINTS: dict[str, str] = {
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",
     "backend.partial_written": "a partial file with bytes, invisible, removed when the store is opened again",
     "backend.linked": "a whole object that nobody was told of, and its partial name",
+    "store.probe_created": "the object that a store was tried with, which nothing refers to",
     "snapshot.pack_written": "a pack that no manifest names",
     "snapshot.packs_durable": "packs that no manifest names",
     "snapshot.manifest_written": "a whole snapshot that no checkpoint names",

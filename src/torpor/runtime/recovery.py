@@ -90,6 +90,7 @@ class Ladder:
 
         Raises:
             SandboxFailed: `session_lost`: none does.
+            MachineUnfit: `storage_unreachable`: nobody can say.
         """
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
@@ -104,7 +105,10 @@ class Ladder:
             except Superseded:
                 raise
             except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
-                await self._rejected(mode, checkpoint, number, str(innermost(error)))
+                cause = innermost(error)
+                await self._rejected(mode, checkpoint, number, str(cause))
+                if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
+                    raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
             redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
             return Rung(

@@ -16,6 +16,7 @@ from torpor.config import (
     Upstream,
     guest_environment,
     read_prices,
+    read_store,
     read_upstreams,
     read_workspace_bytes_max,
     torpor_home,
@@ -35,10 +36,10 @@ from torpor.runtime.home import Home
 from torpor.runtime.records import Records
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
+from torpor.runtime.storage import Storage
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
-from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
     from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
-
-SPARE_BYTES = 4 << 20
-"""Left free by snapshots for the event log, which is on the same disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +80,7 @@ class Runtime:
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         database: Database,
+        storage: Storage,
         clock: Clock,
     ) -> None:
         self.home = home
@@ -89,7 +88,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.store = SnapshotStore(LocalDirectory(home.store, spare_bytes=SPARE_BYTES), clock=clock)
+        self.storage = storage
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
@@ -108,6 +107,7 @@ class Runtime:
             bytes_max = read_workspace_bytes_max(self.home.root)
             await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
+        store = await self.storage.ready()
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
@@ -121,7 +121,7 @@ class Runtime:
             ),
             durable=True,
         )
-        seed = await asyncio.to_thread(self._seed, session, source, inside)
+        seed = await asyncio.to_thread(self._seed, store, session, source, inside)
         await self.database.write(
             lambda tx: checkpoints.commit(
                 tx,
@@ -167,12 +167,13 @@ class Runtime:
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        store = await self.storage.ready_or_down(watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
+            yield self._owner(records, seen, runsc, store, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -196,16 +197,16 @@ class Runtime:
         """Lay the session's newest checkpointed workspace over a directory."""
         point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
-        return await asyncio.to_thread(
-            self.store.export_workspace, point.snapshot_id, point.manifest_digest, destination
-        )
+        store = await self.storage.open()
+        return await asyncio.to_thread(store.export_workspace, point.snapshot_id, point.manifest_digest, destination)
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
+        store = await self.storage.open()
         return await asyncio.to_thread(
-            self.store.diff,
+            store.diff,
             (first.snapshot_id, first.manifest_digest),
             (last.snapshot_id, last.manifest_digest),
         )
@@ -268,7 +269,7 @@ class Runtime:
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         staging = Staging(self.home.root, session.session_id)
-        await self._incarnations(session, runsc, staging).sweep(keep=None)
+        await self._incarnations(session, runsc, await self.storage.open(), staging).sweep(keep=None)
         staging.clear()
 
     async def add_to_budget(
@@ -316,7 +317,14 @@ class Runtime:
         )
 
     def _owner(
-        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
+        self,
+        records: Records,
+        session: sessions.Session,
+        runsc: Runsc,
+        store: SnapshotStore,
+        watcher: "Watcher",
+        *,
+        let_go: bool,
     ) -> "Owner":
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
@@ -327,7 +335,7 @@ class Runtime:
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
-        incarnations = self._incarnations(session, runsc, staging)
+        incarnations = self._incarnations(session, runsc, store, staging)
 
         async def on_call(_call_id: CallId) -> None:
             await checkpointer.take("call")
@@ -348,7 +356,7 @@ class Runtime:
         )
         checkpointer = Checkpointer(
             records=records,
-            store=self.store,
+            store=store,
             staging=staging,
             gateway=gateway,
             clock=self.clock,
@@ -367,7 +375,9 @@ class Runtime:
             watcher=watcher,
         )
 
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
+    def _incarnations(
+        self, session: sessions.Session, runsc: Runsc, store: SnapshotStore, staging: Staging
+    ) -> "Incarnations":
         from torpor.runtime.incarnation import Incarnations
 
         return Incarnations(
@@ -375,7 +385,7 @@ class Runtime:
             session_id=session.session_id,
             spec=msgspec.convert(session.spec, SessionSpec),
             driver=self.driver(runsc),
-            store=self.store,
+            store=store,
             staging=staging,
             clock=self.clock,
         )
@@ -410,7 +420,9 @@ class Runtime:
             on_divergence=request.on_divergence,
         )
 
-    def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
+    def _seed(
+        self, store: SnapshotStore, session: sessions.Session, source: Path, environments: tuple[bytes, ...]
+    ) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
         from torpor.runtime.checkpointing import files_checkpoint
 
@@ -424,7 +436,7 @@ class Runtime:
             leave_out=lambda path: workspaces.left_out(path, environments),
             clock=self.clock,
         )
-        saved = self.store.save(
+        saved = store.save(
             image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
         )
         shutil.rmtree(scratch)
@@ -455,11 +467,13 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
+    storage = Storage(read_store(home.root, environment), clock)
     home.prepare()
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, storage=storage, clock=clock)
     finally:
+        storage.close()
         await database.close()
 
 
