@@ -45,11 +45,6 @@ class Lease(Protocol):
 class Leases(Protocol):
     """All leases of one store. Raises as its backend does."""
 
-    @property
-    def lag_seconds(self) -> float:
-        """For how long `held` may not see a lease that was taken."""
-        ...
-
     def hold(self) -> Lease:
         """Take one; when this returns, `held` knows it."""
         ...
@@ -60,6 +55,10 @@ class Leases(Protocol):
         Raises:
             Conflict: `collect_running`.
         """
+        ...
+
+    def settle(self) -> None:
+        """Wait until `held` misses no lease that was taken before, where listings are behind."""
         ...
 
     def held(self) -> set[str]:
@@ -104,8 +103,6 @@ class FlockLeases:
     does: a full disk must not keep a session from being restored, nor a collector from making room.
     """
 
-    lag_seconds = 0.0
-
     def __init__(self, directory: Path, clock: Clock | None = None) -> None:
         self._directory = directory
         self._clock = clock or SystemClock()
@@ -137,6 +134,9 @@ class FlockLeases:
             os.close(descriptor)
             raise collect_running() from error
         return FlockLease(descriptor)
+
+    def settle(self) -> None:
+        """A directory is never behind."""
 
     def held(self) -> set[str]:
         names = [*(path.name for path in self._directory.iterdir()), _WITHOUT_A_FILE]

@@ -134,6 +134,17 @@ def load_manifest(backend: Backend, snapshot_id: SnapshotId, digest: bytes | Non
     return decode_manifest(snapshot_id, data)
 
 
+def packs_named(backend: Backend, key: str) -> frozenset[str]:
+    """Keys of the packs that a manifest needs, given its own key.
+
+    Raises:
+        NotFound: object_not_found.
+        Damaged: snapshot_damaged.
+    """
+    manifest = decode_manifest(SnapshotId(key.removeprefix("manifests/")), backend.get(key))
+    return frozenset(ref.key for ref in manifest.packs)
+
+
 def encode_extents(extents: Iterable[Extent]) -> bytes:
     """Three columns as byte planes; a first item is written as its distance from the last extent's end."""
     counts, packs, distances = array("I"), array("I"), array("I")

@@ -101,10 +101,6 @@ class ObjectLeases:
         self._clock = clock
         self._lag_seconds = lag_seconds
 
-    @property
-    def lag_seconds(self) -> float:
-        return self._lag_seconds
-
     def hold(self) -> ObjectLease:
         name = secrets.token_hex(8)
         self._backend.put(_key(name, 0), _says(_HELD))
@@ -118,6 +114,9 @@ class ObjectLeases:
         if newest >= 0:
             self._backend.delete(_key(_ALONE, newest))
         return ObjectLease(self._backend, _ALONE, newest + 1)
+
+    def settle(self) -> None:
+        threading.Event().wait(self._lag_seconds)
 
     def held(self) -> set[str]:
         newest = self._generations()
