@@ -1,22 +1,21 @@
 """Content-addressed objects (blocks of files, lists of blocks, directories) in object packs, and file
 contents over them.
 
-Owns how a file's bytes become blocks and back. An object is stored once; its digest is checked each time it
-is read.
+Owns how a file's bytes become blocks and back. An object is stored once. What is called a digest here is an object's
+id, which is a digest under the tenant's key (content_ids.py).
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import Protocol
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Damaged
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES, ContentIds
 from torpor.snapshots.pack import (
-    DIGEST_BYTES,
     FRAME_BYTES,
     PACK_BYTES_MAX,
     PackBuilder,
@@ -26,7 +25,7 @@ from torpor.snapshots.pack import (
 )
 
 BLOCK_BYTES = FRAME_BYTES
-_BLOCK_ENTRY_BYTES = 4 + DIGEST_BYTES
+_BLOCK_ENTRY_BYTES = 4 + OBJECT_ID_BYTES
 _FRAMES_CACHED = 64
 _NO_BLOCK, _ONE_BLOCK, _LISTED = range(3)
 
@@ -38,15 +37,20 @@ class Objects(Protocol):
         """Raises Damaged."""
         ...
 
+    def digest_of(self, data: bytes) -> bytes:
+        """What an object of these bytes is called."""
+        ...
+
 
 class ObjectWriter:
     """Stores objects that are not in `known`, in packs that are durable once `finish` returns."""
 
-    def __init__(self, backend: Backend, known: Mapping[bytes, int]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, known: Mapping[bytes, int]) -> None:
         self._backend = backend
+        self._ids = ids
         self._known = known
         self._new: set[bytes] = set()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(ids, holds_pages=False)
         self._pieces: list[bytes] = []
         self._digests: list[bytes] = []
         self._raw_bytes = 0
@@ -55,7 +59,7 @@ class ObjectWriter:
 
     def put(self, data: bytes) -> bytes:
         """Give the digest of `data`, and see to it that it is stored."""
-        digest = sha256(data).digest()
+        digest = self._ids.of_object(data)
         if digest not in self._known and digest not in self._new:
             if self._raw_bytes + len(data) > FRAME_BYTES:
                 self._close_frame()
@@ -82,7 +86,7 @@ class ObjectWriter:
         if self._builder.items == 0:
             return
         index, data = self._builder.finish()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(self._ids, holds_pages=False)
         if self._backend.put(index.ref.key, data):
             self.stored_bytes += len(data)
         self.packs.append(index)
@@ -92,8 +96,9 @@ class ObjectWriter:
 class ObjectReader:
     """Objects of some packs; the frames read last stay in memory, since neighbours are read together."""
 
-    def __init__(self, backend: Backend, packs: Sequence[PackIndex]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex]) -> None:
         self._backend = backend
+        self._ids = ids
         self._packs = packs
         self._places = places_of_objects(packs)
         self._frames: OrderedDict[tuple[int, int], dict[bytes, bytes]] = OrderedDict()
@@ -113,14 +118,16 @@ class ObjectReader:
             self._frames.move_to_end(key)
         return frame[digest]
 
+    def digest_of(self, data: bytes) -> bytes:
+        return self._ids.of_object(data)
+
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         ends = list(accumulate(pack.lengths_of(frame), initial=0))
         return {
-            pack.digests_of(item, 1): raw[start:end]
-            for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
+            pack.ids_of(item, 1): raw[start:end] for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
         }
 
 
@@ -129,7 +136,7 @@ def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:
     places: dict[bytes, int] = {}
     for number, pack in enumerate(packs):
         for item in range(pack.items):
-            places[pack.digests_of(item, 1)] = number << 32 | item
+            places[pack.ids_of(item, 1)] = number << 32 | item
     return places
 
 
@@ -152,7 +159,7 @@ def content_bytes(layout: int) -> int:
     """Length of the encoding that starts with this layout byte."""
     if layout > _LISTED:
         raise Damaged("snapshot_damaged", f"cannot read content: layout {layout} is unknown")
-    return 1 if layout == _NO_BLOCK else 1 + DIGEST_BYTES
+    return 1 if layout == _NO_BLOCK else 1 + OBJECT_ID_BYTES
 
 
 def store_content(blocks: Iterable[tuple[int, bytes]], size: int, put: Callable[[bytes], bytes]) -> Content:
@@ -185,5 +192,5 @@ def block_numbers(encoded: bytes, objects: Objects) -> Iterator[tuple[int, bytes
 
 def has_blocks(encoded: bytes, blocks: Iterable[tuple[int, bytes]], objects: Objects) -> bool:
     """Whether these blocks of a file of the same size are the content."""
-    there = ((number, sha256(block).digest()) for number, block in blocks if block.count(0) != len(block))
+    there = ((number, objects.digest_of(block)) for number, block in blocks if block.count(0) != len(block))
     return list(there) == list(block_numbers(encoded, objects))

@@ -1,7 +1,8 @@
 """The snapshot store: saves an image and a workspace as one snapshot, and gives back exactly what was saved.
 
-Synchronous: callers run it on worker threads. Thread-safe. It knows bytes, never sessions. Nothing it wrote
-    is ever changed; the order of a save, and what a crash leaves, are in docs/snapshot-format.md.
+Synchronous: callers run it on worker threads. Thread-safe. It knows bytes, never sessions, and no key but those that
+come with each snapshot. Nothing it wrote is ever changed; the order of a save, and what a crash leaves, are in
+docs/snapshot-format.md.
 """
 
 import threading
@@ -15,17 +16,21 @@ from pathlib import Path
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged, InvalidInput
-from torpor.core.ids import SnapshotId
+from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
+from torpor.snapshots.cipher import Key
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
 from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
 from torpor.snapshots.manifest import (
     Manifest,
     PagedFile,
+    SnapshotRef,
     WholeFile,
     encode_manifest,
+    load_head,
     load_manifest,
     manifest_key,
 )
@@ -45,15 +50,14 @@ class SavedSnapshot:
     """What a save did.
 
     Attributes:
-        manifest_digest: hexadecimal; keep it with the id, a restore asks for it.
+        ref: keep its digest with the id, a restore asks for both.
         raw_bytes: what a restore would write.
         stored_bytes: what this save added to the store.
         tree: what the workspace's next capture starts from.
         parent_problem: why nothing was shared with the parent; empty when all is well.
     """
 
-    id: SnapshotId
-    manifest_digest: str
+    ref: SnapshotRef
     raw_bytes: int
     stored_bytes: int
     new_pages: int
@@ -61,6 +65,14 @@ class SavedSnapshot:
     tree: TreeIndex = field(repr=False)
     seconds: float
     parent_problem: str
+
+    @property
+    def id(self) -> SnapshotId:
+        return self.ref.id
+
+    @property
+    def manifest_digest(self) -> str:
+        return self.ref.manifest_digest
 
     @property
     def tree_root(self) -> str:
@@ -83,10 +95,14 @@ _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
 
 
 class SnapshotStore:
-    def __init__(self, backend: Backend, *, clock: Clock | None = None) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, *, clock: Clock | None = None) -> None:
+        """Args:
+        ids: names contents; those that go by other ids share nothing.
+        """
         self._backend = backend
+        self._ids = ids
         self._clock = clock or SystemClock()
-        self._cache: OrderedDict[SnapshotId, _Indexes] = OrderedDict()
+        self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
         self._lock = threading.Lock()
 
     def save(
@@ -94,17 +110,19 @@ class SnapshotStore:
         *,
         image_dir: Path,
         workspace: TreeCapture,
-        parent: SnapshotId | None,
+        parent: SnapshotRef | None,
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
+        key: Key,
         paged_files: AbstractSet[str] = PAGED_FILES,
     ) -> SavedSnapshot:
         """Store an image (a flat directory of files) and a workspace; durable on return.
 
         Args:
             parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
-                result says so. paged_files: names of the memory images; the others are small and stored
-                whole.
+                result says so.
+            key: what opens the snapshot from now on.
+            paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
@@ -112,24 +130,25 @@ class SnapshotStore:
             Conflict: snapshot_exists.
         """
         started = self._clock.monotonic()
-        _check_parent(workspace, parent, snapshot_id)
+        _check_parent(workspace, parent and parent.id, snapshot_id)
         before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
         present = [self._backend.exists(ref.key) for ref in before.pages.packs]
-        pages = PageWriter(self._backend, before.pages, present)
-        objects = ObjectWriter(self._backend, places_of_objects(before.object_packs))
+        pages = PageWriter(self._backend, self._ids, before.pages, present)
+        objects = ObjectWriter(self._backend, self._ids, places_of_objects(before.object_packs))
         whole = _store_files(image_dir, paged_files, pages, objects)
         tree = store_tree(workspace, objects)
         objects.finish()
         paged, index = pages.finish()
         object_packs, folded_bytes = fold_packs(
             self._backend,
+            self._ids,
             (*before.object_packs, *objects.packs),
             lambda: {*objects_below(tree)}.union(*(content.objects for content in whole.values())),
         )
         crash_point("snapshot.packs_durable")
         manifest = Manifest(
             snapshot_id=snapshot_id,
-            parent=parent,
+            parent=parent and parent.id,
             pins=dict(pins),
             page_packs=index.packs,
             object_packs=tuple(pack.ref for pack in object_packs),
@@ -137,11 +156,11 @@ class SnapshotStore:
             tree_root=tree.digest,
             tree_bytes=tree.file_bytes,
         )
-        data = self._publish(manifest)
-        self._remember(snapshot_id, _Indexes(pages=index, object_packs=object_packs))
+        data = self._publish(manifest, key)
+        ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
+        self._remember(ref, _Indexes(pages=index, object_packs=object_packs))
         return SavedSnapshot(
-            id=snapshot_id,
-            manifest_digest=sha256(data).hexdigest(),
+            ref=ref,
             raw_bytes=manifest.raw_bytes,
             stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes + len(data),
             new_pages=pages.new_pages,
@@ -151,22 +170,30 @@ class SnapshotStore:
             parent_problem=problem,
         )
 
-    def read_manifest(self, snapshot_id: SnapshotId, manifest_digest: str) -> Manifest:
-        """Raises Damaged: snapshot_object_missing, snapshot_damaged."""
-        return load_manifest(self._backend, snapshot_id, bytes.fromhex(manifest_digest))
+    def read_manifest(self, ref: SnapshotRef) -> Manifest:
+        """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""
+        return load_manifest(self._backend, ref)
 
-    def restore_image(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> None:
+    def pack_names(self, snapshot_id: SnapshotId, manifest_digest: str | None) -> tuple[str, ...]:
+        """The packs that a snapshot needs, as the backend calls them; takes no key.
+
+        Raises:
+            Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown.
+        """
+        return load_head(self._backend, snapshot_id, manifest_digest).pack_names
+
+    def restore_image(self, ref: SnapshotRef, destination: Path) -> None:
         """Write the image's files into `destination`, a directory that is empty or does not exist.
 
         Every byte is verified. After an error, or a crash, the directory is half filled and the caller's to
         remove.
 
         Raises:
-            Damaged: snapshot_object_missing, snapshot_damaged; the message names the object.
+            Damaged: as `read_manifest`; the message names the object.
             InvalidInput: directory_not_empty.
             MachineUnfit: no_space, storage_failed.
         """
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         with storage_errors(f"restore image to {destination}"):
             destination.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(destination.iterdir()):
@@ -179,41 +206,41 @@ class SnapshotStore:
             else:
                 restore_whole(file, objects, destination)
 
-    def restore_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> TreeIndex:
+    def restore_workspace(self, ref: SnapshotRef, destination: Path) -> TreeIndex:
         """Write the workspace into `destination`, an empty directory; the result spares the next capture from
         reading it.
 
         Raises:
             As `restore_image`.
         """
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         objects = self._objects(manifest)
-        return materialize(manifest.tree_root, destination, objects, snapshot_id=snapshot_id, clock=self._clock)
+        return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
 
-    def export_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> ExportReport:
+    def export_workspace(self, ref: SnapshotRef, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         return export(manifest.tree_root, destination, self._objects(manifest))
 
-    def diff(self, before: tuple[SnapshotId, str], after: tuple[SnapshotId, str]) -> list[Change]:
-        """What changed in the workspace between two snapshots, each given by id and manifest digest."""
-        one, other = self.read_manifest(*before), self.read_manifest(*after)
+    def diff(self, before: SnapshotRef, after: SnapshotRef) -> list[Change]:
+        """What changed in the workspace between two snapshots."""
+        one, other = self.read_manifest(before), self.read_manifest(after)
         return diff_trees(one.tree_root, other.tree_root, self._objects(one), self._objects(other))
 
-    def diff_directory(self, snapshot_id: SnapshotId, manifest_digest: str, directory: Path) -> list[Change]:
+    def diff_directory(self, ref: SnapshotRef, directory: Path) -> list[Change]:
         """What changed from a snapshot's workspace to what a directory holds now."""
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         return diff_directory(manifest.tree_root, directory, self._objects(manifest))
 
-    def verify(self, snapshot_id: SnapshotId, manifest_digest: str) -> list[str]:
+    def verify(self, ref: SnapshotRef) -> list[str]:
         """Read everything that the snapshot needs; one sentence for each problem, naming the object."""
         try:
-            manifest = self.read_manifest(snapshot_id, manifest_digest)
+            manifest = self.read_manifest(ref)
         except Damaged as error:
             return [str(error)]
-        return problems_of(manifest, self._backend)
+        return problems_of(manifest, self._backend, self._ids)
 
-    def _indexes_of_parent(self, parent: SnapshotId | None, *, must_have: bool) -> tuple[_Indexes, str]:
+    def _indexes_of_parent(self, parent: SnapshotRef | None, *, must_have: bool) -> tuple[_Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
         try:
@@ -228,8 +255,8 @@ class SnapshotStore:
             return _NO_INDEXES, str(error)
         return indexes, ""
 
-    def _load_indexes(self, snapshot_id: SnapshotId) -> _Indexes:
-        manifest = load_manifest(self._backend, snapshot_id, None)
+    def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
+        manifest = self.read_manifest(ref)
         page_packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
@@ -237,31 +264,33 @@ class SnapshotStore:
             object_packs=tuple(read_pack_index(self._backend, ref) for ref in manifest.object_packs),
         )
 
-    def _publish(self, manifest: Manifest) -> bytes:
+    def _publish(self, manifest: Manifest, key: Key) -> bytes:
         """Write the manifest last: from here on the snapshot restores."""
-        data = encode_manifest(manifest)
+        data = encode_manifest(manifest, key)
         if not self._backend.put(manifest_key(manifest.snapshot_id), data):
             raise Conflict("snapshot_exists", f"cannot save snapshot {manifest.snapshot_id}: it exists")
         crash_point("snapshot.manifest_written")
         return data
 
     def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(self._backend, [read_pack_index(self._backend, ref) for ref in manifest.object_packs])
+        return ObjectReader(
+            self._backend, self._ids, [read_pack_index(self._backend, ref) for ref in manifest.object_packs]
+        )
 
-    def _recall(self, snapshot_id: SnapshotId) -> _Indexes | None:
+    def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:
-            return self._cache.get(snapshot_id)
+            return self._cache.get((ref.id, ref.key.id))
 
-    def _remember(self, snapshot_id: SnapshotId, indexes: _Indexes) -> None:
+    def _remember(self, ref: SnapshotRef, indexes: _Indexes) -> None:
         """Keep the newest indexes, up to a total number of items (24 bytes a page, about 40 an object)."""
         with self._lock:
-            self._cache[snapshot_id] = indexes
+            self._cache[ref.id, ref.key.id] = indexes
             while len(self._cache) > 1 and sum(known.items for known in self._cache.values()) > _CACHED_ITEMS_MAX:
                 self._cache.popitem(last=False)
 
-    def _forget(self, snapshot_id: SnapshotId) -> None:
+    def _forget(self, ref: SnapshotRef) -> None:
         with self._lock:
-            self._cache.pop(snapshot_id, None)
+            self._cache.pop((ref.id, ref.key.id), None)
 
 
 def _check_parent(workspace: TreeCapture, parent: SnapshotId | None, snapshot_id: SnapshotId) -> None:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torpor.core.errors import Damaged
 from torpor.core.ids import SnapshotId
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES
 from torpor.snapshots.objects import Content, content_bytes
-from torpor.snapshots.pack import DIGEST_BYTES
 
 MODE_KEPT = 0o1777
 DEPTH_MAX = 256
@@ -155,7 +155,7 @@ def _entries(data: bytes) -> Iterator[Entry]:
             length = content_bytes(data[at])
             yield Entry(name=name, kind=kind, meta=meta, size=size, link=link, content=data[at : at + length])
         elif kind == DIRECTORY:
-            length = DIGEST_BYTES
+            length = OBJECT_ID_BYTES
             yield Entry(name=name, kind=kind, meta=meta, digest=data[at : at + length])
         elif kind == LINK:
             (length,) = _TARGET.unpack_from(data, at)
