@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torpor.core.crash import crash_point
-from torpor.core.errors import Conflict, Damaged, MachineUnfit, NotFound
+from torpor.core.errors import Conflict, Damaged
+from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.condemned import delete_condemned, read_condemned, write_condemned
 from torpor.snapshots.garbage import Listing, SweepPlan, plan_sweep, staying, still_garbage
 from torpor.snapshots.lease import Lease
-from torpor.snapshots.manifest import packs_named
+from torpor.snapshots.manifest import load_head
 
-CONDEMNED = "condemned/objects"
 GRACE_SECONDS = 3600.0
 WAIT_SECONDS = 120.0
 """For how long a collector waits for saves and readers that are under way."""
@@ -28,11 +29,19 @@ Progress = Callable[[str, int, int], None]
 """Told of each step: what is done, how much of it, of how much."""
 
 
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What a row says of a manifest: its digest (hex), and what people call the checkpoint."""
+
+    manifest_digest: str
+    told: str
+
+
 class Roots(Protocol):
     """What rows name. Both methods block."""
 
-    def manifests(self) -> Mapping[str, str]:
-        """Keys of manifests, and what people call the checkpoint that names each."""
+    def manifests(self) -> Mapping[str, Root]:
+        """By the manifest's key."""
         ...
 
     def sync(self) -> None:
@@ -85,22 +94,28 @@ class Collector:
         now_ns = self._backend.now_ns()
         return Listing.of(self._backend.entries(""), now_ns)
 
-    def mark(self, keys: Iterable[str], roots: Mapping[str, str]) -> Mapping[str, frozenset[str]]:
+    def mark(self, keys: Iterable[str], roots: Mapping[str, Root]) -> Mapping[str, frozenset[str]]:
         """Learn which packs these manifests name; those that are known are not read again, since they never change.
+
+        What a root's head says is true, since the row has the manifest's digest.
 
         Raises:
             Damaged: `collect_refused`.
         """
         unread = [key for key in keys if key not in self._named]
-        unreadable: dict[str, Damaged | NotFound] = {}
+        unreadable: dict[str, Damaged] = {}
+
+        def read(key: str) -> frozenset[str] | Damaged:
+            return self._read(key, roots.get(key))
+
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="mark") as threads:
-            for done, (key, found) in enumerate(zip(unread, threads.map(self._read, unread), strict=True), 1):
-                if isinstance(found, frozenset):
+            for done, (key, found) in enumerate(zip(unread, threads.map(read, unread), strict=True), 1):
+                if not isinstance(found, Damaged):
                     self._named[key] = found
-                elif key in roots or isinstance(found, Damaged):
-                    unreadable[key] = found
-                else:
+                elif key not in roots and found.code == "snapshot_object_missing":
                     self._named[key] = frozenset()  # Listed late: it is gone.
+                else:
+                    unreadable[key] = found
                 self._progress("reading manifests", done, len(unread))
         if unreadable:
             raise _refused(unreadable, roots)
@@ -109,16 +124,7 @@ class Collector:
     def condemn(self, plan: SweepPlan) -> None:
         """Put on the list what is going to be deleted: from here on no save shares it."""
         self._roots.sync()
-        keys = [entry.key for entry in plan.entries]
-        while keys:
-            try:
-                self._backend.put(CONDEMNED, "\n".join(keys).encode())
-                break
-            except MachineUnfit as full:
-                # On a full disk a shorter list may find room, and then makes some: manifests come first.
-                if full.code != "no_space" or len(keys) == 1:
-                    raise
-                keys = keys[: len(keys) // 2]
+        write_condemned(self._backend, [entry.key for entry in plan.entries])
         crash_point("collect.condemned")
 
     def sweep(self) -> Swept:
@@ -141,13 +147,14 @@ class Collector:
         crash_point("collect.manifests_deleted")
         self._delete(others, "deleting packs", "collect.pack_deleted")
         crash_point("collect.swept")
-        self._backend.delete(CONDEMNED)
+        delete_condemned(self._backend)
         return Swept(manifests=len(manifests), packs=sum(key.startswith("packs/") for key in others))
 
-    def _read(self, key: str) -> frozenset[str] | Damaged | NotFound:
+    def _read(self, key: str, root: Root | None) -> frozenset[str] | Damaged:
+        snapshot_id = SnapshotId(key.removeprefix("manifests/"))
         try:
-            return packs_named(self._backend, key)
-        except (Damaged, NotFound) as error:
+            return frozenset(load_head(self._backend, snapshot_id, root and root.manifest_digest).pack_names)
+        except Damaged as error:
             return error
 
     def _wait_for_others(self) -> None:
@@ -172,19 +179,12 @@ class Collector:
             self._progress(what, start + len(some), len(keys))
 
 
-def read_condemned(backend: Backend) -> frozenset[str]:
-    """What a collector is about to delete. Read it with a lease in hand, and share nothing that is on it."""
-    try:
-        return frozenset(backend.get(CONDEMNED).decode().split("\n"))
-    except NotFound:
-        return frozenset()
-
-
-def _refused(unreadable: Mapping[str, Damaged | NotFound], roots: Mapping[str, str]) -> Damaged:
+def _refused(unreadable: Mapping[str, Damaged], roots: Mapping[str, Root]) -> Damaged:
     key, first = next(iter(unreadable.items()))
+    told = roots[key].told if key in roots else key
     others = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
     return Damaged(
         "collect_refused",
-        f"cannot collect: nobody knows what {roots.get(key, key)} needs{others}: {first}",
+        f"cannot collect: nobody knows what {told} needs{others}: {first}",
         hint="`torpor verify` lists them; mend the store, or `torpor collect --forget-damaged` gives them up.",
     )

@@ -263,17 +263,6 @@ def _of_version(where: str, version: int) -> Damaged:
     )
 
 
-def packs_named(backend: Backend, key: str) -> frozenset[str]:
-    """Keys of the packs that a manifest needs, given its own key.
-
-    Raises:
-        NotFound: object_not_found.
-        Damaged: snapshot_damaged.
-    """
-    manifest = decode_manifest(SnapshotId(key.removeprefix("manifests/")), backend.get(key))
-    return frozenset(ref.key for ref in manifest.packs)
-
-
 def encode_extents(extents: Iterable[Extent]) -> bytes:
     """Three columns as byte planes; a first item is written as its distance from the last extent's end."""
     counts, packs, distances = array("I"), array("I"), array("I")

@@ -20,10 +20,12 @@ from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.cipher import Key
+from torpor.snapshots.condemned import read_condemned
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
 from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
     PagedFile,
@@ -114,6 +116,7 @@ class SnapshotStore:
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
         key: Key,
+        lease: Lease,
         paged_files: AbstractSet[str] = PAGED_FILES,
     ) -> SavedSnapshot:
         """Store an image (a flat directory of files) and a workspace; durable on return.
@@ -122,17 +125,19 @@ class SnapshotStore:
             parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
                 result says so.
             key: what opens the snapshot from now on.
+            lease: hold it until the snapshot's row is committed.
             paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
             Damaged: the capture shares files with a parent that can't be read: capture without `previous`.
-            Conflict: snapshot_exists.
+            Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
         _check_parent(workspace, parent and parent.id, snapshot_id)
-        before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
-        present = [self._backend.exists(ref.key) for ref in before.pages.packs]
+        condemned = read_condemned(self._backend)
+        before, problem = self._indexes_of_parent(parent, condemned, must_have=workspace.based_on is not None)
+        present = [ref.key not in condemned and self._backend.exists(ref.key) for ref in before.pages.packs]
         pages = PageWriter(self._backend, self._ids, before.pages, present)
         objects = ObjectWriter(self._backend, self._ids, places_of_objects(before.object_packs))
         whole = _store_files(image_dir, paged_files, pages, objects)
@@ -156,6 +161,7 @@ class SnapshotStore:
             tree_root=tree.digest,
             tree_bytes=tree.file_bytes,
         )
+        lease.check()
         data = self._publish(manifest, key)
         ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
         self._remember(ref, _Indexes(pages=index, object_packs=object_packs))
@@ -169,6 +175,13 @@ class SnapshotStore:
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )
+
+    def lease(self) -> Lease:
+        """Whoever reads a snapshot holds one from before it reads the row that names it, whoever saves one from
+        before the save until the commit: nothing that either may need is collected meanwhile.
+        """
+        with storage_errors("take a lease on the snapshot store"):
+            return self._backend.leases.hold()
 
     def read_manifest(self, ref: SnapshotRef) -> Manifest:
         """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""
@@ -240,13 +253,15 @@ class SnapshotStore:
             return [str(error)]
         return problems_of(manifest, self._backend, self._ids)
 
-    def _indexes_of_parent(self, parent: SnapshotRef | None, *, must_have: bool) -> tuple[_Indexes, str]:
+    def _indexes_of_parent(
+        self, parent: SnapshotRef | None, condemned: AbstractSet[str], *, must_have: bool
+    ) -> tuple[_Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
             for pack in indexes.object_packs:
-                if not self._backend.exists(pack.ref.key):
+                if pack.ref.key in condemned or not self._backend.exists(pack.ref.key):
                     raise missing(pack.ref.key)
         except Damaged as error:
             self._forget(parent)
