@@ -19,6 +19,7 @@ import msgspec
 
 from torpor.core.errors import InvalidInput
 from torpor.core.money import Price
+from torpor.core.retention import RetentionPolicy
 
 Family = Literal["openai", "anthropic", "gemini"]
 """Which dialects an upstream speaks, and where its key goes."""
@@ -179,9 +180,25 @@ class _StoreFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 90.0
 
 
+class _RetentionFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The [retention] table, as it is written."""
+
+    keep_last: Annotated[int, msgspec.Meta(ge=1)] = 100
+    keep_hourly: Annotated[int, msgspec.Meta(ge=0)] = 24
+    keep_daily: Annotated[int, msgspec.Meta(ge=0)] = 30
+
+
+class _CollectFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The [collect] table, as it is written."""
+
+    grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 3600.0
+
+
 class _FileFields(msgspec.Struct, frozen=True):
     workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     store: _StoreFields = _StoreFields()
+    retention: _RetentionFields = _RetentionFields()
+    collect: _CollectFields = _CollectFields()
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
     prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
@@ -226,6 +243,25 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
         if not taken and family not in named:
             upstreams += _from_environment(family, environment)
     return tuple(upstreams)
+
+
+def read_retention(home: Path) -> RetentionPolicy:
+    """Which checkpoints are kept.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    said = _read_file(home / "config.toml").retention
+    return RetentionPolicy(keep_last=said.keep_last, keep_hourly=said.keep_hourly, keep_daily=said.keep_daily)
+
+
+def read_grace_seconds(home: Path) -> float:
+    """How old garbage has to be to be collected.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return _read_file(home / "config.toml").collect.grace_seconds
 
 
 def read_prices(home: Path) -> tuple[PriceRule, ...]:

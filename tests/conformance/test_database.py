@@ -8,11 +8,12 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
-from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene
 
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, NotFound, Superseded
 from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import KeyId
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
@@ -22,6 +23,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    keys,
     log,
     outputs,
     redaction,
@@ -32,7 +34,7 @@ from torpor.db import (
     verify,
     waitpoints,
 )
-from torpor.db.database import Database, Row, Transaction, Value, open_database
+from torpor.db.database import Database, Transaction, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
 
@@ -172,7 +174,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets, waitpoints),
+    *(sessions, log, calls, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets, waitpoints, keys),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -205,6 +207,7 @@ class Rows:
             point = scene.checkpoint(2 - number, seq, self.open)
             self.checkpoint = checkpoints.commit(tx, **scene.owner, checkpoint=point, wall_ns=NOW)
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        keys.add_tenant(tx, wrapped_key(keys.TENANT))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
@@ -254,6 +257,7 @@ class Rows:
             "roots.pin": {"number": self.checkpoint.number, "is_pinned": True, "wall_ns": NOW},
             "roots.move": {"moves": [self.scene.move(self.checkpoint)], "wall_ns": NOW},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {
                 "channel": 1,
@@ -265,26 +269,10 @@ class Rows:
         }
 
 
-class StaleFirst:
-    """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
-
-    def __init__(self, inner: Transaction) -> None:
-        self._inner = inner
-        self.tried: list[str] = []
-
-    def one(self, query: str, /, **values: Value) -> Row | None:
-        if "owner_token" in values:
-            self.tried.append(query)
-            assert self._inner.one(query, **{**values, "owner_token": 99}) is None, query
-        return self._inner.one(query, **values)
-
-    def all(self, query: str, /, **values: Value) -> list[Row]:
-        return self._inner.all(query, **values)
-
-    def run(self, query: str, /, **values: Value) -> int:
-        self.tried.append(query)
-        assert self._inner.run(query, **{**values, "owner_token": 99}) == 0, query
-        return self._inner.run(query, **values)
+def wrapped_key(whose: str, master: str = "key_m") -> keys.WrappedKey:
+    return keys.WrappedKey(
+        whose=whose, key_id=KeyId("key_k"), master_id=KeyId(master), wrapped=b"sealed by " + master.encode()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
@@ -339,7 +327,11 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 
 
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
-    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    unfenced = {
+        *("session/insert_session", "session/acquire_if_unchanged"),
+        # No node's: they change what wraps a key, for all sessions at once.
+        *("key/insert_tenant_if_absent", "key/rewrap_tenant_if_unchanged", "key/rewrap_of_session_if_unchanged"),
+    }
     for name, text in statements().items():
         if name.startswith(("search/", "transfer/insert_")):
             continue  # the index is nobody's; a session that is being imported is no node's

@@ -40,9 +40,9 @@ class RetentionPolicy:
         keep_daily: the same for days.
     """
 
-    keep_last: int = 100
-    keep_hourly: int = 24
-    keep_daily: int = 30
+    keep_last: int
+    keep_hourly: int
+    keep_daily: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

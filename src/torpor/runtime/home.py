@@ -38,6 +38,10 @@ class Home:
         return self.root / "images"
 
     @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

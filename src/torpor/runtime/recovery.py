@@ -92,6 +92,10 @@ class Ladder:
             SandboxFailed: `session_lost`: none does.
             MachineUnfit: `storage_unreachable`: nobody can say.
         """
+        async with self._incarnations.lease():  # From before the rows are read: what they name stays until it is read.
+            return await self._climb(calls, reason)
+
+    async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):

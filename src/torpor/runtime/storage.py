@@ -1,4 +1,4 @@
-"""Opens the snapshot store that the user configured, once, when something needs it: most commands only read rows."""
+"""Opens the backend of snapshots that the user configured, once, when something needs it: most commands read rows."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,47 +10,43 @@ from torpor.gateway.keys import NoKeyError, read_key
 from torpor.sandbox.selftest import Finding
 from torpor.snapshots.backend import Backend, open_backend
 from torpor.snapshots.probe import probe
-from torpor.snapshots.store import SnapshotStore
 
 SPARE_BYTES = 4 << 20
 """Left free by snapshots for the event log, which is on the same disk."""
 
 
 class Storage:
-    """One process's access to the snapshot store."""
+    """One process's access to the backend of its snapshot store."""
 
     def __init__(self, settings: StoreSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
         self._opening = asyncio.Lock()
         self._backend: Backend | None = None
-        self._store: SnapshotStore | None = None
 
-    async def open(self) -> SnapshotStore:
-        """The store; an object store is not asked for anything yet.
+    async def open(self) -> Backend:
+        """The backend; an object store is not asked for anything yet.
 
         Raises:
             InvalidInput: `config_invalid`.
             MachineUnfit: `store_key_missing`, `storage_failed`.
         """
         async with self._opening:
-            if self._store is None:
+            if self._backend is None:
                 self._backend = await open_configured(self._settings, self._clock)
-                self._store = SnapshotStore(self._backend, clock=self._clock)
-            return self._store
+            return self._backend
 
-    async def ready(self) -> SnapshotStore:
-        """The store, which has shown that it can be written to.
+    async def ready(self) -> Backend:
+        """The backend, which has shown that it can be written to.
 
         Raises:
             MachineUnfit: `storage_unsafe`, `storage_unreachable`; else as `open`.
         """
-        store = await self.open()
-        if self._backend is not None:
-            await asyncio.to_thread(self._backend.ready)
-        return store
+        backend = await self.open()
+        await asyncio.to_thread(backend.ready)
+        return backend
 
-    async def ready_or_down(self, notice: Callable[[str], None]) -> SnapshotStore:
+    async def ready_or_down(self, notice: Callable[[str], None]) -> Backend:
         """As `ready`, but a store that is only down for now is told of: a session whose sandbox lives can go on."""
         try:
             return await self.ready()

@@ -1,16 +1,12 @@
 """Encryption for everything that the store keeps: sealing bytes, deriving keys, wrapping one key by another.
 
 AES-256-GCM and HKDF of `cryptography`; nothing is made of parts here. Which key seals what, and why no nonce is used
-twice under one key, is in docs/snapshot-format.md. A key never shows itself: not in a repr, not in an error.
+twice under one key, is in docs/snapshot-format.md. A key never shows itself: not in a repr, not in an error. The
+library is imported when it is first needed, because most commands read no snapshot.
 """
 
 import secrets
 from dataclasses import dataclass, field
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from torpor.core.ids import KeyId
 
@@ -29,6 +25,8 @@ class Cipher:
     """Seals and opens under one key."""
 
     def __init__(self, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         self._gcm = AESGCM(key)
 
     def seal(self, nonce: bytes, data: bytes, about: bytes) -> bytes:
@@ -37,6 +35,8 @@ class Cipher:
 
     def open(self, nonce: bytes, sealed: bytes | memoryview, about: bytes) -> bytes:
         """Raises NotAuthentic."""
+        from cryptography.exceptions import InvalidTag
+
         try:
             return self._gcm.decrypt(nonce, sealed, about)
         except (InvalidTag, ValueError) as error:  # The second: what is there is too short to have a nonce.
@@ -71,6 +71,9 @@ def key_id_of_bytes(data: bytes) -> KeyId:
 
 def derive(secret: bytes, purpose: str, length: int = KEY_BYTES) -> bytes:
     """A key for one purpose; keys of different purposes tell nothing of each other, nor of the secret."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
     return HKDFExpand(SHA256(), length, f"torpor/2 {purpose}".encode()).derive(secret)
 
 

@@ -22,7 +22,7 @@ from torpor.core.ids import (
 )
 from torpor.db import calls, requests, sessions
 from torpor.db.calls import Chunk, NewCall
-from torpor.db.database import Database, Transaction
+from torpor.db.database import Database, Row, Transaction, Value
 from torpor.db.requests import RequestHead
 from torpor.db.roots import Move
 
@@ -125,6 +125,28 @@ class Scene:
             snapshot_id=new_snapshot_id(NOW),
             manifest_digest="cd" * 32,
         )
+
+
+class StaleFirst:
+    """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
+
+    def __init__(self, inner: Transaction) -> None:
+        self._inner = inner
+        self.tried: list[str] = []
+
+    def one(self, query: str, /, **values: Value) -> Row | None:
+        if "owner_token" in values:
+            self.tried.append(query)
+            assert self._inner.one(query, **{**values, "owner_token": 99}) is None, query
+        return self._inner.one(query, **values)
+
+    def all(self, query: str, /, **values: Value) -> list[Row]:
+        return self._inner.all(query, **values)
+
+    def run(self, query: str, /, **values: Value) -> int:
+        self.tried.append(query)
+        assert self._inner.run(query, **{**values, "owner_token": 99}) == 0, query
+        return self._inner.run(query, **values)
 
 
 async def new_scene(database: Database, name: str | None = None) -> Scene:

@@ -1,0 +1,118 @@
+"""The snapshot store as sessions use it: what a session saves is sealed with its own key, and it reads nothing else.
+
+Joins the store, which knows no session, to the keys, which are read when the first one is asked for: most commands
+look at the event log alone, and work without a master key.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+
+from torpor.core.checkpoint import Checkpoint
+from torpor.core.clock import Clock
+from torpor.core.ids import SessionId, SnapshotId
+from torpor.db.database import Database
+from torpor.runtime.keyring import Keyring, open_keyring
+from torpor.runtime.master_key import MasterKeys
+from torpor.runtime.storage import Storage
+from torpor.snapshots.capture import TreeCapture
+from torpor.snapshots.cipher import Key
+from torpor.snapshots.content_ids import ContentIds
+from torpor.snapshots.diff import Change
+from torpor.snapshots.lease import Lease
+from torpor.snapshots.manifest import SnapshotRef
+from torpor.snapshots.materialize import ExportReport
+from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.tree import TreeIndex
+
+
+class SessionStore:
+    """One session's snapshots. Synchronous, as the store is; raises what it raises."""
+
+    def __init__(self, store: SnapshotStore, key: Key) -> None:
+        self._store = store
+        self._key = key
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncGenerator[Lease]:
+        """Hold it from before a row is read that names what will be read, and until what was saved is committed."""
+        held = await asyncio.to_thread(self._store.lease)
+        try:
+            yield held
+        finally:
+            await asyncio.to_thread(held.release)
+
+    def ref(self, checkpoint: Checkpoint) -> SnapshotRef:
+        return SnapshotRef(id=checkpoint.snapshot_id, manifest_digest=checkpoint.manifest_digest, key=self._key)
+
+    def save(
+        self,
+        *,
+        image_dir: Path,
+        workspace: TreeCapture,
+        parent: SnapshotRef | None,
+        pins: Mapping[str, str],
+        snapshot_id: SnapshotId,
+        lease: Lease,
+    ) -> SavedSnapshot:
+        return self._store.save(
+            image_dir=image_dir,
+            workspace=workspace,
+            parent=parent,
+            pins=pins,
+            snapshot_id=snapshot_id,
+            key=self._key,
+            lease=lease,
+        )
+
+    def pins(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """What the checkpoint's image needs of the machine."""
+        return self._store.read_manifest(self.ref(checkpoint)).pins
+
+    def restore_image(self, checkpoint: Checkpoint, destination: Path) -> None:
+        self._store.restore_image(self.ref(checkpoint), destination)
+
+    def restore_workspace(self, checkpoint: Checkpoint, destination: Path) -> TreeIndex:
+        return self._store.restore_workspace(self.ref(checkpoint), destination)
+
+    def export_workspace(self, checkpoint: Checkpoint, destination: Path) -> ExportReport:
+        return self._store.export_workspace(self.ref(checkpoint), destination)
+
+    def diff(self, before: Checkpoint, after: Checkpoint) -> list[Change]:
+        return self._store.diff(self.ref(before), self.ref(after))
+
+
+class SessionStores:
+    """Every session's store of one TORPOR_HOME."""
+
+    def __init__(self, storage: Storage, database: Database, masters: MasterKeys, clock: Clock) -> None:
+        self._storage = storage
+        self._database = database
+        self._clock = clock
+        self._keyring: Keyring | None = None
+        self._store: SnapshotStore | None = None
+        self.masters = masters
+
+    async def keyring(self, *, anew: bool = False) -> Keyring:
+        """The keys, opened once; `anew` after somebody has changed the master key.
+
+        Raises:
+            As `open_keyring`.
+        """
+        if self._keyring is None or anew:
+            self._keyring = await open_keyring(self._database, self.masters)
+        return self._keyring
+
+    async def of(self, session_id: SessionId) -> SessionStore:
+        """Raises:
+        As `keyring` and `Keyring.session_key`.
+        """
+        return await self.with_key(await (await self.keyring()).session_key(session_id))
+
+    async def with_key(self, key: Key) -> SessionStore:
+        """The store of the session whose key that is."""
+        if self._store is None:
+            ids = ContentIds((await self.keyring()).tenant.secret)
+            self._store = SnapshotStore(await self._storage.open(), ids, clock=self._clock)
+        return SessionStore(self._store, key)
