@@ -81,6 +81,7 @@ class Bench:
                 pins={},
                 snapshot_id=new_snapshot_id(SystemClock().wall_ns()),
                 key=self.key,
+                lease=self.store.lease(),
             )
         )
         shutil.rmtree(staging)

@@ -14,6 +14,10 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
+    now and then one transaction: rows that retention does not keep, event and head
+        `retention.forgotten`  snapshots that no row names: garbage for `collect`
+
+From before the parent's index is read until the commit a store lease keeps collectors away (docs/collecting.md).
 
 The checkpoint that a life ends with leaves out the resume (RECOVERY section 8): what the agent did after its cut would
 be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox paused with its mark, as after a pause.
@@ -22,7 +26,7 @@ be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox pause
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +36,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.core.retention import RetentionPolicy
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
@@ -39,6 +44,7 @@ from torpor.runtime.session_store import SessionStore
 from torpor.runtime.staging import Staging
 from torpor.sandbox.frames import GuestStatus
 from torpor.snapshots.capture import TreeCapture, capture
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SavedSnapshot
 from torpor.snapshots.tree import TreeIndex
@@ -47,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 CUT_DEADLINE_SECONDS = 20
 STDOUT, STDERR = 1, 2
+FORGOTTEN_AT_ONCE = 10
+"""Checkpoints are forgotten when there are so many to go: one event, and one look at the rows that stay, for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +77,7 @@ class Checkpointer:
         gateway: Gateway,
         clock: Clock,
         pins: dict[str, str],
+        retention: RetentionPolicy,
     ) -> None:
         self._records = records
         self._store = store
@@ -76,6 +85,7 @@ class Checkpointer:
         self._gateway = gateway
         self._clock = clock
         self._pins = pins
+        self._retention = retention
         self._first_commit = asyncio.Event()
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
@@ -174,6 +184,7 @@ class Checkpointer:
             cut = await self._waiting.get()
             try:
                 await self._commit(cut)
+                await self._forget_old()
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
@@ -185,7 +196,11 @@ class Checkpointer:
             finally:
                 self._waiting.task_done()
 
-    async def final_files(self, life: Incarnation) -> Checkpoint:
+    def lease(self) -> AbstractAsyncContextManager[Lease]:
+        """For `final_files`: hold it until that is committed."""
+        return self._store.lease()
+
+    async def final_files(self, life: Incarnation, lease: Lease) -> Checkpoint:
         """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
         wall_ns = self._clock.wall_ns()
         snapshot_id = new_snapshot_id(wall_ns)
@@ -200,6 +215,7 @@ class Checkpointer:
             parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
+            lease=lease,
         )
         self._discard(snapshot_id)
         return files_checkpoint(
@@ -309,6 +325,15 @@ class Checkpointer:
         return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
 
     async def _commit(self, cut: Cut) -> None:
+        async with self._store.lease() as lease:
+            await self._store_and_commit(cut, lease)
+        snapshot_id = cut.checkpoint.snapshot_id
+        self._staging.discard_changes(snapshot_id)
+        self._staged.discard(snapshot_id)
+        self._staging.keep_only({snapshot_id, *self._staged})
+        self._first_commit.set()
+
+    async def _store_and_commit(self, cut: Cut, lease: Lease) -> None:
         started = self._clock.monotonic()
         snapshot_id = cut.checkpoint.snapshot_id
         saved = await asyncio.to_thread(
@@ -318,6 +343,7 @@ class Checkpointer:
             parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
+            lease=lease,
         )
         self._tree, self._base = saved.tree, saved.ref
         crash_point("checkpoint.stored")
@@ -328,14 +354,25 @@ class Checkpointer:
             commit_ns=round((self._clock.monotonic() - started) * 1e9),
         )
         is_first = self._committed is None or not self._committed.has_memory
+        await asyncio.to_thread(lease.check)
         self._committed = await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
         if is_first:
             await self._share(saved.ref)
-        self._staging.discard_changes(snapshot_id)
-        self._staged.discard(snapshot_id)
-        self._staging.keep_only({snapshot_id, *self._staged})
-        self._first_commit.set()
+
+    async def _forget_old(self) -> None:
+        """Apply the retention policy; not what the next snapshot is stored against, nor what is about to be."""
+        in_use = {point.snapshot_id for point in (self._committed, self._newest) if point is not None}
+        in_use |= {self._base.id} if self._base is not None else set()
+        try:
+            forgotten = await self._records.retain(self._retention, in_use=in_use, at_least=FORGOTTEN_AT_ONCE)
+        except Superseded:
+            raise
+        except TorporError as error:
+            logger.warning("no checkpoint was forgotten: %s", error)
+        else:
+            if forgotten:
+                crash_point("retention.forgotten")
 
     async def _share(self, ref: SnapshotRef) -> None:
         """Others may refer to it from now on. Whether they can is no matter of this session's."""

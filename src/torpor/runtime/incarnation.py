@@ -21,6 +21,7 @@ from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
 from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.tree import TreeIndex
 
 HELLO_DEADLINE_SECONDS = 30
@@ -74,6 +75,10 @@ class Incarnations:
         self._clock = clock
         self._slot: Sandbox | None = None
         self._slot_number = 0
+
+    def lease(self) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Hold it around `boot` and `restore`, from before the rows of their checkpoints are read."""
+        return self._store.lease()
 
     async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""

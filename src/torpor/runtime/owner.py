@@ -381,10 +381,12 @@ class Owner:
         """
         wait_status = await life.link.wait_exit()
         await self._checkpointer.settle()
-        final = await self._checkpointer.final_files(life)
         code = exit_code(wait_status)
         status = SessionStatus.SUCCEEDED if code == 0 else SessionStatus.FAILED
-        await self._records.end(status, code, final, describe_exit(wait_status))
+        async with self._checkpointer.lease() as lease:
+            final = await self._checkpointer.final_files(life, lease)
+            await asyncio.to_thread(lease.check)
+            await self._records.end(status, code, final, describe_exit(wait_status))
         crash_point("exit.committed")
         life.link.acknowledge_exit()
 

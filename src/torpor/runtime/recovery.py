@@ -90,7 +90,12 @@ class Ladder:
 
         Raises:
             SandboxFailed: `session_lost`: none does.
+            MachineUnfit: `storage_unreachable`: nobody can say.
         """
+        async with self._incarnations.lease():  # From before the rows are read: what they name stays until it is read.
+            return await self._climb(calls, reason)
+
+    async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
@@ -104,7 +109,10 @@ class Ladder:
             except Superseded:
                 raise
             except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
-                await self._rejected(mode, checkpoint, number, str(innermost(error)))
+                cause = innermost(error)
+                await self._rejected(mode, checkpoint, number, str(cause))
+                if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
+                    raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
             redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
             return Rung(

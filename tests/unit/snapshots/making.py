@@ -85,14 +85,17 @@ class World:
     ) -> SavedSnapshot:
         staging = self.fresh("staging")
         captured = capture(self.workspace, staging, index)
-        saved = (store or self.store).save(
-            image_dir=self.image,
-            workspace=captured,
-            parent=parent and parent.ref,
-            pins=pins or {},
-            snapshot_id=SnapshotId(f"snp_{name}"),
-            key=key,
-        )
+        store = store or self.store
+        with store.lease() as lease:
+            saved = store.save(
+                image_dir=self.image,
+                workspace=captured,
+                parent=parent and parent.ref,
+                pins=pins or {},
+                snapshot_id=SnapshotId(f"snp_{name}"),
+                key=key,
+                lease=lease,
+            )
         shutil.rmtree(staging)
         return saved
 

@@ -314,6 +314,7 @@ class TestUnchanged:
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
             key=KEY,
+            lease=world.store.lease(),
         )
         again = capture(world.workspace, world.fresh("staging"), first.tree)
         assert staged_names(again) == ({b"file"} if is_read else set())
@@ -402,6 +403,7 @@ class TestUnchanged:
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
             key=KEY,
+            lease=world.store.lease(),
         )
         assert (world.restored_workspace(saved) / "big").read_bytes() == at_the_cut
 
