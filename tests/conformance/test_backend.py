@@ -2,6 +2,8 @@
 
 import errno
 import os
+import random
+import secrets
 import shutil
 import stat
 import subprocess
@@ -11,17 +13,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
+from tests.seaweedfs import SeaweedFS
 from tests.unit.snapshots.making import tiny_disk_at
 
+from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit, NotFound
-from torpor.snapshots.backend import Backend, LocalDirectory
+from torpor.snapshots.backend import Backend, ByteRange, LocalDirectory
+from torpor.snapshots.object_store import ObjectStore
+from torpor.snapshots.probe import probe
 
 KEY = "packs/" + "ab" * 32
 
 
-@pytest.fixture(params=["local directory"])
-def backend(tmp_path: Path) -> Backend:
-    return LocalDirectory(tmp_path / "store")
+def local_directory(request: pytest.FixtureRequest) -> Backend:
+    return LocalDirectory(request.getfixturevalue("tmp_path") / "store")
+
+
+def memory(_: pytest.FixtureRequest) -> Backend:
+    store = MemoryStore()
+    return ObjectStore(reads=store, writes=store, name="memory", clock=SystemClock(), retry_seconds=1)
+
+
+def s3(request: pytest.FixtureRequest) -> Backend:
+    server: SeaweedFS = request.getfixturevalue("s3_server")
+    return server.backend(f"conformance/{secrets.token_hex(8)}/below")
+
+
+IMPLEMENTATIONS = {"local directory": local_directory, "obstore in memory": memory, "SeaweedFS": s3}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    opened = IMPLEMENTATIONS[request.param](request)
+    yield opened
+    opened.close()
 
 
 def test_get_returns_what_put_was_given(backend: Backend) -> None:
@@ -56,6 +82,42 @@ def test_get_range_gives_that_range_or_what_there_is_of_it(
     assert backend.get_range(KEY, start, length) == expected
 
 
+def test_ranges_come_in_the_order_they_were_asked_for(backend: Backend) -> None:
+    other = "packs/" + "cd" * 32
+    backend.put(KEY, b"0123456789")
+    backend.put(other, b"abcdef")
+    wanted = [ByteRange(KEY, 8, 9), ByteRange(other, 0, 3), ByteRange(KEY, 0, 2), ByteRange(other, 6, 1)]
+    assert list(backend.get_ranges(wanted)) == [b"89", b"abc", b"01", b""]
+    assert list(backend.get_ranges([])) == []
+
+
+def test_ranges_of_an_absent_object_are_not_found_where_they_stand(backend: Backend) -> None:
+    backend.put(KEY, b"0123456789")
+    pieces = backend.get_ranges([ByteRange(KEY, 0, 1), ByteRange("packs/absent", 0, 1), ByteRange(KEY, 1, 1)])
+    assert next(pieces) == b"0"
+    with pytest.raises(NotFound, match="packs/absent"):
+        next(pieces)
+
+
+def test_absent_tells_which_keys_do_not_exist(backend: Backend) -> None:
+    backend.put(KEY, b"x")
+    assert backend.absent([KEY, "packs/one", "manifests/two"]) == {"packs/one", "manifests/two"}
+    assert backend.absent([]) == set()
+
+
+def test_large_object_comes_back_whole(backend: Backend) -> None:
+    data = random.Random(1).randbytes(20_000_000)
+    backend.put(KEY, data)
+    assert backend.get(KEY) == data
+    assert backend.get_range(KEY, 17_000_000, 4_000_000) == data[17_000_000:]
+
+
+def test_store_that_keeps_the_promise_passes_the_probe_and_holds_nothing_of_it(backend: Backend) -> None:
+    backend.ready()
+    probe(backend)
+    assert backend.list("") == []
+
+
 def test_absent_object_is_not_found(backend: Backend) -> None:
     assert not backend.exists(KEY)
     for read in (lambda: backend.get(KEY), lambda: backend.get_range(KEY, 0, 1)):
@@ -86,8 +148,9 @@ def test_list_gives_keys_with_the_prefix_in_order(backend: Backend) -> None:
     "key", ["", "packs", "packs/../x", "../packs/xx", "packs/a/b", "Packs/aa", "partial/aa", "packs/"]
 )
 def test_malformed_keys_are_refused(backend: Backend, key: str) -> None:
-    with pytest.raises(ValueError, match="malformed"):
-        backend.put(key, b"x")
+    for use in (lambda: backend.put(key, b"x"), lambda: backend.get(key), lambda: backend.delete(key)):
+        with pytest.raises(ValueError, match="malformed"):
+            use()
 
 
 class TestLocalDirectory:
