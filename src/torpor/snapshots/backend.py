@@ -118,7 +118,7 @@ def open_backend(settings: StoreSettings, key: Secret | None, *, clock: Clock, s
     """
     if settings.url.startswith("file://"):
         return LocalDirectory(Path(settings.url.removeprefix("file://")), spare_bytes=spare_bytes)
-    from torpor.snapshots.object_store import open_object_store  # It takes as long to load as all the rest.
+    from torpor.snapshots.object_store import open_object_store  # Loaded by those who have one.
 
     return open_object_store(settings, key, clock=clock)
 
