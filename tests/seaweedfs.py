@@ -80,7 +80,7 @@ class SeaweedFS:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             # A health request: it is answered once the server has a leader and a volume to write to.
@@ -166,5 +166,6 @@ def _port_names() -> list[str]:
     return [f"{server}.port{kind}" for server in SERVERS for kind in ("", ".grpc")]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For a process that is about to become a server: it does not outlive a test run that is killed."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

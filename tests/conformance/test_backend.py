@@ -1,6 +1,7 @@
 """Every `Backend` keeps these promises. One fixture parameter for each implementation."""
 
 import errno
+import itertools
 import os
 import random
 import secrets
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from obstore.store import MemoryStore
+from tests.azurite import CONTAINER, Azurite, azurite
+from tests.e2e.clients.npm import NotInstallable
 from tests.seaweedfs import SeaweedFS
 from tests.unit.snapshots.making import tiny_disk_at
 
@@ -40,10 +43,26 @@ def s3(request: pytest.FixtureRequest) -> Backend:
     return server.backend(f"conformance/{secrets.token_hex(8)}/below")
 
 
-IMPLEMENTATIONS = {"local directory": local_directory, "obstore in memory": memory, "SeaweedFS": s3}
+def azure(request: pytest.FixtureRequest) -> Backend:
+    server: Azurite = request.getfixturevalue("azure_server")
+    return server.backend(f"{CONTAINER}/{secrets.token_hex(8)}/below")
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    try:
+        with azurite(tmp_path_factory.mktemp("azurite")) as server:
+            yield server
+    except NotInstallable as error:
+        pytest.skip(str(error))
+
+
+IMPLEMENTATIONS = {"local directory": local_directory, "obstore in memory": memory, "SeaweedFS": s3, "Azurite": azure}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.npm if name == "Azurite" else ()) for name in IMPLEMENTATIONS]
+)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     opened = IMPLEMENTATIONS[request.param](request)
     yield opened
@@ -249,6 +268,51 @@ except MachineUnfit as error:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout == "no_space []\n"
         assert list((root / "partial").iterdir()) == []
+
+    @pytest.mark.parametrize("call", ["open", "write", "fsync", "link", "mkdir"])
+    def test_no_space_at_any_step_of_a_put_leaves_a_whole_object_or_none(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        """Each step is refused once, at its first, second, ... pass, until a put comes through."""
+        real, refused_at, outcomes = getattr(os, call), itertools.count(1), list[str]()
+        while "stored" not in outcomes:
+            backend, passes, refused = LocalDirectory(root), itertools.count(1), next(refused_at)
+
+            def refuse(*arguments: object, **named: object) -> object:
+                if next(passes) == refused:  # noqa: B023
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*arguments, **named)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, call, refuse)
+                try:
+                    backend.put(KEY, b"all of it")
+                    outcomes.append("stored")
+                except MachineUnfit as error:
+                    outcomes.append(error.code)
+            assert list((root / "partial").iterdir()) == []
+            assert backend.list("") in ([], [KEY])
+            if backend.exists(KEY):
+                assert backend.get(KEY) == b"all of it"
+            shutil.rmtree(root)
+        assert set(outcomes) == {"no_space", "stored"}
+
+    def test_read_only_directory_is_told_of_and_can_be_read(self, tiny_disk: Path, tmp_path: Path) -> None:
+        LocalDirectory(tiny_disk / "store").put(KEY, b"x")
+        subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+        backend = LocalDirectory(tiny_disk / "store")
+        assert backend.get(KEY) == b"x"
+        assert backend.list("") == [KEY]
+        for use in (
+            lambda: backend.put("packs/other", b"y"),
+            lambda: backend.delete(KEY),
+            lambda: LocalDirectory(tiny_disk / "another store"),
+        ):
+            with pytest.raises(MachineUnfit, match="Read-only file system") as caught:
+                use()
+            assert caught.value.code == "storage_failed"
+            assert "read-only" in caught.value.hint
+        assert backend.get(KEY) == b"x"
 
     def test_other_refusals_of_the_system_are_storage_failed(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = LocalDirectory(root)

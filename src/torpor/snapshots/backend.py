@@ -164,7 +164,10 @@ def storage_errors(action: str) -> Generator[None]:
                 f"cannot {action}: {reason}",
                 hint="Free some disk space, or raise the quota, then try again.",
             ) from error
-        raise MachineUnfit("storage_failed", f"cannot {action}: {reason}") from error
+        hint = (
+            "Is the directory this user's, is its file system mounted read-only, and what says the kernel's log of it?"
+        )
+        raise MachineUnfit("storage_failed", f"cannot {action}: {reason}", hint=hint) from error
 
 
 class LocalDirectory:
