@@ -35,7 +35,7 @@ class Azurite:
     def backend(self, path: str) -> Backend:
         """A store at `CONTAINER/PREFIX`."""
         settings = StoreSettings(url=f"az://{ACCOUNT}/{path}", endpoint=self.endpoint, retry_seconds=20)
-        return open_backend(settings, Secret(KEY), clock=SystemClock())
+        return open_backend(settings, lambda: Secret(KEY), clock=SystemClock())
 
     def make_container(self) -> None:
         dated = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": API_VERSION}

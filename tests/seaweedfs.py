@@ -116,7 +116,7 @@ class SeaweedFS:
     def backend(self, path: str, **bounds: Any) -> Backend:
         """A store with these settings."""
         settings = self.settings(path, **bounds)
-        return open_backend(settings, Secret(KEY), clock=SystemClock())
+        return open_backend(settings, lambda: Secret(KEY), clock=SystemClock())
 
     def _waiting_client(self) -> S3Store:
         """One that asks again until a server that is about to start answers."""

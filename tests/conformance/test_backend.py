@@ -24,6 +24,7 @@ from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit, NotFound
 from torpor.snapshots.backend import Backend, ByteRange, LocalDirectory
 from torpor.snapshots.object_store import ObjectStore
+from torpor.snapshots.object_store_clients import Clients
 from torpor.snapshots.probe import probe
 
 KEY = "packs/" + "ab" * 32
@@ -35,7 +36,7 @@ def local_directory(request: pytest.FixtureRequest) -> Backend:
 
 def memory(_: pytest.FixtureRequest) -> Backend:
     store = MemoryStore()
-    return ObjectStore(reads=store, writes=store, name="memory", clock=SystemClock(), retry_seconds=1)
+    return ObjectStore(lambda: Clients(store, store), name="memory", clock=SystemClock(), retry_seconds=1)
 
 
 def s3(request: pytest.FixtureRequest) -> Backend:

@@ -287,7 +287,7 @@ class TestRefusals:
 
     def test_wrong_key_is_told_without_showing_it(self, s3_server: SeaweedFS, proxy: FaultProxy, path: str) -> None:
         settings = s3_server.settings(path, endpoint=proxy.endpoint)
-        backend = open_backend(settings, Secret("not-the-secret"), clock=SystemClock())
+        backend = open_backend(settings, lambda: Secret("not-the-secret"), clock=SystemClock())
         for use in (backend.ready, lambda: backend.get(NAME), lambda: backend.exists(NAME)):
             proxy.requests.clear()
             error = failure(use)
@@ -339,7 +339,7 @@ class TestProbe:
         self, unsigned: StoreSettings, proxy: FaultProxy
     ) -> None:
         proxy.strike(Rule(fault=Fault.STRIP_CONDITION, method="PUT"))
-        backend = open_backend(unsigned, None, clock=SystemClock())
+        backend = open_backend(unsigned, lambda: None, clock=SystemClock())
         for use in (backend.ready, lambda: backend.put(NAME, DATA), lambda: backend.put(NAME, DATA)):
             error = failure(use)
             assert isinstance(error, MachineUnfit)
@@ -349,7 +349,7 @@ class TestProbe:
         assert backend.list("") == []
 
     def test_passes_the_same_store_once_it_heeds_the_condition(self, unsigned: StoreSettings) -> None:
-        backend = open_backend(unsigned, None, clock=SystemClock())
+        backend = open_backend(unsigned, lambda: None, clock=SystemClock())
         backend.ready()
         assert backend.put(NAME, DATA) is True
 
@@ -381,7 +381,7 @@ class TestProbe:
             "import sys; from torpor.config import Secret, StoreSettings; from torpor.core.clock import SystemClock\n"
             "from torpor.snapshots.backend import open_backend\n"
             "settings = StoreSettings(url=sys.argv[1], endpoint=sys.argv[2], key_id=sys.argv[3])\n"
-            f"open_backend(settings, Secret({KEY!r}), clock=SystemClock()).put({NAME!r}, b'x')\n"
+            f"open_backend(settings, lambda: Secret({KEY!r}), clock=SystemClock()).put({NAME!r}, b'x')\n"
         )
         command = [sys.executable, "-c", program, f"s3://{path}", s3_server.endpoint, KEY_ID]
         environment = {**os.environ, "TORPOR_CRASH_POINT": "store.probe_created"}
@@ -405,7 +405,7 @@ class TestKey:
     ) -> None:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
-        open_backend(settings, None, clock=SystemClock()).ready()
+        open_backend(settings, lambda: None, clock=SystemClock()).ready()
 
     def test_that_is_given_stands_apart_from_the_environment(
         self, s3_server: SeaweedFS, path: str, monkeypatch: pytest.MonkeyPatch
@@ -434,7 +434,7 @@ class TestKey:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", proxy.endpoint)
         proxy.strike(Rule(fault=Fault.REFUSE, status=404))
-        error = failure(open_backend(settings, None, clock=SystemClock()).ready)
+        error = failure(open_backend(settings, lambda: None, clock=SystemClock()).ready)
         assert error.code == "storage_failed"
         assert "no key is configured" in str(error)
 

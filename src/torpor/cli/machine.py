@@ -58,7 +58,7 @@ def doctor(json: Annotated[bool, JSON] = False) -> None:
     clock = SystemClock()
     home = Home(torpor_home(os.environ))
     home.prepare()
-    store = asyncio.run(examine_store(read_store(home.root, os.environ), clock))
+    store = examine_store(read_store(home.root, os.environ), clock)
     try:
         runsc = find_runsc(home.tools, os.environ, clock)
     except MachineUnfit as unfit:

@@ -36,10 +36,11 @@ from torpor.runtime.home import Home
 from torpor.runtime.records import Records
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
-from torpor.runtime.storage import Storage
+from torpor.runtime.storage import open_configured, ready_or_down
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
@@ -80,7 +81,7 @@ class Runtime:
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         database: Database,
-        storage: Storage,
+        backend: Backend,
         clock: Clock,
     ) -> None:
         self.home = home
@@ -88,7 +89,8 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.storage = storage
+        self.backend = backend
+        self.store = SnapshotStore(backend, clock=clock)
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
@@ -107,7 +109,7 @@ class Runtime:
             bytes_max = read_workspace_bytes_max(self.home.root)
             await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
-        store = await self.storage.ready()
+        await asyncio.to_thread(self.backend.ready)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         session = await self.database.write(
@@ -121,7 +123,7 @@ class Runtime:
             ),
             durable=True,
         )
-        seed = await asyncio.to_thread(self._seed, store, session, source, inside)
+        seed = await asyncio.to_thread(self._seed, session, source, inside)
         await self.database.write(
             lambda tx: checkpoints.commit(
                 tx,
@@ -167,13 +169,13 @@ class Runtime:
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-        store = await self.storage.ready_or_down(watcher.notice)
+        await ready_or_down(self.backend, watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, store, watcher, let_go=let_go)
+            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -197,16 +199,16 @@ class Runtime:
         """Lay the session's newest checkpointed workspace over a directory."""
         point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
-        store = await self.storage.open()
-        return await asyncio.to_thread(store.export_workspace, point.snapshot_id, point.manifest_digest, destination)
+        return await asyncio.to_thread(
+            self.store.export_workspace, point.snapshot_id, point.manifest_digest, destination
+        )
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
-        store = await self.storage.open()
         return await asyncio.to_thread(
-            store.diff,
+            self.store.diff,
             (first.snapshot_id, first.manifest_digest),
             (last.snapshot_id, last.manifest_digest),
         )
@@ -269,7 +271,7 @@ class Runtime:
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         staging = Staging(self.home.root, session.session_id)
-        await self._incarnations(session, runsc, await self.storage.open(), staging).sweep(keep=None)
+        await self._incarnations(session, runsc, staging).sweep(keep=None)
         staging.clear()
 
     async def add_to_budget(
@@ -317,14 +319,7 @@ class Runtime:
         )
 
     def _owner(
-        self,
-        records: Records,
-        session: sessions.Session,
-        runsc: Runsc,
-        store: SnapshotStore,
-        watcher: "Watcher",
-        *,
-        let_go: bool,
+        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
     ) -> "Owner":
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
@@ -335,7 +330,7 @@ class Runtime:
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
-        incarnations = self._incarnations(session, runsc, store, staging)
+        incarnations = self._incarnations(session, runsc, staging)
 
         async def on_call(_call_id: CallId) -> None:
             await checkpointer.take("call")
@@ -356,7 +351,7 @@ class Runtime:
         )
         checkpointer = Checkpointer(
             records=records,
-            store=store,
+            store=self.store,
             staging=staging,
             gateway=gateway,
             clock=self.clock,
@@ -375,9 +370,7 @@ class Runtime:
             watcher=watcher,
         )
 
-    def _incarnations(
-        self, session: sessions.Session, runsc: Runsc, store: SnapshotStore, staging: Staging
-    ) -> "Incarnations":
+    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
         from torpor.runtime.incarnation import Incarnations
 
         return Incarnations(
@@ -385,7 +378,7 @@ class Runtime:
             session_id=session.session_id,
             spec=msgspec.convert(session.spec, SessionSpec),
             driver=self.driver(runsc),
-            store=store,
+            store=self.store,
             staging=staging,
             clock=self.clock,
         )
@@ -420,9 +413,7 @@ class Runtime:
             on_divergence=request.on_divergence,
         )
 
-    def _seed(
-        self, store: SnapshotStore, session: sessions.Session, source: Path, environments: tuple[bytes, ...]
-    ) -> Checkpoint:
+    def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
         from torpor.runtime.checkpointing import files_checkpoint
 
@@ -436,7 +427,7 @@ class Runtime:
             leave_out=lambda path: workspaces.left_out(path, environments),
             clock=self.clock,
         )
-        saved = store.save(
+        saved = self.store.save(
             image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
         )
         shutil.rmtree(scratch)
@@ -467,13 +458,14 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
-    storage = Storage(read_store(home.root, environment), clock)
+    settings = read_store(home.root, environment)
     home.prepare()
+    backend = open_configured(settings, clock)
     database = await open_database(home.database_url, clock=clock)
     try:
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, storage=storage, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, backend=backend, clock=clock)
     finally:
-        storage.close()
+        backend.close()
         await database.close()
 
 

@@ -105,22 +105,24 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(settings: StoreSettings, key: Secret | None, *, clock: Clock, spare_bytes: int = 0) -> Backend:
-    """The backend that the settings' URL names. Only a local directory is touched: see `Backend.ready`.
+def open_backend(
+    settings: StoreSettings, read_key: Callable[[], Secret | None], *, clock: Clock, spare_bytes: int = 0
+) -> Backend:
+    """The backend that the settings' URL names. Only a local directory is touched.
 
     Args:
-        key: what `settings.key` gave.
+        read_key: gives what `settings.key` names; asked once, on a worker thread, before the first request. What it
+            raises, and `config_invalid` for a key that is none, comes from the method that needed it.
         spare_bytes: see `LocalDirectory`.
 
     Raises:
-        InvalidInput: `config_invalid`.
         MachineUnfit: `storage_failed`, the directory can't be made.
     """
     if settings.url.startswith("file://"):
         return LocalDirectory(Path(settings.url.removeprefix("file://")), spare_bytes=spare_bytes)
     from torpor.snapshots.object_store import open_object_store  # Loaded by those who have one.
 
-    return open_object_store(settings, key, clock=clock)
+    return open_object_store(settings, read_key, clock=clock)
 
 
 def check_key(key: str) -> str:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -18,19 +18,14 @@ from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, NotFound
 from torpor.snapshots.backend import ByteRange, check_key, read_ahead
-from torpor.snapshots.object_store_clients import make_client
+from torpor.snapshots.object_store_clients import Clients, make_clients
 from torpor.snapshots.object_store_trouble import NotSettledError, Trouble, trouble_of
 from torpor.snapshots.probe import probe
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore as Client
 
 _T = TypeVar("_T")
 
 THREADS = 16
 """Requests at a time of one reader: the wait for an answer is what takes time, not this machine."""
-SILENCE_SECONDS = 20.0
-"""How long a store may send nothing amid an answer. Not for writes: it answers them when it has everything."""
 READY_SECONDS = 10.0
 """For how long `ready` tries: somebody waits for it."""
 FIRST_PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.2, 5.0
@@ -39,27 +34,18 @@ FIRST_PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.2, 5.0
 class ObjectStore:
     """A bucket, or the part of one below a prefix."""
 
-    def __init__(
-        self,
-        *,
-        reads: "Client",
-        writes: "Client",
-        name: str,
-        clock: Clock,
-        retry_seconds: float,
-        is_probed: bool = False,
-    ) -> None:
+    def __init__(self, connect: Callable[[], Clients], *, name: str, clock: Clock, retry_seconds: float) -> None:
         """Args:
-        reads, writes: clients of the same bucket and prefix that send nothing again by themselves.
-        is_probed: the first `put` does not try whether the store keeps its promise.
+        connect: called once, before the first request.
         """
-        self._reads = reads
-        self._writes = writes
+        self._connect = connect
+        self._connecting = threading.Lock()
+        self._connected: Clients | None = None
         self._name = name
         self._clock = clock
         self._retry_seconds = retry_seconds
         self._probing = threading.Lock()
-        self._is_probed = is_probed
+        self._is_probed = False
         self._closed = threading.Event()
 
     @property
@@ -77,7 +63,7 @@ class ObjectStore:
         def create() -> bool:
             nonlocal may_be_there
             try:
-                obstore.put(self._writes, key, data, mode="create", use_multipart=False)
+                obstore.put(self._clients().writes, key, data, mode="create", use_multipart=False)
             except AlreadyExistsError as error:
                 return self._is_ours(key, data if may_be_there else None, error)
             except BaseError:
@@ -89,7 +75,7 @@ class ObjectStore:
 
     def get(self, key: str) -> bytes:
         check_key(key)
-        return self._insist(f"read object {key}", lambda: obstore.get(self._reads, key).bytes().to_bytes())
+        return self._insist(f"read object {key}", lambda: obstore.get(self._clients().reads, key).bytes().to_bytes())
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_key(key)
@@ -97,11 +83,11 @@ class ObjectStore:
         def read() -> bytes:
             if length > 0:
                 try:
-                    return obstore.get_range(self._reads, key, start=start, length=length).to_bytes()
+                    return obstore.get_range(self._clients().reads, key, start=start, length=length).to_bytes()
                 except BaseError as error:
                     if not trouble_of(error).is_outside:
                         raise
-            obstore.head(self._reads, key)  # Nothing of nothing is not found.
+            obstore.head(self._clients().reads, key)  # Nothing of nothing is not found.
             return b""
 
         return self._insist(f"read object {key}", read)
@@ -114,7 +100,7 @@ class ObjectStore:
 
         def look() -> bool:
             try:
-                obstore.head(self._reads, key)
+                obstore.head(self._clients().reads, key)
             except FileNotFoundError:
                 return self._is_there(key)
             return True
@@ -131,7 +117,7 @@ class ObjectStore:
 
         def remove() -> None:
             try:
-                obstore.delete(self._writes, key)
+                obstore.delete(self._clients().writes, key)
             except FileNotFoundError as error:
                 if not trouble_of(error).is_absent:
                     raise
@@ -144,7 +130,7 @@ class ObjectStore:
 
         def look() -> list[str]:
             # Its other overload, which nobody asks for, has the types of a package that is not installed.
-            pages = obstore.list(self._reads, prefix=kind if slash else None)  # pyright: ignore[reportUnknownMemberType]
+            pages = obstore.list(self._clients().reads, prefix=kind if slash else None)  # pyright: ignore[reportUnknownMemberType]
             return sorted(entry["path"] for page in pages for entry in page if entry["path"].startswith(prefix))
 
         return self._insist("list objects", look)
@@ -152,12 +138,19 @@ class ObjectStore:
     def close(self) -> None:
         self._closed.set()
 
+    def _clients(self) -> Clients:
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._connect()
+            return self._connected
+
     def _probe(self, patience_seconds: float) -> None:
         """Once, before the first write: a store that breaks the promise gets no object to overwrite."""
         if self._is_probed:
             return
         with self._probing:
             if not self._is_probed:
+                self._clients()  # What the copy has is its own.
                 trying = copy(self)
                 trying._is_probed, trying._retry_seconds = True, patience_seconds
                 probe(trying)
@@ -171,8 +164,8 @@ class ObjectStore:
         """
         try:
             if sent_before is not None:
-                return obstore.get(self._reads, key).bytes().to_bytes() == sent_before
-            obstore.head(self._reads, key)
+                return obstore.get(self._clients().reads, key).bytes().to_bytes() == sent_before
+            obstore.head(self._clients().reads, key)
         except FileNotFoundError:
             # S3 refuses with 409 while another writer is under way, who may yet fail.
             raise NotSettledError from refusal
@@ -181,7 +174,7 @@ class ObjectStore:
     def _is_there(self, key: str) -> bool:
         """Ask again, in a way that gets an answer with words in it: is it the object that is missing, or the bucket?"""
         try:
-            obstore.get(self._reads, key).bytes()
+            obstore.get(self._clients().reads, key).bytes()
         except FileNotFoundError as error:
             if trouble_of(error).is_absent:
                 return False
@@ -225,16 +218,11 @@ def _pause_seconds(number: int) -> float:
     return min(PAUSE_SECONDS_MAX, FIRST_PAUSE_SECONDS * 2 ** min(number, 20)) * random.uniform(0.75, 1.0)
 
 
-def open_object_store(settings: StoreSettings, key: Secret | None, *, clock: Clock) -> ObjectStore:
-    """Nothing is asked of the store yet.
-
-    Raises:
-        InvalidInput: `config_invalid`.
-    """
+def open_object_store(settings: StoreSettings, read_key: Callable[[], Secret | None], *, clock: Clock) -> ObjectStore:
+    """See `backend.open_backend`."""
     at = f" at {settings.endpoint}" if settings.endpoint else ""
     return ObjectStore(
-        reads=make_client(settings, key, silence_seconds=SILENCE_SECONDS),
-        writes=make_client(settings, key, silence_seconds=None),
+        lambda: make_clients(settings, read_key()),
         name=f"{settings.url}{at}",
         clock=clock,
         retry_seconds=settings.retry_seconds,
