@@ -22,7 +22,7 @@ from tests.unit.snapshots.making import tiny_disk_at
 
 from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit, NotFound
-from torpor.snapshots.backend import Backend, ByteRange, LocalDirectory
+from torpor.snapshots.backend import Backend, LocalDirectory
 from torpor.snapshots.object_store import ObjectStore
 from torpor.snapshots.object_store_clients import Clients
 from torpor.snapshots.probe import probe
@@ -100,23 +100,6 @@ def test_get_range_gives_that_range_or_what_there_is_of_it(
 ) -> None:
     backend.put(KEY, b"0123456789")
     assert backend.get_range(KEY, start, length) == expected
-
-
-def test_ranges_come_in_the_order_they_were_asked_for(backend: Backend) -> None:
-    other = "packs/" + "cd" * 32
-    backend.put(KEY, b"0123456789")
-    backend.put(other, b"abcdef")
-    wanted = [ByteRange(KEY, 8, 9), ByteRange(other, 0, 3), ByteRange(KEY, 0, 2), ByteRange(other, 6, 1)]
-    assert list(backend.get_ranges(wanted)) == [b"89", b"abc", b"01", b""]
-    assert list(backend.get_ranges([])) == []
-
-
-def test_ranges_of_an_absent_object_are_not_found_where_they_stand(backend: Backend) -> None:
-    backend.put(KEY, b"0123456789")
-    pieces = backend.get_ranges([ByteRange(KEY, 0, 1), ByteRange("packs/absent", 0, 1), ByteRange(KEY, 1, 1)])
-    assert next(pieces) == b"0"
-    with pytest.raises(NotFound, match="packs/absent"):
-        next(pieces)
 
 
 def test_absent_tells_which_keys_do_not_exist(backend: Backend) -> None:

@@ -24,7 +24,7 @@ from torpor.config import Secret, StoreSettings
 from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit, NotFound, TorporError
 from torpor.snapshots import object_store
-from torpor.snapshots.backend import AHEAD_BYTES_MAX, Backend, ByteRange, open_backend, read_ahead
+from torpor.snapshots.backend import Backend, open_backend
 from torpor.snapshots.store import SnapshotStore
 
 T = TypeVar("T")
@@ -160,7 +160,6 @@ class TestRead:
         for read, expected in (
             (lambda: backend.get(NAME), DATA),
             (lambda: backend.get_range(NAME, 1000, 200_000), DATA[1000:201_000]),
-            (lambda: list(backend.get_ranges([ByteRange(NAME, 5, 5), ByteRange(NAME, 0, 5)])), [DATA[5:10], DATA[:5]]),
             (lambda: backend.exists(NAME), True),
             (lambda: backend.list("packs/"), [NAME]),
             (lambda: backend.absent([NAME, OTHER]), {OTHER}),
@@ -185,32 +184,19 @@ class TestRead:
         if fault is not Fault.TEAR_ANSWER:
             assert failure(lambda: impatient.exists(NAME)).code == "storage_unreachable"
 
-    def test_ranges_are_fetched_at_the_same_time(self, backend: Backend, direct: Backend, proxy: FaultProxy) -> None:
+    def test_reads_of_several_threads_go_on_at_the_same_time(
+        self, backend: Backend, direct: Backend, proxy: FaultProxy
+    ) -> None:
         direct.put(NAME, DATA)
-        proxy.strike(Rule(fault=Fault.MEET, method="GET", meet=object_store.THREADS, times=object_store.THREADS))
-        ranges = [ByteRange(NAME, start, 1000) for start in range(0, 32_000, 1000)]
-        assert b"".join(backend.get_ranges(ranges)) == DATA[:32_000]
+        proxy.strike(Rule(fault=Fault.MEET, method="GET", meet=8, times=8))
+        with ThreadPoolExecutor(8) as threads:
+            pieces = threads.map(lambda start: backend.get_range(NAME, start, 1000), range(0, 32_000, 1000))
+        assert b"".join(pieces) == DATA[:32_000]
 
     def test_packs_are_looked_for_at_the_same_time(self, backend: Backend, proxy: FaultProxy) -> None:
         proxy.strike(Rule(fault=Fault.MEET, method="HEAD", meet=object_store.THREADS, times=object_store.THREADS))
         names = {f"packs/{number:064x}" for number in range(20)}
         assert backend.absent(names) == names
-
-
-def test_what_is_fetched_ahead_is_bounded_and_is_given_up_with_its_reader() -> None:
-    piece = AHEAD_BYTES_MAX // 4
-    asked: list[int] = []
-
-    def get_range(_: str, start: int, __: int) -> bytes:
-        asked.append(start)
-        return b""
-
-    pieces = read_ahead(get_range, (ByteRange(NAME, number, piece) for number in range(100)), threads=8)
-    for taken in range(1, 11):
-        next(pieces)
-        assert len(asked) <= taken + 4
-    pieces.close()  # type: ignore[attr-defined]
-    assert len(asked) <= 15
 
 
 class TestDown:

@@ -11,11 +11,9 @@ import os
 import re
 import secrets
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
@@ -24,20 +22,12 @@ from torpor.core.errors import MachineUnfit, NotFound
 
 _KEY = re.compile(r"[a-z]+/[a-z0-9_]{2,128}")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_THREADS = 2
-AHEAD_BYTES_MAX = 64 * 1024 * 1024
-
-
-class ByteRange(NamedTuple):
-    """`length` bytes of an object, from `start` on."""
-
-    key: str
-    start: int
-    length: int
 
 
 class Backend(Protocol):
-    """Keys are `kind/name` in lower-case letters, digits and underscores. Safe to use from several threads.
+    """Keys are `kind/name` in lower-case letters, digits and underscores.
+
+    Safe to use from several threads, which is how much is read quickly: no thread holds up another's request.
 
     Raises (from every method):
         MachineUnfit: `storage_failed`; of an object store also `storage_unreachable`, after it tried for a while.
@@ -73,13 +63,6 @@ class Backend(Protocol):
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`, fewer where the object ends. Raises NotFound (object_not_found)."""
-        ...
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        """What `get_range` gives for each, in order: fetched ahead, as many at a time as the store does well with.
-
-        At most AHEAD_BYTES_MAX bytes (or one range) are fetched and not taken. Close it to give up before its end.
-        """
         ...
 
     def exists(self, key: str) -> bool: ...
@@ -130,27 +113,6 @@ def check_key(key: str) -> str:
     if not _KEY.fullmatch(key) or key.startswith("partial/"):
         raise ValueError(f"malformed object key {key!r}")
     return key
-
-
-def read_ahead(
-    get_range: Callable[[str, int, int], bytes], ranges: Iterable[ByteRange], *, threads: int
-) -> Iterator[bytes]:
-    """`Backend.get_ranges` on threads of its own."""
-    ahead: deque[tuple[int, Future[bytes]]] = deque()
-    bytes_ahead = 0
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-    try:
-        for wanted in ranges:
-            while ahead and bytes_ahead + wanted.length > AHEAD_BYTES_MAX:
-                length, job = ahead.popleft()
-                yield job.result()
-                bytes_ahead -= length
-            ahead.append((wanted.length, pool.submit(get_range, *wanted)))
-            bytes_ahead += wanted.length
-        while ahead:
-            yield ahead.popleft()[1].result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -219,9 +181,6 @@ class LocalDirectory:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._open_object(key) as descriptor:
             return _read(descriptor, start, length)
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        return read_ahead(self.get_range, ranges, threads=_DISK_THREADS)
 
     def exists(self, key: str) -> bool:
         with storage_errors(f"look for object {key}"):

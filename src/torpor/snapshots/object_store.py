@@ -6,7 +6,7 @@ again can meet its own first try. What a crash leaves is in docs/snapshot-format
 
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import TypeVar
@@ -17,7 +17,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, NotFound
-from torpor.snapshots.backend import ByteRange, check_key, read_ahead
+from torpor.snapshots.backend import check_key
 from torpor.snapshots.object_store_clients import Clients, make_clients
 from torpor.snapshots.object_store_trouble import NotSettledError, Trouble, trouble_of
 from torpor.snapshots.probe import probe
@@ -25,7 +25,7 @@ from torpor.snapshots.probe import probe
 _T = TypeVar("_T")
 
 THREADS = 16
-"""Requests at a time of one reader: the wait for an answer is what takes time, not this machine."""
+"""Of a question about many objects: the wait for an answer is what takes time, not this machine."""
 READY_SECONDS = 10.0
 """For how long `ready` tries: somebody waits for it."""
 FIRST_PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.2, 5.0
@@ -91,9 +91,6 @@ class ObjectStore:
             return b""
 
         return self._insist(f"read object {key}", read)
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        return read_ahead(self.get_range, ranges, threads=THREADS)
 
     def exists(self, key: str) -> bool:
         check_key(key)

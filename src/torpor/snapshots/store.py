@@ -114,7 +114,8 @@ class SnapshotStore:
         started = self._clock.monotonic()
         _check_parent(workspace, parent, snapshot_id)
         before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
-        present = [self._backend.exists(ref.key) for ref in before.pages.packs]
+        absent = self._backend.absent(ref.key for ref in before.pages.packs)
+        present = [ref.key not in absent for ref in before.pages.packs]
         pages = PageWriter(self._backend, before.pages, present)
         objects = ObjectWriter(self._backend, places_of_objects(before.object_packs))
         whole = _store_files(image_dir, paged_files, pages, objects)
@@ -218,9 +219,8 @@ class SnapshotStore:
             return _NO_INDEXES, ""
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
-            for pack in indexes.object_packs:
-                if not self._backend.exists(pack.ref.key):
-                    raise missing(pack.ref.key)
+            for key in self._backend.absent(pack.ref.key for pack in indexes.object_packs):
+                raise missing(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
