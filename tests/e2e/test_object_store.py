@@ -81,6 +81,12 @@ def check_every_checkpoint_is_whole(made: Stage, backend: Backend) -> int:
     return len(points)
 
 
+def staged_of(made: Stage) -> Path:
+    """The images of its newest checkpoints, in memory: with them a session may go on without its store."""
+    session = made.rows("ls")[0]["session"]
+    return next(Path("/dev/shm").glob(f"torpor-*/{session}"))
+
+
 def report_of(made: Stage) -> dict[str, object]:
     return json.loads(made.torpor("output", "one").stdout.rpartition("[report] ")[2])
 
@@ -160,6 +166,24 @@ def test_a_session_whose_store_is_down_waits_for_it_and_is_not_lost(
     assert remote.torpor("resume", "one").returncode == 0
     assert report_of(remote) == WHOLE
     assert check_every_checkpoint_is_whole(remote, direct) > TURNS
+    check_nothing_left(remote)
+
+
+def test_a_sleeping_session_that_cannot_be_woken_sleeps_on(remote: Stage, direct: Backend, proxy: FaultProxy) -> None:
+    node = remote.node(*RUN_AGENT)
+    log = remote.follow("one")
+    log.wait("call.answering", 3)
+    log.close()
+    remote.torpor("stop", "one")
+    node.wait()
+    shutil.rmtree(staged_of(remote))
+    proxy.down()
+    assert remote.torpor("resume", "one", check=False).returncode == 69
+    assert remote.rows("ls")[0]["status"] == "asleep"
+    proxy.up()
+    assert remote.torpor("resume", "one").returncode == 0
+    assert report_of(remote) == WHOLE
+    check_every_checkpoint_is_whole(remote, direct)
     check_nothing_left(remote)
 
 

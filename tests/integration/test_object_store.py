@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import obstore
 import pytest
 from tests.fault_proxy import Fault, FaultProxy, Rule
 from tests.seaweedfs import KEY, KEY_ID, OPEN_BUCKET, SeaweedFS
@@ -251,6 +252,16 @@ class TestDown:
         error = put.exception(PATIENCE_SECONDS)
         assert isinstance(error, MachineUnfit)
         assert error.code == "storage_unreachable"
+
+
+def test_what_others_keep_in_the_bucket_is_not_listed(s3_server: SeaweedFS) -> None:
+    bucket = f"shared-{secrets.token_hex(6)}"
+    backend = s3_server.backend(bucket)
+    backend.put(NAME, DATA)
+    for path in ("README", "photos/A Cat.jpg", "packs/deeper/one", "packs/UPPER"):
+        obstore.put(backend._clients().writes, path, b"theirs")
+    assert backend.list("") == [NAME]
+    assert backend.list("packs/") == [NAME]
 
 
 def test_listing_that_comes_late_decides_nothing(backend: Backend, proxy: FaultProxy) -> None:

@@ -108,9 +108,13 @@ def open_backend(
     return open_object_store(settings, read_key, clock=clock)
 
 
+def is_key(text: str) -> bool:
+    return _KEY.fullmatch(text) is not None and not text.startswith("partial/")
+
+
 def check_key(key: str) -> str:
     """Refuse what is no object's key; gives it back."""
-    if not _KEY.fullmatch(key) or key.startswith("partial/"):
+    if not is_key(key):
         raise ValueError(f"malformed object key {key!r}")
     return key
 

@@ -17,7 +17,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, NotFound
-from torpor.snapshots.backend import check_key
+from torpor.snapshots.backend import check_key, is_key
 from torpor.snapshots.object_store_clients import Clients, make_clients
 from torpor.snapshots.object_store_trouble import NotSettledError, Trouble, trouble_of
 from torpor.snapshots.probe import probe
@@ -122,13 +122,15 @@ class ObjectStore:
         self._insist(f"delete object {key}", remove)
 
     def list(self, prefix: str) -> list[str]:
-        # A client's prefix is whole names between slashes, so names that only begin so are picked out here.
+        # A client's prefix is whole names between slashes, so names that only begin so are picked out here. What is no
+        # key is somebody else's.
         kind, slash, _ = prefix.partition("/")
 
         def look() -> list[str]:
             # Its other overload, which nobody asks for, has the types of a package that is not installed.
             pages = obstore.list(self._clients().reads, prefix=kind if slash else None)  # pyright: ignore[reportUnknownMemberType]
-            return sorted(entry["path"] for page in pages for entry in page if entry["path"].startswith(prefix))
+            paths = (entry["path"] for page in pages for entry in page)
+            return sorted(path for path in paths if path.startswith(prefix) and is_key(path))
 
         return self._insist("list objects", look)
 
