@@ -447,9 +447,8 @@ def _checked_url(whose: str, text: str) -> str:
     return text.rstrip("/")
 
 
-_STORE_URL = re.compile(
-    r"file:///.+|(?:s3|gs)://[a-z0-9._-]+(?:/[A-Za-z0-9._=-]+)*|az://[a-z0-9]+(?:/[A-Za-z0-9._=-]+)+"
-)
+_SEGMENT = r"/[A-Za-z0-9_=-][A-Za-z0-9._=-]*"
+_STORE_URL = re.compile(rf"file:///.+|(?:s3|gs)://[a-z0-9._-]+(?:{_SEGMENT})*|az://[a-z0-9]+(?:{_SEGMENT})+")
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 _PREFIXES_TAKEN = ("/v1", "/v1beta", "/v1alpha", "/torpor", "/mcp")
 """What the first segment of a prefix can't be: addresses of the gateway's own."""

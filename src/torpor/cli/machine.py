@@ -54,19 +54,18 @@ def setup(
 
 
 def doctor(json: Annotated[bool, JSON] = False) -> None:
-    """Boot a sandbox, checkpoint, kill and restore it, relay a request, try the snapshot store; explain what fails."""
+    """Try the snapshot store; boot a sandbox, checkpoint, kill and restore it, relay a request; explain what fails."""
     clock = SystemClock()
     home = Home(torpor_home(os.environ))
     home.prepare()
-    settings = read_store(home.root, os.environ)
+    store = examine_store(read_store(home.root, os.environ), clock)
     try:
         runsc = find_runsc(home.tools, os.environ, clock)
     except MachineUnfit as unfit:
         findings = [Finding(check="runsc", ok=False, detail=str(unfit), remedy=unfit.hint), *look_around(clock)]
     else:
         findings = asyncio.run(examine(home.root, runsc, home.init_directory(), clock))
-    findings.append(asyncio.run(examine_store(settings, clock)))
-    _report(findings, as_json=json, quiet=False)
+    _report([store, *findings], as_json=json, quiet=False)
 
 
 def _report(findings: list[Finding], *, as_json: bool, quiet: bool) -> None:

@@ -46,18 +46,33 @@ async def read_key(source: KeySource, clock: Clock) -> Secret | None:
     Raises:
         NoKeyError: one is, and is not there.
     """
-    if source.command:
-        return await _output_of(source.command, clock)
+    if not source.command:
+        return _value(source)
+    try:
+        finished = await process.run(source.command, deadline_seconds=COMMAND_SECONDS, clock=clock, check=False)
+    except TorporError as error:
+        raise NoKeyError(f"its key_command could not be run ({error.code})") from error
+    return _output(finished)
+
+
+def read_key_blocking(source: KeySource, clock: Clock) -> Secret | None:
+    """`read_key` for a thread of its own."""
+    if not source.command:
+        return _value(source)
+    try:
+        finished = process.run_blocking(source.command, deadline_seconds=COMMAND_SECONDS, clock=clock, check=False)
+    except TorporError as error:
+        raise NoKeyError(f"its key_command could not be run ({error.code})") from error
+    return _output(finished)
+
+
+def _value(source: KeySource) -> Secret | None:
     if source.value is None and source.environment is not None:
         raise NoKeyError(f"the variable {source.environment} is not set")
     return source.value
 
 
-async def _output_of(command: tuple[str, ...], clock: Clock) -> Secret:
-    try:
-        finished = await process.run(command, deadline_seconds=COMMAND_SECONDS, clock=clock, check=False)
-    except TorporError as error:
-        raise NoKeyError(f"its key_command could not be run ({error.code})") from error
+def _output(finished: process.Finished) -> Secret:
     key = finished.stdout.decode("utf-8", "replace").strip()
     if finished.exit_status or not key:
         raise NoKeyError(f"its key_command ended with status {finished.exit_status} and no key")

@@ -16,7 +16,7 @@ from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
+from torpor.core.errors import InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
@@ -171,6 +171,10 @@ class Owner:
             await self._records.set_status(SessionStatus.RECOVERING, reason)
         try:
             return await self._ladder.restore(await self._records.calls(), reason)
+        except MachineUnfit as error:
+            if session.status is SessionStatus.ASLEEP:
+                await self._records.set_status(SessionStatus.ASLEEP, str(error))
+            raise
         except SandboxFailed as error:
             if error.code == "session_lost":
                 await self._records.set_status(SessionStatus.RECOVERING, reason)

@@ -42,10 +42,11 @@ from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
-from torpor.runtime.storage import Storage
+from torpor.runtime.storage import open_configured, ready_or_down
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.shared import drop_shared
@@ -88,7 +89,7 @@ class Runtime:
         prices: Sequence[PriceRule],
         retention: RetentionPolicy,
         database: Database,
-        storage: Storage,
+        backend: Backend,
         stores: SessionStores,
         clock: Clock,
     ) -> None:
@@ -98,7 +99,7 @@ class Runtime:
         self.retention = retention
         self.database = database
         self.clock = clock
-        self.storage = storage
+        self.backend = backend
         self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
@@ -118,7 +119,7 @@ class Runtime:
             bytes_max = read_workspace_bytes_max(self.home.root)
             await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
-        await self.storage.ready()
+        await asyncio.to_thread(self.backend.ready)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         key, kept = (await self.stores.keyring(anew=True)).new_session_key(session_id)
@@ -185,7 +186,7 @@ class Runtime:
             )
         store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-        await self.storage.ready_or_down(watcher.notice)
+        await ready_or_down(self.backend, watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             seen = await self.session(session_id)
@@ -468,9 +469,10 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
-    storage, retention = Storage(read_store(home.root, environment), clock), read_retention(home.root)
+    settings, retention = read_store(home.root, environment), read_retention(home.root)
     home.prepare()
-    database = await open_database(home.database_url, clock=clock, blobs=await storage.blobs())
+    backend = open_configured(settings, clock)
+    database = await open_database(home.database_url, clock=clock, blobs=backend)
     try:
         yield Runtime(
             home=home,
@@ -478,12 +480,12 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
             prices=prices,
             retention=retention,
             database=database,
-            storage=storage,
-            stores=SessionStores(home, storage, database, MasterKeys(home.keys, environment), clock),
+            backend=backend,
+            stores=SessionStores(home, backend, database, MasterKeys(home.keys, environment), clock),
             clock=clock,
         )
     finally:
-        storage.close()
+        backend.close()
         await database.close()
 
 

@@ -21,7 +21,7 @@ from torpor.runtime.home import Home
 from torpor.runtime.keyring import Keyring, open_keyring
 from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.spec import SessionSpec
-from torpor.runtime.storage import Storage
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.capture import TreeCapture
 from torpor.snapshots.cipher import Key
 from torpor.snapshots.content_ids import ContentIds
@@ -103,9 +103,9 @@ class SessionStore:
 class SessionStores:
     """Every session's store of one TORPOR_HOME."""
 
-    def __init__(self, home: Home, storage: Storage, database: Database, masters: MasterKeys, clock: Clock) -> None:
+    def __init__(self, home: Home, backend: Backend, database: Database, masters: MasterKeys, clock: Clock) -> None:
         self._home = home
-        self._storage = storage
+        self._backend = backend
         self._database = database
         self._clock = clock
         self._keyring: Keyring | None = None
@@ -133,8 +133,7 @@ class SessionStores:
         if self._store is None:
             secret = (await self.keyring()).tenant.secret
             shared = SharedIndexes(self._home.shared_indexes, secret)
-            backend = await self._storage.open()
-            self._store = SnapshotStore(backend, ContentIds(secret), shared=shared, clock=self._clock)
+            self._store = SnapshotStore(self._backend, ContentIds(secret), shared=shared, clock=self._clock)
         return SessionStore(self._store, key, session.session_id, _shares(msgspec.convert(session.spec, SessionSpec)))
 
 

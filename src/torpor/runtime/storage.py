@@ -1,13 +1,12 @@
-"""Opens the backend of snapshots that the user configured, once, when something needs it: most commands read rows."""
+"""Opens the backend that the user configured, and says how a node begins with it."""
 
 import asyncio
 from collections.abc import Callable
 
-from torpor.config import StoreSettings
+from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, TorporError
-from torpor.db.database import BlobStore
-from torpor.gateway.keys import NoKeyError, read_key
+from torpor.gateway.keys import NoKeyError, read_key_blocking
 from torpor.sandbox.selftest import Finding
 from torpor.snapshots.backend import Backend, open_backend
 from torpor.snapshots.probe import probe
@@ -16,96 +15,46 @@ SPARE_BYTES = 4 << 20
 """Left free by snapshots for the event log, which is on the same disk."""
 
 
-class Storage:
-    """One process's access to the backend of its snapshot store."""
+def open_configured(settings: StoreSettings, clock: Clock) -> Backend:
+    """The backend. Its key is read when something is first asked of it: most commands only read rows.
 
-    def __init__(self, settings: StoreSettings, clock: Clock) -> None:
-        self._settings = settings
-        self._clock = clock
-        self._opening = asyncio.Lock()
-        self._backend: Backend | None = None
+    Raises:
+        MachineUnfit: `storage_failed`; later, from the backend's methods, `store_key_missing`.
+    """
 
-    async def open(self) -> Backend:
-        """The backend; an object store is not asked for anything yet.
-
-        Raises:
-            InvalidInput: `config_invalid`.
-            MachineUnfit: `store_key_missing`, `storage_failed`.
-        """
-        async with self._opening:
-            if self._backend is None:
-                self._backend = await open_configured(self._settings, self._clock)
-            return self._backend
-
-    async def blobs(self) -> BlobStore:
-        """The backend for large bodies of the event log; where it can't be opened, only these can't be read."""
+    def read_key() -> Secret | None:
         try:
-            return await self.open()
-        except TorporError as error:
-            return _Unopened(error)
+            return read_key_blocking(settings.key, clock)
+        except NoKeyError as error:
+            hint = "It is named by key_env or key_command of [store] in config.toml."
+            raise MachineUnfit("store_key_missing", f"cannot open {settings.url}: {error}", hint=hint) from error
 
-    async def ready(self) -> Backend:
-        """The backend, which has shown that it can be written to.
-
-        Raises:
-            MachineUnfit: `storage_unsafe`, `storage_unreachable`; else as `open`.
-        """
-        backend = await self.open()
-        await asyncio.to_thread(backend.ready)
-        return backend
-
-    async def ready_or_down(self, notice: Callable[[str], None]) -> Backend:
-        """As `ready`, but a store that is only down for now is told of: a session whose sandbox lives can go on."""
-        try:
-            return await self.ready()
-        except MachineUnfit as unfit:
-            if unfit.code != "storage_unreachable":
-                raise
-            notice(f"no checkpoint can be made for now: {unfit}")
-            return await self.open()
-
-    def close(self) -> None:
-        """Give up what still waits for the store."""
-        if self._backend is not None:
-            self._backend.close()
+    return open_backend(settings, read_key, clock=clock, spare_bytes=SPARE_BYTES)
 
 
-class _Unopened:
-    """Says at each use why the backend was not opened."""
+async def ready_or_down(backend: Backend, notice: Callable[[str], None]) -> None:
+    """See that the store can be written to; one that is only down for now is told of.
 
-    def __init__(self, error: TorporError) -> None:
-        self._error = error
+    A session whose sandbox lives, or whose image is still in memory, can go on without it.
 
-    def put(self, key: str, data: bytes) -> bool:  # noqa: ARG002
-        raise self._error
-
-    def get(self, key: str) -> bytes:  # noqa: ARG002
-        raise self._error
-
-    def delete(self, key: str) -> None:  # noqa: ARG002
-        raise self._error
-
-    def list(self, prefix: str) -> list[str]:  # noqa: ARG002
-        raise self._error
-
-
-async def open_configured(settings: StoreSettings, clock: Clock) -> Backend:
-    """The backend with its key, which is read now."""
+    Raises:
+        MachineUnfit: the store can't be used at all.
+    """
     try:
-        key = await read_key(settings.key, clock)
-    except NoKeyError as error:
-        hint = "It is named by key_env or key_command of [store] in config.toml."
-        raise MachineUnfit("store_key_missing", f"cannot open {settings.url}: {error}", hint=hint) from error
-    return await asyncio.to_thread(open_backend, settings, key, clock=clock, spare_bytes=SPARE_BYTES)
+        await asyncio.to_thread(backend.ready)
+    except MachineUnfit as unfit:
+        if unfit.code != "storage_unreachable":
+            raise
+        notice(f"no checkpoint can be made for now: {unfit}")
 
 
-async def examine_store(settings: StoreSettings, clock: Clock) -> Finding:
+def examine_store(settings: StoreSettings, clock: Clock) -> Finding:
     """Write, write again, read and remove an object, as `torpor doctor` tells it."""
     check = "snapshot store"
     try:
-        backend = await open_configured(settings, clock)
-        await asyncio.to_thread(backend.ready)
-        await asyncio.to_thread(probe, backend)
+        backend = open_configured(settings, clock)
+        backend.ready()
+        probe(backend)
     except TorporError as error:
         return Finding(check=check, ok=False, detail=str(error), remedy=error.hint)
     detail = f"{backend.name}: creates objects, refuses to write them again, reads and removes them"

@@ -11,9 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,18 +23,8 @@ from torpor.snapshots.lease import FlockLeases, Leases
 
 _KEY = re.compile(r"[a-z]+/[a-z0-9_]{2,128}")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_THREADS = 2
-AHEAD_BYTES_MAX = 64 * 1024 * 1024
 _NOT_OBJECTS = frozenset({"partial", "leases"})
 """Directories of a local store that are no kind of object."""
-
-
-class ByteRange(NamedTuple):
-    """`length` bytes of an object, from `start` on."""
-
-    key: str
-    start: int
-    length: int
 
 
 class Entry(NamedTuple):
@@ -48,7 +36,9 @@ class Entry(NamedTuple):
 
 
 class Backend(Protocol):
-    """Keys are `kind/name` in lower-case letters, digits and underscores. Safe to use from several threads.
+    """Keys are `kind/name` in lower-case letters, digits and underscores.
+
+    Safe to use from several threads, which is how much is read quickly: no thread holds up another's request.
 
     Raises (from every method):
         MachineUnfit: `storage_failed`; of an object store also `storage_unreachable`, after it tried for a while.
@@ -84,13 +74,6 @@ class Backend(Protocol):
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`, fewer where the object ends. Raises NotFound (object_not_found)."""
-        ...
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        """What `get_range` gives for each, in order: fetched ahead, as many at a time as the store does well with.
-
-        At most AHEAD_BYTES_MAX bytes (or one range) are fetched and not taken. Close it to give up before its end.
-        """
         ...
 
     def exists(self, key: str) -> bool: ...
@@ -133,50 +116,35 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(settings: StoreSettings, key: Secret | None, *, clock: Clock, spare_bytes: int = 0) -> Backend:
-    """The backend that the settings' URL names. Only a local directory is touched: see `Backend.ready`.
+def open_backend(
+    settings: StoreSettings, read_key: Callable[[], Secret | None], *, clock: Clock, spare_bytes: int = 0
+) -> Backend:
+    """The backend that the settings' URL names. Only a local directory is touched.
 
     Args:
-        key: what `settings.key` gave.
+        read_key: gives what `settings.key` names; asked once, on a worker thread, before the first request. What it
+            raises, and `config_invalid` for a key that is none, comes from the method that needed it.
         spare_bytes: see `LocalDirectory`.
 
     Raises:
-        InvalidInput: `config_invalid`.
         MachineUnfit: `storage_failed`, the directory can't be made.
     """
     if settings.url.startswith("file://"):
         return LocalDirectory(Path(settings.url.removeprefix("file://")), spare_bytes=spare_bytes)
-    from torpor.snapshots.object_store import open_object_store  # It takes as long to load as all the rest.
+    from torpor.snapshots.object_store import open_object_store  # Loaded by those who have one.
 
-    return open_object_store(settings, key, clock=clock)
+    return open_object_store(settings, read_key, clock=clock)
+
+
+def is_key(text: str) -> bool:
+    return _KEY.fullmatch(text) is not None and not text.startswith("partial/")
 
 
 def check_key(key: str) -> str:
     """Refuse what is no object's key; gives it back."""
-    if not _KEY.fullmatch(key) or key.split("/", maxsplit=1)[0] in _NOT_OBJECTS:
+    if not is_key(key) or key.split("/", maxsplit=1)[0] in _NOT_OBJECTS:
         raise ValueError(f"malformed object key {key!r}")
     return key
-
-
-def read_ahead(
-    get_range: Callable[[str, int, int], bytes], ranges: Iterable[ByteRange], *, threads: int
-) -> Iterator[bytes]:
-    """`Backend.get_ranges` on threads of its own."""
-    ahead: deque[tuple[int, Future[bytes]]] = deque()
-    bytes_ahead = 0
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-    try:
-        for wanted in ranges:
-            while ahead and bytes_ahead + wanted.length > AHEAD_BYTES_MAX:
-                length, job = ahead.popleft()
-                yield job.result()
-                bytes_ahead -= length
-            ahead.append((wanted.length, pool.submit(get_range, *wanted)))
-            bytes_ahead += wanted.length
-        while ahead:
-            yield ahead.popleft()[1].result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -192,7 +160,10 @@ def storage_errors(action: str) -> Generator[None]:
                 f"cannot {action}: {reason}",
                 hint="Free some disk space, or raise the quota, then try again.",
             ) from error
-        raise MachineUnfit("storage_failed", f"cannot {action}: {reason}") from error
+        hint = (
+            "Is the directory this user's, is its file system mounted read-only, and what says the kernel's log of it?"
+        )
+        raise MachineUnfit("storage_failed", f"cannot {action}: {reason}", hint=hint) from error
 
 
 class LocalDirectory:
@@ -250,9 +221,6 @@ class LocalDirectory:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._open_object(key) as descriptor:
             return _read(descriptor, start, length)
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        return read_ahead(self.get_range, ranges, threads=_DISK_THREADS)
 
     def exists(self, key: str) -> bool:
         with storage_errors(f"look for object {key}"):

@@ -7,7 +7,7 @@ again can meet its own first try. What a crash leaves is in docs/snapshot-format
 import random
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import TYPE_CHECKING, TypeVar
@@ -18,23 +18,20 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, NotFound
-from torpor.snapshots.backend import ByteRange, Entry, check_key, read_ahead
+from torpor.snapshots.backend import Entry, check_key, is_key
 from torpor.snapshots.lease import Leases
 from torpor.snapshots.object_lease import ObjectLeases
-from torpor.snapshots.object_store_clients import make_client
+from torpor.snapshots.object_store_clients import Clients, make_clients
 from torpor.snapshots.object_store_trouble import NotSettledError, Trouble, trouble_of
 from torpor.snapshots.probe import probe
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ObjectStore as Client
 
 _T = TypeVar("_T")
 
 THREADS = 16
-"""Requests at a time of one reader: the wait for an answer is what takes time, not this machine."""
-SILENCE_SECONDS = 20.0
-"""How long a store may send nothing amid an answer. Not for writes: it answers them when it has everything."""
+"""Of a question about many objects: the wait for an answer is what takes time, not this machine."""
 READY_SECONDS = 10.0
 """For how long `ready` tries: somebody waits for it."""
 FIRST_PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.2, 5.0
@@ -43,27 +40,18 @@ FIRST_PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.2, 5.0
 class ObjectStore:
     """A bucket, or the part of one below a prefix."""
 
-    def __init__(
-        self,
-        *,
-        reads: "Client",
-        writes: "Client",
-        name: str,
-        clock: Clock,
-        retry_seconds: float,
-        is_probed: bool = False,
-    ) -> None:
+    def __init__(self, connect: Callable[[], Clients], *, name: str, clock: Clock, retry_seconds: float) -> None:
         """Args:
-        reads, writes: clients of the same bucket and prefix that send nothing again by themselves.
-        is_probed: the first `put` does not try whether the store keeps its promise.
+        connect: called once, before the first request.
         """
-        self._reads = reads
-        self._writes = writes
+        self._connect = connect
+        self._connecting = threading.Lock()
+        self._connected: Clients | None = None
         self._name = name
         self._clock = clock
         self._retry_seconds = retry_seconds
         self._probing = threading.Lock()
-        self._is_probed = is_probed
+        self._is_probed = False
         self._closed = threading.Event()
         self._leases = ObjectLeases(self, clock)
 
@@ -82,7 +70,7 @@ class ObjectStore:
         def create() -> bool:
             nonlocal may_be_there
             try:
-                obstore.put(self._writes, key, data, mode="create", use_multipart=False)
+                obstore.put(self._clients().writes, key, data, mode="create", use_multipart=False)
             except AlreadyExistsError as error:
                 return self._is_ours(key, data if may_be_there else None, error)
             except BaseError:
@@ -94,7 +82,7 @@ class ObjectStore:
 
     def get(self, key: str) -> bytes:
         check_key(key)
-        return self._insist(f"read object {key}", lambda: obstore.get(self._reads, key).bytes().to_bytes())
+        return self._insist(f"read object {key}", lambda: obstore.get(self._clients().reads, key).bytes().to_bytes())
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_key(key)
@@ -102,24 +90,21 @@ class ObjectStore:
         def read() -> bytes:
             if length > 0:
                 try:
-                    return obstore.get_range(self._reads, key, start=start, length=length).to_bytes()
+                    return obstore.get_range(self._clients().reads, key, start=start, length=length).to_bytes()
                 except BaseError as error:
                     if not trouble_of(error).is_outside:
                         raise
-            obstore.head(self._reads, key)  # Nothing of nothing is not found.
+            obstore.head(self._clients().reads, key)  # Nothing of nothing is not found.
             return b""
 
         return self._insist(f"read object {key}", read)
-
-    def get_ranges(self, ranges: Iterable[ByteRange]) -> Iterator[bytes]:
-        return read_ahead(self.get_range, ranges, threads=THREADS)
 
     def exists(self, key: str) -> bool:
         check_key(key)
 
         def look() -> bool:
             try:
-                obstore.head(self._reads, key)
+                obstore.head(self._clients().reads, key)
             except FileNotFoundError:
                 return self._is_there(key)
             return True
@@ -136,7 +121,7 @@ class ObjectStore:
 
         def remove() -> None:
             try:
-                obstore.delete(self._writes, key)
+                obstore.delete(self._clients().writes, key)
             except FileNotFoundError as error:
                 if not trouble_of(error).is_absent:
                     raise
@@ -152,13 +137,19 @@ class ObjectStore:
         return [entry.key for entry in self.entries(prefix)]
 
     def entries(self, prefix: str) -> Sequence[Entry]:
-        # A client's prefix is whole names between slashes, so names that only begin so are picked out here.
+        # A client's prefix is whole names between slashes, so names that only begin so are picked out here. What is no
+        # key is somebody else's.
         kind, slash, _ = prefix.partition("/")
 
         def look() -> Sequence[Entry]:
             # Its other overload, which nobody asks for, has the types of a package that is not installed.
-            pages = obstore.list(self._reads, prefix=kind if slash else None)  # pyright: ignore[reportUnknownMemberType]
-            return sorted(_entry(found) for page in pages for found in page if found["path"].startswith(prefix))
+            pages = obstore.list(self._clients().reads, prefix=kind if slash else None)  # pyright: ignore[reportUnknownMemberType]
+            return sorted(
+                _entry(found)
+                for page in pages
+                for found in page
+                if found["path"].startswith(prefix) and is_key(found["path"])
+            )
 
         return self._insist("list objects", look)
 
@@ -167,7 +158,9 @@ class ObjectStore:
         key = f"probes/{secrets.token_hex(16)}"
         self.put(key, b"")
         try:
-            return self._insist(f"look at object {key}", lambda: _entry(obstore.head(self._reads, key)).written_ns)
+            return self._insist(
+                f"look at object {key}", lambda: _entry(obstore.head(self._clients().reads, key)).written_ns
+            )
         finally:
             self.delete(key)
 
@@ -178,12 +171,19 @@ class ObjectStore:
     def close(self) -> None:
         self._closed.set()
 
+    def _clients(self) -> Clients:
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._connect()
+            return self._connected
+
     def _probe(self, patience_seconds: float) -> None:
         """Once, before the first write: a store that breaks the promise gets no object to overwrite."""
         if self._is_probed:
             return
         with self._probing:
             if not self._is_probed:
+                self._clients()  # What the copy has is its own.
                 trying = copy(self)
                 trying._is_probed, trying._retry_seconds = True, patience_seconds
                 probe(trying)
@@ -197,8 +197,8 @@ class ObjectStore:
         """
         try:
             if sent_before is not None:
-                return obstore.get(self._reads, key).bytes().to_bytes() == sent_before
-            obstore.head(self._reads, key)
+                return obstore.get(self._clients().reads, key).bytes().to_bytes() == sent_before
+            obstore.head(self._clients().reads, key)
         except FileNotFoundError:
             # S3 refuses with 409 while another writer is under way, who may yet fail.
             raise NotSettledError from refusal
@@ -207,7 +207,7 @@ class ObjectStore:
     def _is_there(self, key: str) -> bool:
         """Ask again, in a way that gets an answer with words in it: is it the object that is missing, or the bucket?"""
         try:
-            obstore.get(self._reads, key).bytes()
+            obstore.get(self._clients().reads, key).bytes()
         except FileNotFoundError as error:
             if trouble_of(error).is_absent:
                 return False
@@ -255,16 +255,11 @@ def _pause_seconds(number: int) -> float:
     return min(PAUSE_SECONDS_MAX, FIRST_PAUSE_SECONDS * 2 ** min(number, 20)) * random.uniform(0.75, 1.0)
 
 
-def open_object_store(settings: StoreSettings, key: Secret | None, *, clock: Clock) -> ObjectStore:
-    """Nothing is asked of the store yet.
-
-    Raises:
-        InvalidInput: `config_invalid`.
-    """
+def open_object_store(settings: StoreSettings, read_key: Callable[[], Secret | None], *, clock: Clock) -> ObjectStore:
+    """See `backend.open_backend`."""
     at = f" at {settings.endpoint}" if settings.endpoint else ""
     return ObjectStore(
-        reads=make_client(settings, key, silence_seconds=SILENCE_SECONDS),
-        writes=make_client(settings, key, silence_seconds=None),
+        lambda: make_clients(settings, read_key()),
         name=f"{settings.url}{at}",
         clock=clock,
         retry_seconds=settings.retry_seconds,

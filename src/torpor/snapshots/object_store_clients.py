@@ -5,7 +5,7 @@ the address that was given with it, and no variable adds to it.
 """
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from obstore.exceptions import BaseError
@@ -26,19 +26,32 @@ if TYPE_CHECKING:
     )
 
 CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 20.0
+"""How long a store may send nothing amid an answer. Not for writes: it answers them when it has everything."""
 S3_REGION = "us-east-1"
 NOWHERE = "http://127.0.0.1:9"
 
 
-def make_client(settings: StoreSettings, key: Secret | None, *, silence_seconds: float | None) -> "ObjectStore":
-    """A client that sends every request once.
+class Clients(NamedTuple):
+    """Two clients of the same bucket and prefix, which send every request once."""
 
-    Args:
-        silence_seconds: how long the store may send nothing; None = as long as the request may take.
+    reads: "ObjectStore"
+    writes: "ObjectStore"
+
+
+def make_clients(settings: StoreSettings, key: Secret | None) -> Clients:
+    """Nothing is asked of the store yet.
 
     Raises:
         InvalidInput: `config_invalid`.
     """
+    return Clients(
+        reads=_client(settings, key, silence_seconds=SILENCE_SECONDS),
+        writes=_client(settings, key, silence_seconds=None),
+    )
+
+
+def _client(settings: StoreSettings, key: Secret | None, *, silence_seconds: float | None) -> "ObjectStore":
     parts = urlsplit(settings.url)
     options = _options(settings, silence_seconds)
     once: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(seconds=settings.request_seconds)}

@@ -13,6 +13,8 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 _STATUS = re.compile(r"status code: (\d{3})([^:\n]*)")
 _CODE = re.compile(r"<Code>([\w.]{1,80})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,200})")
+_RANGE = re.compile(r"Invalid ?[Rr]ange")
+"""Of `obstore` itself, which looks at the range of an answer that has a status of 200 or 206."""
 _REASONS = (
     (re.compile(r"dns error"), "its name has no address"),
     (re.compile(r"kind: ConnectionRefused"), "it refused the connection"),
@@ -69,7 +71,7 @@ def trouble_of(error: BaseException) -> Trouble:
         return Trouble(reason="the bucket does not exist", hint=_MEND_BUCKET)
     if isinstance(error, FileNotFoundError):
         return Trouble(reason="it does not exist", is_absent=True)
-    if status == 416 or "Invalid range" in text:
+    if status == 416 or _RANGE.search(text):
         return Trouble(reason="it has no such range", is_outside=True)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return Trouble(reason=f"access was denied{_in_its_words(text)}", hint=_MEND_KEY)

@@ -204,7 +204,7 @@ class SnapshotStore:
     def _is_shared(self, name: str) -> bool:
         """By a snapshot whose packs are still there."""
         found = self._shared.find([name]) if self._shared else NOTHING_SHARED
-        return found is not NOTHING_SHARED and all(self._backend.exists(ref.key) for ref in found.pages.packs)
+        return found is not NOTHING_SHARED and not self._backend.absent(ref.key for ref in found.pages.packs)
 
     def lease(self) -> Lease:
         """Whoever reads a snapshot holds one from before it reads the row that names it, whoever saves one from
@@ -290,9 +290,9 @@ class SnapshotStore:
             return _NO_INDEXES, ""
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
-            for pack in indexes.object_packs:
-                if pack.ref.key in condemned or not self._backend.exists(pack.ref.key):
-                    raise missing(pack.ref.key)
+            packs = [pack.ref.key for pack in indexes.object_packs]
+            for key in [*(condemned & set(packs)), *self._backend.absent(packs)]:
+                raise missing(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
@@ -310,7 +310,8 @@ class SnapshotStore:
         condemned: AbstractSet[str],
     ) -> _Written:
         known, shared_packs = self._known(before, shares, condemned)
-        present = [ref.key not in condemned and self._backend.exists(ref.key) for ref in known.packs]
+        absent = condemned | self._backend.absent(ref.key for ref in known.packs)
+        present = [ref.key not in absent for ref in known.packs]
         stored = places_of_objects((*before.object_packs, *shared_packs))
         pages = PageWriter(self._backend, self._ids, known, present)
         objects = ObjectWriter(self._backend, self._ids, stored)
