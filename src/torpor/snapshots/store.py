@@ -146,7 +146,7 @@ class SnapshotStore:
             stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes + len(data),
             new_pages=pages.new_pages,
             total_pages=pages.total_pages,
-            tree=TreeIndex(root=tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
+            tree=workspace.index(tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )

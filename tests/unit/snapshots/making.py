@@ -144,4 +144,4 @@ def _restamped(node: DirNode, directory: Path) -> DirNode:
             children[name] = _restamped(child, path)
         else:
             children[name] = replace(child, stamp=Stamp.of(path.lstat()))
-    return replace(node, children=children)
+    return replace(node, children=children, stamp=Stamp.of(directory.lstat()))
