@@ -136,4 +136,3 @@ def check_nothing_left(stage: Stage) -> None:
     # Homes of other tests come and go meanwhile, which os.walk passes over.
     staged = {name for _, directories, _ in os.walk("/dev/shm") for name in directories}
     assert staged.isdisjoint(row["session"] for row in stage.rows("ls"))
-

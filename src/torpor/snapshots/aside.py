@@ -53,7 +53,7 @@ class Aside:
         return self._staging / os.fsdecode(name)
 
     def _clone(self, descriptor: int, clones: Path, name: bytes) -> bool:
-        clones.mkdir(mode=0o700, exist_ok=True)
+        clones.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open_root(clones) as directory:
             try:
                 with create_file(name, directory) as clone:

@@ -14,7 +14,6 @@ from pathlib import Path
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOLE_BYTES = 4096
-_ZERO_PAGE = bytes(_HOLE_BYTES)
 _READ_BYTES = 1 << 20
 _ZEROS = memoryview(bytes(_READ_BYTES))
 
@@ -130,7 +129,8 @@ def write_sparsely(descriptor: int, data: bytes, offset: int) -> None:
     start = at = 0
     while at < len(data):
         end = min(at + _HOLE_BYTES - (offset + at) % _HOLE_BYTES, len(data))
-        if end - at == _HOLE_BYTES and data.startswith(_ZERO_PAGE, at):
+        # A part of a page too: the other part may be zeros of another piece.
+        if data.startswith(_ZEROS[: end - at], at):
             write_at(descriptor, view[start:at], offset + start)
             start = end
         at = end

@@ -76,7 +76,7 @@ def capture(
     staging: Path,
     previous: TreeIndex | None = None,
     *,
-    always_reread: AbstractSet[int] = frozenset(),
+    always_reread: AbstractSet[int] | None = frozenset(),
     leave_out: Callable[[bytes], bool] | None = None,
     watch: DirectoryWatch | None = None,
     clones: Path | None = None,
@@ -85,7 +85,8 @@ def capture(
     """Phase 1. Nothing else may write to the workspace meanwhile. `staging` must exist and be empty.
 
     Args:
-        always_reread: inode numbers of files that may have changed without a trace; so all names of one are read again.
+        always_reread: inode numbers of files that may be written to without a trace: all names of one are read, now
+            and by the next capture. None: any file may.
         leave_out: says of such a path that it, and what is below it, is not to be captured.
         watch: of this workspace; what it arms and hears spares the next captures from looking at all files.
         clones: a directory on the workspace's file system for clones of big files; made if one is made.
@@ -131,10 +132,9 @@ def watch_tree(workspace: Path, index: TreeIndex, watch: DirectoryWatch) -> Tree
 
 def _arm(watch: DirectoryWatch, descriptor: int, path: bytes, node: DirNode) -> None:
     watch.arm(descriptor, path)
-    for name, child in node.children.items():
-        if isinstance(child, DirNode):
-            with open_directory(name, descriptor, mode=child.meta.mode) as below:
-                _arm(watch, below, path + name + b"/", child)
+    for name, child in node.directories:
+        with open_directory(name, descriptor, mode=child.meta.mode) as below:
+            _arm(watch, below, path + name + b"/", child)
 
 
 def _has_links(node: Node) -> bool:

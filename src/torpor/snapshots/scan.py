@@ -36,6 +36,7 @@ FRESH_NS = 20_000_000
 ENTRIES_MAX = 1_000_000
 ATTRIBUTES_BYTES_MAX = 64 * 1024 * 1024
 _TIME_NS_MAX = (1 << 63) - 1
+_NEVER = -1 << 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class Scan:
         aside: Aside,
         previous: TreeIndex | None,
         cut_wall_ns: int,
-        always_reread: AbstractSet[int],
+        always_reread: AbstractSet[int] | None,
         leave_out: Callable[[bytes], bool] | None,
         watch: DirectoryWatch | None,
     ) -> None:
@@ -124,9 +125,10 @@ class Scan:
         self._uid, self._gid = owner.st_uid, owner.st_gid
         self._aside = aside
         self._previous = previous
-        self._settled_before_ns = previous.cut_wall_ns - FRESH_NS if previous else 0
+        self._settled_before_ns = previous.cut_wall_ns - FRESH_NS if previous and always_reread is not None else 0
         self._fresh_from_ns = cut_wall_ns - FRESH_NS
-        self._always_reread = always_reread
+        self._reread_all = always_reread is None
+        self._always_reread = always_reread or frozenset[int]()
         self._leave_out = leave_out
         self._watch = watch
         self._look: _Look | None = None
@@ -143,7 +145,7 @@ class Scan:
             UnclearError: only if not all are.
         """
         known = self._previous.root if self._previous else None
-        if known and look is not None:
+        if known and look is not None and not self._reread_all:
             self._look = _Look([*look, *self._holding_open_files(known)])
         place = _Place(self._descriptor, b"", 0, ROOT_META, self._root, known)
         tree = self._directory(place) if self._look else self._listed(place)
@@ -154,7 +156,7 @@ class Scan:
     def _holding_open_files(self, root: DirNode) -> Iterator[bytes]:
         if self._always_reread:
             for path, node in directories_below(root):
-                if not self._always_reread.isdisjoint([child.stamp.inode for child in node.children.values()]):
+                if not node.inodes.isdisjoint(self._always_reread):
                     yield path
 
     def _directory(self, place: _Place) -> DirNode | StagedDir:
@@ -250,6 +252,9 @@ class Scan:
             and status.st_ino not in self._always_reread
         )
 
+    def _may_be_written(self, status: os.stat_result) -> bool:
+        return self._reread_all or status.st_ino in self._always_reread
+
     def _changed(
         self, place: _Place, status: os.stat_result, name: bytes, known: Node | None, *, everything: bool
     ) -> Found | None:
@@ -257,7 +262,7 @@ class Scan:
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFDIR:
             return self._subdirectory(place, status, name, known, everything=everything)
-        if status.st_ctime_ns >= self._fresh_from_ns or status.st_ino in self._always_reread or status.st_nlink > 1:
+        if status.st_ctime_ns >= self._fresh_from_ns or self._may_be_written(status) or status.st_nlink > 1:
             self.unsettled.add(place.path)
         if kind == stat.S_IFREG:
             return self._file(place, name, status, known)
@@ -293,9 +298,13 @@ class Scan:
             raise UnclearError(f"{(place.path + name)!r} has a new link, its other names may be anywhere")
         with open_file(name, place.descriptor, mode=stat.S_IMODE(status.st_mode)) as descriptor:
             opened = os.fstat(descriptor)
+            stamp = Stamp.of(opened)
+            if self._may_be_written(status):
+                # What is stored through a mapping from now on, until it is gone, may leave no trace either.
+                stamp = stamp._replace(ctime_ns=_NEVER)
             node = StagedFile(
                 meta=self._meta(status),  # Not of `opened`, which may have been lent a permission.
-                stamp=Stamp.of(opened),
+                stamp=stamp,
                 link=(group or secrets.randbits(64) or 1) if opened.st_nlink > 1 else 0,
                 attributes=self._read_attributes(descriptor, place.path + name),
                 source=self._aside.take(descriptor, opened.st_size),
