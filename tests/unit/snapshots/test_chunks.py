@@ -152,10 +152,10 @@ def test_any_file_comes_back_and_holes_of_4_kib_are_holes(tmp_path_factory: pyte
             assert holds_content(file.fileno(), content.encoded, len(body), kept) == (changed == body)
 
 
-@pytest.mark.parametrize("at", [0, 150_000, 399_999, 400_000, 700_000, 999_999])
+@pytest.mark.parametrize("at", [0, 150_000, 399_999, 400_000, 700_000, 850_000, 999_999])
 def test_one_other_byte_is_other_content_also_where_zeros_were(tmp_path: Path, at: int) -> None:
     path, kept = tmp_path / "file", Kept()
-    path.write_bytes(noise(400_000) + bytes(600_000))
+    path.write_bytes(noise(400_000) + bytes(400_000) + noise(100_000) + bytes(100_000))
     content = stored(path, kept)
     with path.open("r+b") as file:
         assert holds_content(file.fileno(), content.encoded, 1_000_000, kept)
