@@ -137,3 +137,21 @@ def test_whatever_a_program_does_inside_is_heard_of_outside(
         assert node.stdout.readline() == step + "\n"
         index = cut(index)
     watch.close()
+
+
+def test_clones_that_a_killed_node_left_are_removed_by_the_one_that_adopts(quick: Stage) -> None:
+    """As a kill -9 between the capture and the commit leaves them, on a file system that clones."""
+    node = quick.node("run", "--name", "one", "--", "sleep", "600")
+    log = quick.follow("one")
+    log.wait("recovery.chosen")
+    node.kill()
+    node.wait()
+    clones = next((quick.home / "sessions").glob("*/incarnations/1")) / "clones"
+    clones.mkdir()
+    (clones / "1").write_bytes(b"a big file")
+    resumed = quick.node("resume", "one")
+    assert log.wait("recovery.chosen", 2)["data"]["mode"] == "adopt"
+    assert not clones.exists()
+    quick.torpor("kill", "one")
+    resumed.wait(300)
+    log.close()

@@ -9,7 +9,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
     image to memory, workspace changes to staging
         `checkpoint.imaged`    as above; the staging directory is garbage
     resume, remove the mark, RELEASE
-        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+        `checkpoint.resumed`   the staging directory and the life's clones are garbage, nothing else happened
     packs and manifest into the store, fsynced
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
