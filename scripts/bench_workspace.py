@@ -81,23 +81,24 @@ class Bench:
         self.row("capture, watched, one file open for writing", lambda: self.capture(index, watch, opened))
         for touched in (1, 10, 100, 1000):
             if touched <= len(directories):
-                self.row(
-                    f"capture, watched, a file written in {touched} directories", *self.writing(directories[:touched])
-                )
+                steps = self.writing(watch_tree(self.workspace, index, watch), watch, directories[:touched])
+                self.row(f"capture, watched, a file written in {touched} directories", *steps)
+                index = self.save(self.capture()).tree
         watch.close()
 
-    def writing(self, directories: Sequence[Path]) -> tuple[Callable[[], object], Callable[[], object]]:
-        """A capture, and what happens before each, each compared with a newly watched tree."""
-        watch = DirectoryWatch()
-        held: list[TreeIndex] = []
+    def writing(
+        self, index: TreeIndex, watch: DirectoryWatch, directories: Sequence[Path]
+    ) -> tuple[Callable[[], object], Callable[[], object]]:
+        """A capture, and what happens before each: what changed so far is stored, and a file of each is written."""
+        newest = [index]
 
         def write() -> None:
-            held[:] = [watch_tree(self.workspace, self.save(self.capture()).tree, watch)]
             time.sleep(0.03)  # Until nothing of what was written last counts as fresh.
+            newest[0] = self.save(self.capture(newest[0], watch)).tree
             for directory in directories:
                 (directory / "file0").write_bytes(os.urandom(2000))
 
-        return lambda: self.capture(held[0], watch), write
+        return lambda: self.capture(newest[0], watch), write
 
     def big_files(self) -> None:
         body = random.Random(1).randbytes(BIG_BYTES)
@@ -119,7 +120,7 @@ class Bench:
             if before:
                 before.add(workspace)
             (workspace / "big").write_bytes(change(body))
-            second = self.save(self.capture(first.tree, workspace=workspace), first)
+            second = self.save(self.capture(first.tree, workspace=workspace))
             beside = f"{before.add(workspace) / 1000:.0f} KB" if before else "-"
             print(f"{name:44} {second.stored_bytes / 1000:9.0f} KB {beside:>12}")
 
@@ -151,11 +152,11 @@ class Bench:
     ) -> TreeCapture:
         return capture(workspace or self.workspace, self.fresh(), index, watch=watch, always_reread=opened)
 
-    def save(self, captured: TreeCapture, parent: SavedSnapshot | None = None) -> SavedSnapshot:
+    def save(self, captured: TreeCapture) -> SavedSnapshot:
         return self.store.save(
             image_dir=self.directory / "image",
             workspace=captured,
-            parent=parent and parent.id,
+            parent=captured.based_on and captured.based_on.snapshot_id,
             pins={},
             snapshot_id=SnapshotId(f"snp_{SystemClock().wall_ns()}"),
         )

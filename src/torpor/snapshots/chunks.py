@@ -15,7 +15,6 @@ from torpor.snapshots.objects import (
     Content,
     Objects,
     chunks_of,
-    digest_of,
     read_chunk,
     store_content,
 )
@@ -54,7 +53,7 @@ def holds_content(descriptor: int, encoded: bytes, size: int, objects: Objects) 
     for chunk in chunks_of(encoded, size, objects):
         if not is_zeros(descriptor, at, chunk.offset):
             return False
-        if digest_of(os.pread(descriptor, chunk.length, chunk.offset)) != chunk.digest:
+        if objects.digest_of(os.pread(descriptor, chunk.length, chunk.offset)) != chunk.digest:
             return False
         at = chunk.offset + chunk.length
     return is_zeros(descriptor, at, size)

@@ -44,6 +44,10 @@ class Objects(Protocol):
         """Raises Damaged."""
         ...
 
+    def digest_of(self, data: bytes) -> bytes:
+        """What an object of these bytes is called."""
+        ...
+
 
 class ObjectWriter:
     """Stores objects that are not in `known`, in packs that are durable once `finish` returns."""
@@ -118,6 +122,9 @@ class ObjectReader:
         else:
             self._frames.move_to_end(key)
         return frame[digest]
+
+    def digest_of(self, data: bytes) -> bytes:
+        return digest_of(data)
 
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]

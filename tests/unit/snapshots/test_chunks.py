@@ -31,6 +31,9 @@ class Kept:
     def get(self, digest: bytes) -> bytes:
         return self.objects[digest]
 
+    def digest_of(self, data: bytes) -> bytes:
+        return digest_of(data)
+
 
 def stored(path: Path, kept: Kept) -> Content:
     with path.open("rb", buffering=0) as file:
