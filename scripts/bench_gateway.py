@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=40, help="chunks of an answer")
     parser.add_argument("--chunk-ms", type=float, default=25, help="time between two chunks")
     parser.add_argument("--seconds", type=float, default=4, help="how long requests are counted")
+    parser.add_argument("--no-litellm", action="store_true", help="measure Torpor and no proxy alone")
     parser.add_argument("--json", action="store_true", help="print one object a line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="torpor-bench-gateway-") as scratch:
@@ -40,7 +41,8 @@ def main() -> None:
 
 
 async def run(options: argparse.Namespace, scratch: Path) -> None:
-    async with peers(scratch, chunks=options.chunks, chunk_ms=options.chunk_ms) as found:
+    with_litellm = not options.no_litellm
+    async with peers(scratch, chunks=options.chunks, chunk_ms=options.chunk_ms, with_litellm=with_litellm) as found:
         rows: list[dict[str, Any]] = []
         for streams in options.streams:
             measured = await in_turns(found, options.rounds, lambda peer, n=streams: latencies(peer, n))

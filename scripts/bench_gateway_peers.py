@@ -54,12 +54,12 @@ def _resident_kb(pid: int) -> int:
 
 
 @asynccontextmanager
-async def peers(scratch: Path, *, chunks: int, chunk_ms: float) -> AsyncGenerator[list[Peer]]:
+async def peers(scratch: Path, *, chunks: int, chunk_ms: float, with_litellm: bool) -> AsyncGenerator[list[Peer]]:
     async with AsyncExitStack() as stack:
         model = await _start(stack, scratch, "model", str(chunks), str(chunk_ms))
         torpor = await _start(stack, scratch, "torpor", model.url, str(scratch))
-        litellm = await _start_litellm(stack, scratch, model.url)
-        yield [Peer("no proxy", model.url, None), torpor, litellm]
+        litellm = [await _start_litellm(stack, scratch, model.url)] if with_litellm else []
+        yield [Peer("no proxy", model.url, None), torpor, *litellm]
 
 
 async def _start(stack: AsyncExitStack, scratch: Path, role: str, *arguments: str) -> Peer:

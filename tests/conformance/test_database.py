@@ -5,6 +5,7 @@ import inspect
 import re
 import threading
 from collections.abc import Awaitable
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -17,6 +18,7 @@ from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import WaitpointKind
 from torpor.db import (
+    answers,
     blocks,
     budgets,
     calls,
@@ -170,7 +172,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    *(sessions, log, calls, answers, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -191,6 +193,16 @@ class Rows:
         output = {"channel": 1, "incarnation": 0, "wall_ns": NOW}
         outputs.append_output(tx, **scene.owner, **output, position=0, data=b"hello")
         self.answered = scene.answer(tx, b"x", b"y")
+        self.thick = scene.send(tx)
+        scene.add_chunks(tx, self.thick, b"long", b"answer")
+        packed = replace(answers.pack(tx, self.thick, 1), ahead=True)
+        calls.complete(tx, **scene.owner, call_id=self.thick, usage={}, packed=packed, wall_ns=NOW)
+        self.closed = scene.send(tx)
+        scene.add_chunks(tx, self.closed, b"closed")
+        self.packed = answers.pack(tx, self.closed, 1)
+        calls.complete(
+            tx, **scene.owner, call_id=self.closed, usage={}, packed=replace(self.packed, stored=None), wall_ns=NOW
+        )
         self.open = scene.send(tx)
         scene.add_chunks(tx, self.open, b"first")
         self.sent = scene.intend(tx).call_id
@@ -232,6 +244,9 @@ class Rows:
             "calls.tear": {"call_id": self.open, "wall_ns": NOW},
             "calls.tear_open": {"wall_ns": NOW},
             "calls.doubt": {"call_id": self.open},
+            "answers.store": {"packed": self.packed},
+            "answers.drop_chunks": {"call_id": self.thick, "attempt": 1, "last": 0},
+            "answers.redact": {"call_id": self.answered, "attempt": 1, "masked": b"**"},
             "requests.store": {"head": REQUEST_HEAD, "body": requests.prepare(b"never seen")},
             "requests.attach": {"call_id": self.bare, "request": self.request},
             "blocks.put": {"data": b"block"},
@@ -274,6 +289,9 @@ class StaleFirst:
 
     def all(self, query: str, /, **values: Value) -> list[Row]:
         return self._inner.all(query, **values)
+
+    def fetch(self, key: str, /) -> bytes:
+        return self._inner.fetch(key)
 
     def run(self, query: str, /, **values: Value) -> int:
         self.tried.append(query)

@@ -33,6 +33,7 @@ from torpor.gateway.server import Gateway, OpenCall
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
 from torpor.sandbox.link import Link
+from torpor.snapshots.backend import LocalDirectory
 from torpor.testing.model_scripts import Script, plain
 from torpor.testing.model_server import ModelServer, serve_model
 
@@ -67,6 +68,7 @@ class WatchedDatabase:
     def __init__(self, database: Database) -> None:
         self.writes = 0
         self.written = Pulse()
+        self.blobs = database.blobs
         self.read = database.read
         self.close = database.close
         self._database = database
@@ -241,6 +243,16 @@ class Stage:
     prices: tuple[PriceRule, ...] = ()
     on_call: OnCall = field(default_factory=OnCall)
     checkpoint_for: CheckpointFor = field(default_factory=CheckpointFor)
+    store: Path | None = None
+    """Another place for the large bodies than beside the database."""
+
+    @property
+    def blobs(self) -> LocalDirectory:
+        """Where large bodies of the log lie."""
+        return LocalDirectory(self.store or self.directory / "store")
+
+    async def open_database(self) -> Database:
+        return await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK, blobs=self.blobs)
 
     @property
     def url(self) -> str:
@@ -286,7 +298,7 @@ class Stage:
         crossroads: Crossroads | None = None,
     ) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
-        database = WatchedDatabase(await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK))
+        database = WatchedDatabase(await self.open_database())
         try:
             token = await self.acquire(database)
             gateway = Gateway(

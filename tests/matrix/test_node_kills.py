@@ -32,6 +32,13 @@ def refuse_once(made: Stage) -> None:
     urllib.request.urlopen(f"{made.control}/faults", data=msgspec.json.encode(rule)).close()
 
 
+def arriving_at_the_death(made: Stage) -> int:
+    """How many calls the first node had sent without having their answers."""
+    kinds = [event["kind"] for event in made.events(NAME)]
+    first = kinds[: kinds.index("lease.acquired", kinds.index("lease.acquired") + 1)]
+    return first.count("call.sent") - first.count("call.completed")
+
+
 @pytest.mark.parametrize("also_sandbox", [False, True], ids=["node", "node-and-sandbox"])
 @pytest.mark.parametrize("point", CALL_POINTS)
 def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
@@ -50,13 +57,14 @@ def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
             made.kill_sandbox()
         made.torpor("resume", NAME)
         counted = check_session(made, NAME, turns=TURNS, node_kills=1)
-        torn = TORN.get(point, 0)
+        # An agent that read its answer may have made its next call before the end of the last was written down.
+        torn = arriving_at_the_death(made) if point == "call.delivered" else TORN.get(point, 0)
         assert counted["torn"] == torn
         assert counted["sent"] == counted["calls"] + torn
         # Death right after `call.sent` may come before the request left: then nobody was asked twice.
 
         assert counted["calls"] <= counted["asked"] <= counted["sent"]
-        if point not in TORN:
+        if not torn:
             assert counted["asked"] == counted["calls"], "paid for twice"
         again = Counter(line["digest"] for line in made.witness if line["event"] == "start")
         assert max(again.values()) <= 1 + torn

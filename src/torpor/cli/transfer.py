@@ -1,5 +1,6 @@
 """`torpor export` and `torpor import`: a session's context as a file, and as OpenTelemetry spans."""
 
+import asyncio
 import json as jsonlib
 import os
 import sys
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor import __version__
+from torpor import __version__, wire
 from torpor.cli.printer import err, out, print_json
 from torpor.cli.reading import JSON, SESSION, with_runtime
 from torpor.core.errors import InvalidInput
+from torpor.node import open_node
 from torpor.runtime import spans, transfer
 from torpor.runtime.runtime import Runtime
 
@@ -62,11 +64,12 @@ def import_(
     It can be read and searched. It has no snapshots, so it can't be resumed.
     """
 
-    async def work(runtime: Runtime) -> str:
-        with _opened(file) as lines:
-            return await runtime.database.write(lambda tx: transfer.import_lines(tx, lines), durable=True)
+    async def work() -> str:
+        async with open_node() as node:
+            with _opened(file) as lines:
+                return await node.runtime.import_session(lines, node.holder, wire.answers)
 
-    session_id = with_runtime(work)
+    session_id = asyncio.run(work())
     if json:
         print_json({"session": session_id})
     else:

@@ -47,6 +47,7 @@ def redact(
     async def work() -> dict[str, Any]:
         async with open_node() as node:
             found = await node.runtime.session(session)
+            await node.runtime.finish_redaction(found.session_id, node.holder, wire.answers)
             plan = await node.runtime.database.read(lambda tx: find(tx, found.session_id))
             if not json:
                 _tell(plan)
@@ -55,7 +56,7 @@ def redact(
                 runtime, me = node.runtime, node.holder
                 plan = await runtime.redact(found.session_id, lambda tx: find(tx, found.session_id), me, wire.answers)
             counts = {"blocks": len(plan.blocks), "answers": len(plan.answers), "output_pieces": len(plan.output)}
-            return {"session": found.session_id, **counts, "places": plan.places}
+            return {"session": found.session_id, **counts, "places": plan.places, "unread": plan.unread}
 
     fields = asyncio.run(work())
     if json:
@@ -146,6 +147,8 @@ def _finder(block: str | None, pattern: str | None) -> Finder:
 def _tell(plan: redaction.Plan) -> None:
     if not plan:
         err.print("nothing fits")
+    for damage in dict.fromkeys(plan.unread):
+        err.print(f"not looked into: {printable(damage)}", markup=False, style="yellow")
     for place in plan.places[:_PLACES_SHOWN]:
         out.print(printable(place), markup=False)
     if len(plan.places) > _PLACES_SHOWN:

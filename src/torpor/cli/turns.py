@@ -121,6 +121,7 @@ def _row(turn: Turn) -> dict[str, Any]:
         "repeated": turn.repeated,
         "finish_reason": turn.finish_reason,
         "error": turn.error,
+        "damage": turn.damage,
         "tools": [asdict(tool) for tool in turn.tools],
     }
 
@@ -140,7 +141,7 @@ def _told(turn: Turn) -> dict[str, Any]:
         "cached": usage.get("cache_read_input_tokens"),
         "thinking": None if turn.thinking_ns is None else f"{turn.thinking_ns / 1e9:.1f} s",
         "frozen": milliseconds(turn.frozen_ns),
-        "ended": printable(_short(turn.error or turn.finish_reason or turn.call.state.value, 60)),
+        "ended": printable(_short(turn.error or turn.damage or turn.finish_reason or turn.call.state.value, 60)),
         "tools": tools,
     }
 

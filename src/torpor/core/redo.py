@@ -110,6 +110,17 @@ class RedoSet:
         self._attached.pop(call_id, None)
         self._withdraw(call_id)
 
+    def lost(self, call_id: CallId, *, expected: bool) -> None:
+        """The answer of a call that was just matched can't be read: it answers nothing any more.
+
+        Args:
+            expected: it was pending before. It still is, so whoever makes the call anew leaves the log's path.
+        """
+        entry = self._attached.pop(call_id)
+        if expected:
+            self._offered[call_id] = entry
+            self._expected.add(call_id)
+
     def diverge(self) -> None:
         """The agent is on another path: pending calls stay matchable, but nobody waits for them.
 
@@ -166,7 +177,9 @@ class RedoSet:
             return
         self._expected.discard(call_id)
         for level in LEVELS:
-            self._by_key[level, getattr(entry.key, level)].remove(entry)
+            equals = self._by_key.get((level, getattr(entry.key, level)), [])
+            if entry in equals:  # one that was lost answers nothing
+                equals.remove(entry)
 
 
 def redo_set_after_recovery(calls: Iterable[Call], checkpoint: Checkpoint, timeline: Timeline) -> RedoSet:

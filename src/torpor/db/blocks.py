@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torpor.core.errors import Conflict, Damaged
 from torpor.core.ids import SessionId
-from torpor.db.compression import REDACTED, decode, encode
+from torpor.db.blobs import Stored, bytes_of, in_row
+from torpor.db.compression import REDACTED, decode
 from torpor.db.database import Row, Transaction
 from torpor.db.fence import held_row, refusal
 
@@ -32,24 +33,38 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def put(tx: Transaction, *, session_id: SessionId, owner_token: int, data: bytes, digest: bytes | None = None) -> bytes:
-    """Store `data` unless it is there, and return its SHA-256 digest (which the caller may know already)."""
+def put(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    data: bytes,
+    digest: bytes | None = None,
+    stored: Stored | None = None,
+) -> bytes:
+    """Store `data` unless it is there, and return its SHA-256 digest (which the caller may know already).
+
+    Args:
+        stored: `data` as it was stored ahead of this transaction, if it was.
+    """
     digest = digest or digest_of(data)
-    if tx.one("block/find_codec", session_id=session_id, digest=digest) is None:
-        codec, stored = encode(data)
+    if not is_there(tx, session_id, digest):
         if not tx.run(
             "block/insert_fenced",
             session_id=session_id,
             owner_token=owner_token,
             digest=digest,
-            codec=codec,
             size_bytes=len(data),
-            data=stored,
+            **(stored or in_row(data)).columns,
         ):
             raise refusal(tx, session_id, owner_token, _damaged(session_id, digest, "it is there and is not"))
     else:
         held_row(tx, session_id, owner_token)
     return digest
+
+
+def is_there(tx: Transaction, session_id: SessionId, digest: bytes) -> bool:
+    return tx.one("block/find_codec", session_id=session_id, digest=digest) is not None
 
 
 def get(tx: Transaction, session_id: SessionId, digest: bytes) -> bytes:
@@ -74,7 +89,7 @@ def read(tx: Transaction, session_id: SessionId, digest: bytes) -> Content:
     row = tx.one("block/find", session_id=session_id, digest=digest)
     if row is None:
         raise _damaged(session_id, digest, "it is missing")
-    content = _content_of(row, session_id, digest)
+    content = _content_of(tx, row, session_id, digest)
     if not content.redacted and digest_of(content.data) != digest:
         raise _damaged(session_id, digest, "its bytes are not what was written")
     return content
@@ -92,7 +107,7 @@ def read_many(tx: Transaction, session_id: SessionId, digests: Iterable[bytes]) 
         batch = wanted[at : at + _AT_ONCE]
         for row in tx.all("block/list_some", session_id=session_id, **_named(batch)):
             digest = bytes(row["digest"])
-            found[digest] = _content_of(row, session_id, digest)
+            found[digest] = _content_of(tx, row, session_id, digest)
     for digest in wanted:
         if digest not in found:
             raise _damaged(session_id, digest, "it is missing")
@@ -102,13 +117,15 @@ def read_many(tx: Transaction, session_id: SessionId, digests: Iterable[bytes]) 
 def read_chain(tx: Transaction, session_id: SessionId, digest: bytes) -> list[tuple[bytes, bytes]]:
     """A manifest's block and those of its bases, each checked; at least the first, and not always all.
 
+    A manifest is too short to be a blob (PIECES_MAX bounds it), so all of them are in their rows.
+
     Raises:
         Damaged: `block_damaged`.
     """
     found: list[tuple[bytes, bytes]] = []
     for row in tx.all("block/list_chain", session_id=session_id, digest=digest, depth_max=_CHAIN_MAX):
         link = bytes(row["digest"])
-        data = _content_of(row, session_id, link).data
+        data = _decoded(row["codec"], row["data"], session_id, link).data
         if digest_of(data) != link:
             raise _damaged(session_id, link, "its bytes are not what was written")
         found.append((link, data))
@@ -119,11 +136,23 @@ def read_chain(tx: Transaction, session_id: SessionId, digest: bytes) -> list[tu
     return found
 
 
-def redact(tx: Transaction, *, session_id: SessionId, owner_token: int, digest: bytes, masked: bytes) -> None:
-    """Leave only `masked` of a block's content, for good; the event chain stays valid, since it holds digests only."""
-    codec, data = encode(masked)
+def redact(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    digest: bytes,
+    masked: bytes,
+    stored: Stored | None = None,
+) -> None:
+    """Leave only `masked` of a block's content, for good; the event chain stays valid, since it holds digests only.
+
+    Args:
+        stored: `masked` as it was stored ahead of this transaction, if it was.
+    """
+    stored = stored or in_row(masked)
     key = {"session_id": session_id, "owner_token": owner_token, "digest": digest}
-    if not tx.run("block/redact_fenced", **key, codec=REDACTED + codec, data=data):
+    if not tx.run("block/redact_fenced", **key, **{**stored.columns, "codec": REDACTED + stored.codec}):
         raise refusal(tx, session_id, owner_token, _damaged(session_id, digest, "it is missing"))
 
 
@@ -135,11 +164,18 @@ def _named(batch: Sequence[bytes]) -> dict[str, bytes]:
     return {f"d{number}": batch[min(number, len(batch) - 1)] for number in range(_AT_ONCE)}
 
 
-def _content_of(row: Row, session_id: SessionId, digest: bytes) -> Content:
-    codec: str = row["codec"]
+def _content_of(tx: Transaction, row: Row, session_id: SessionId, digest: bytes) -> Content:
+    try:
+        data = bytes_of(tx, session_id, row)
+    except ValueError as error:
+        raise _damaged(session_id, digest, str(error)) from error
+    return _decoded(row["codec"], data, session_id, digest)
+
+
+def _decoded(codec: str, stored: bytes, session_id: SessionId, digest: bytes) -> Content:
     redacted = codec.startswith(REDACTED)
     try:
-        return Content(decode(codec.removeprefix(REDACTED) if redacted else codec, row["data"]), redacted)
+        return Content(decode(codec.removeprefix(REDACTED) if redacted else codec, stored), redacted)
     except ValueError as error:
         raise _damaged(session_id, digest, str(error)) from error
 

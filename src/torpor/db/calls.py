@@ -15,11 +15,12 @@ from torpor.core.events import CONTEXT_KINDS, Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.core.money import Bill, dollars_text
 from torpor.db import answers, requests
+from torpor.db.answers import Packed
+from torpor.db.blobs import BLOB_BYTES_MIN
 from torpor.db.call_rows import (
     Chunk,
     NewCall,
     append_chunk,
-    body_facts,
     call_of,
     close_attempt,
     head_digest,
@@ -152,11 +153,13 @@ def complete(
     usage: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     bill: Bill | None = None,
+    packed: Packed | None = None,
     wall_ns: int,
 ) -> Event:
     """The answer that was arriving ended properly. Commit it durably: only then is the call answered.
 
     Args:
+        packed: the answer, if it was packed ahead of this transaction.
         usage: what the answer says that it cost, kept with the call.
         facts: more for people (finish reason, upstream request id), kept in the event only.
         bill: what it cost; None for what is never billed.
@@ -164,7 +167,7 @@ def complete(
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.ANSWERED)
     if call.attempts[-1].head is None:
         raise Conflict("call_without_head", f"cannot complete call {call_id}: its answer has no head")
-    body = _close_newest(tx, call, owner_token, finished=True, bill=bill)
+    body = _close_newest(tx, call, owner_token, finished=True, bill=bill, packed=packed)
     data = {**(facts or {}), **body, "usage": dict(usage), **bill_data(bill)}
     event = _append(tx, owner_token, wall_ns, call, Kind.CALL_COMPLETED, data, refs=(body["digest"],))
     set_state(tx, call, owner_token, CallState.ANSWERED, ended_seq=event.seq, usage=usage)
@@ -180,6 +183,7 @@ def fail(
     error: str,
     response: tuple[ResponseHead, bytes] | None = None,
     bill: Bill | None = None,
+    packed: Packed | None = None,
     wall_ns: int,
 ) -> Event:
     """The call will have no answer. `response` is what the gateway says instead: a finished attempt of its own.
@@ -188,7 +192,7 @@ def fail(
     """
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.FAILED)
     if call.state is CallState.SENT:
-        _close_newest(tx, call, owner_token, finished=False, bill=bill)
+        _close_newest(tx, call, owner_token, finished=False, bill=bill, packed=packed)
     data = {} if response is None else _record_response(tx, call, owner_token, *response, wall_ns=wall_ns)
     event = _append(tx, owner_token, wall_ns, call, Kind.CALL_FAILED, {**data, "error": error, **bill_data(bill)})
     set_state(tx, call, owner_token, CallState.FAILED, ended_seq=event.seq)
@@ -203,10 +207,11 @@ def tear(
     call_id: CallId,
     wall_ns: int,
     bill: Bill | None = None,
+    packed: Packed | None = None,
 ) -> Event:
     """The pump of a sent call died: what came of its answer is kept as this attempt, and no more will come of it."""
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.TORN)
-    body = _close_newest(tx, call, owner_token, finished=False, bill=bill)
+    body = _close_newest(tx, call, owner_token, finished=False, bill=bill, packed=packed)
     event = _append(tx, owner_token, wall_ns, call, Kind.CALL_TORN, {**body, **bill_data(bill)})
     set_state(tx, call, owner_token, CallState.TORN)
     return event
@@ -220,8 +225,13 @@ def tear_open(
     wall_ns: int,
     pumped: frozenset[CallId] = frozenset(),
     bills: Mapping[CallId, Bill] | None = None,
+    packed: Mapping[CallId, Packed] | None = None,
 ) -> list[CallId]:
-    """At recovery: tear every sent call but those whose pump still runs here. `bills` is what came of some."""
+    """At recovery: tear every sent call but those whose pump still runs here. `bills` is what came of some.
+
+    Args:
+        packed: the answers that were packed ahead of this transaction, as far as they got.
+    """
     held_row(tx, session_id, owner_token)
     rows = tx.all("call/list_in_state", session_id=session_id, state=CallState.SENT.value)
     torn = [CallId(row["call_id"]) for row in rows if row["call_id"] not in pumped]
@@ -233,8 +243,21 @@ def tear_open(
             call_id=call_id,
             wall_ns=wall_ns,
             bill=(bills or {}).get(call_id),
+            packed=(packed or {}).get(call_id),
         )
     return torn
+
+
+def list_long_sent(tx: Transaction, session_id: SessionId) -> list[tuple[CallId, int]]:
+    """The sent calls of which so much has arrived that it is packed ahead, each with the number of its attempt."""
+    found: list[tuple[CallId, int]] = []
+    for row in tx.all("call/list_in_state", session_id=session_id, state=CallState.SENT.value):
+        call = load_call(tx, CallId(row["call_id"]))
+        number = call.attempts[-1].number
+        measured = tx.one("call/measure_chunks", call_id=call.call_id, attempt=number)
+        if measured is not None and measured["body_bytes"] >= BLOB_BYTES_MIN:
+            found.append((call.call_id, number))
+    return found
 
 
 def doubt(tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId) -> None:
@@ -300,22 +323,29 @@ def bill_data(bill: Bill | None) -> dict[str, Any]:
 
 
 def _close_newest(
-    tx: Transaction, call: Call, owner_token: int, *, finished: bool, bill: Bill | None = None
+    tx: Transaction,
+    call: Call,
+    owner_token: int,
+    *,
+    finished: bool,
+    bill: Bill | None = None,
+    packed: Packed | None = None,
 ) -> dict[str, Any]:
     """Let no more chunks into the attempt that is arriving, and say what came of it."""
     number = call.attempts[-1].number
-    body = body_facts(load_chunks(tx, call.call_id, number))
+    if packed is None or (packed.call_id, packed.attempt) != (call.call_id, number) or not answers.is_still(tx, packed):
+        packed = answers.pack(tx, call.call_id, number)
     close_attempt(
         tx,
         call,
         owner_token,
         number=number,
-        body=body,
+        body=packed.facts,
         finished=finished,
         cost_nanousd=bill.cost_nanousd if bill else None,
     )
-    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
-    return {"attempt": number, **body}
+    answers.store(tx, session_id=call.session_id, owner_token=owner_token, packed=packed)
+    return {"attempt": number, **packed.facts}
 
 
 def _record_response(
@@ -328,10 +358,10 @@ def _record_response(
     chunks = [Chunk(number=0, offset_ns=0, data=body)] if body else []
     for chunk in chunks:
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
-    facts = body_facts(chunks)
-    close_attempt(tx, call, owner_token, number=number, body=facts, finished=True)
-    answers.pack(tx, session_id=call.session_id, owner_token=owner_token, call_id=call.call_id, attempt=number)
-    return {"attempt": number, **facts, "head_digest": head_digest(head)}
+    packed = answers.pack(tx, call.call_id, number)
+    close_attempt(tx, call, owner_token, number=number, body=packed.facts, finished=True)
+    answers.store(tx, session_id=call.session_id, owner_token=owner_token, packed=packed)
+    return {"attempt": number, **packed.facts, "head_digest": head_digest(head)}
 
 
 def _append(

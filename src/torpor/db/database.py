@@ -16,6 +16,33 @@ Value = str | int | bytes | None
 T = TypeVar("T")
 
 
+class BlobStore(Protocol):
+    """Where large bodies lie: immutable objects by key, durable when `put` returns. A snapshot store's backend is one.
+
+    Synchronous, and maybe slow: never call it on the event loop, and change it in no transaction.
+    """
+
+    def put(self, key: str, data: bytes) -> bool:
+        """Create the object; False if the key is there, and is left alone.
+
+        Raises:
+            MachineUnfit: `no_space`, `storage_failed`.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Raises NotFound (`object_not_found`)."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Absent afterwards, whether it was there or not."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that begin so."""
+        ...
+
+
 class Transaction(Protocol):
     """Runs statements of queries/ by name. Raises only TorporErrors."""
 
@@ -29,9 +56,16 @@ class Transaction(Protocol):
         """The number of rows that the statement wrote or deleted."""
         ...
 
+    def fetch(self, key: str, /) -> bytes:
+        """The object that a row names, from the blob store. Raises NotFound (`object_not_found`)."""
+        ...
+
 
 class Database(Protocol):
     """Where sessions live.
+
+    Attributes:
+        blobs: where their large bodies are; None keeps new ones in rows, however large.
 
     Raises (from every method):
         Conflict: `database_busy`, another process held the database for too long; `row_conflict`, a constraint;
@@ -39,6 +73,9 @@ class Database(Protocol):
         MachineUnfit: `no_space`, `database_unopenable`, `database_io_failed`.
         Damaged: `database_damaged`.
     """
+
+    @property
+    def blobs(self) -> BlobStore | None: ...
 
     async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
         """Run `work` alone among all writers. Its rows survive the death of every process.
@@ -64,11 +101,12 @@ class Database(Protocol):
         ...
 
 
-async def open_database(url: str, *, clock: Clock) -> Database:
+async def open_database(url: str, *, clock: Clock, blobs: BlobStore | None = None) -> Database:
     """Open the database and bring its schema up to date.
 
     Args:
         url: `sqlite:///` and an absolute path, which is taken as it stands; the file is created if it is not there.
+        blobs: the store of large bodies; the same one each time, since rows name its objects.
 
     Raises:
         InvalidInput: the URL names no database that Torpor knows.
@@ -83,4 +121,4 @@ async def open_database(url: str, *, clock: Clock) -> Database:
         )
     from torpor.db.sqlite import open_sqlite
 
-    return await open_sqlite(f"/{path.lstrip('/')}", clock=clock)
+    return await open_sqlite(f"/{path.lstrip('/')}", clock=clock, blobs=blobs)

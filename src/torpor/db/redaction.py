@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torpor.core.errors import Conflict, NotFound
+from torpor.core.errors import Conflict, Damaged, NotFound
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.db import answers, blocks, outputs, requests
+from torpor.db.blobs import Stored
 from torpor.db.calls import load_calls, tear_open
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row
@@ -30,12 +31,16 @@ class Plan:
 
     Attributes:
         places: for people, each match with what is around it.
+        unread: for people, what can't be looked into, since it is damaged.
+        stored: masked contents that were stored ahead of the transaction (`db.ahead`), by their digest.
     """
 
     blocks: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
     answers: dict[Answer, bytes] = field(default_factory=dict[Answer, bytes])
     output: dict[tuple[int, int, int], bytes] = field(default_factory=dict[tuple[int, int, int], bytes])
     places: list[str] = field(default_factory=list[str])
+    unread: list[str] = field(default_factory=list[str])
+    stored: dict[bytes, Stored] = field(default_factory=dict[bytes, Stored])
 
     def __bool__(self) -> bool:
         return bool(self.blocks or self.answers or self.output)
@@ -54,7 +59,7 @@ def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
         if request is not None and request.manifest == digest:
             raise Conflict("manifest_kept", f"cannot redact block {digest.hex()}: it lists a request's pieces")
         for attempt in call.attempts:
-            body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
+            body = _answer(tx, call.call_id, attempt.number, plan)
             if body and blocks.digest_of(body) == digest:
                 plan.answers[call.call_id, attempt.number] = MASK * len(body)
                 plan.places.append(f"answer of {call.call_id}, attempt {attempt.number}: {len(body)} bytes")
@@ -75,11 +80,15 @@ def plan_pattern(tx: Transaction, session_id: SessionId, pattern: re.Pattern[byt
         request = requests.find(tx, call.call_id)
         if request is not None:
             _plan_blocks(tx, session_id, [request.head_digest], pattern, plan)
-            pieces = requests.pieces_of(requests.read_list(tx, session_id, request.manifest))
+            try:
+                pieces = requests.pieces_of(requests.read_list(tx, session_id, request.manifest))
+            except Damaged as damaged:
+                plan.unread.append(str(damaged))
+                pieces = []
             for run in _fresh_runs(pieces, pairs):
                 _plan_blocks(tx, session_id, run, pattern, plan)
         for attempt in call.attempts:
-            body = b"".join(chunk.data for chunk in answers.load(tx, call.call_id, attempt.number)[0])
+            body = _answer(tx, call.call_id, attempt.number, plan)
             masked, places = mask_answer(body, pattern)
             if places:
                 plan.answers[call.call_id, attempt.number] = masked
@@ -95,9 +104,11 @@ def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Pla
     row = held_row(tx, session_id, owner_token)
     tear_open(tx, **owner, wall_ns=wall_ns)  # their pumps died with their node; what came of them is closed now
     for digest, masked in plan.blocks.items():
-        blocks.redact(tx, **owner, digest=digest, masked=masked)
+        stored = plan.stored.get(blocks.digest_of(masked))
+        blocks.redact(tx, **owner, digest=digest, masked=masked, stored=stored)
     for (call_id, attempt), masked in plan.answers.items():
-        answers.redact(tx, **owner, call_id=call_id, attempt=attempt, masked=masked)
+        stored = plan.stored.get(blocks.digest_of(masked))
+        answers.redact(tx, **owner, call_id=call_id, attempt=attempt, masked=masked, stored=stored)
     for (channel, incarnation, position), masked in plan.output.items():
         tx.run(
             "output/redact_fenced", **owner, channel=channel, incarnation=incarnation, position=position, data=masked
@@ -143,10 +154,25 @@ def _fresh_runs(pieces: list[bytes], pairs: set[tuple[bytes, bytes]]) -> Iterato
         yield run
 
 
+def _answer(tx: Transaction, call_id: CallId, attempt: int, plan: Plan) -> bytes:
+    """An attempt's bytes; none if they can't be read: what is damaged keeps nobody from erasing the rest."""
+    try:
+        return b"".join(chunk.data for chunk in answers.load(tx, call_id, attempt)[0])
+    except Damaged as damaged:
+        plan.unread.append(str(damaged))
+        return b""
+
+
 def _plan_blocks(
     tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan
 ) -> None:
-    contents = blocks.read_many(tx, session_id, run)
+    """Mask what fits in pieces that stand side by side; one that can't be read parts them."""
+    try:
+        contents = blocks.read_many(tx, session_id, run)
+    except Damaged:
+        for readable in _readable_runs(tx, session_id, run, plan):
+            _plan_blocks(tx, session_id, readable, pattern, plan)
+        return
     text = b"".join(contents[digest].data for digest in run)
     masked, places = mask(text, pattern)
     if not places:
@@ -159,6 +185,23 @@ def _plan_blocks(
             before = plan.blocks.get(digest, contents[digest].data)
             plan.blocks[digest] = _both(before, masked[at:end], contents[digest].data)
         at = end
+
+
+def _readable_runs(tx: Transaction, session_id: SessionId, run: list[bytes], plan: Plan) -> Iterator[list[bytes]]:
+    """What is left of a run without the pieces that can't be read."""
+    readable: list[bytes] = []
+    for digest in run:
+        try:
+            blocks.read_many(tx, session_id, [digest])
+        except Damaged as damaged:
+            plan.unread.append(str(damaged))
+            if readable:
+                yield readable
+            readable = []
+        else:
+            readable.append(digest)
+    if readable:
+        yield readable
 
 
 def _both(one: bytes, other: bytes, original: bytes) -> bytes:

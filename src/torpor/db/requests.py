@@ -4,12 +4,14 @@ A body is given back byte for byte. Its manifest's digest stands in call.intende
 """
 
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from threading import Lock
 
 from torpor.core.errors import Conflict, Damaged, NotFound
 from torpor.core.ids import CallId, SessionId
 from torpor.db import blocks, manifests
+from torpor.db.blobs import Stored
 from torpor.db.bodies import split
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
@@ -31,12 +33,21 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class PreparedBody:
-    """A body cut and hashed, which takes a while for a long one: do it outside the transaction (`prepare`)."""
+    """A body cut and hashed, which takes a while for a long one: do it outside the transaction (`prepare`).
+
+    Attributes:
+        stored: by digest, the pieces that were stored ahead of the transaction (`db.ahead`).
+    """
 
     pieces: tuple[bytes, ...]
     digests: bytes
     body_digest: str
     size_bytes: int
+    stored: Mapping[bytes, Stored] = field(default_factory=dict[bytes, Stored])
+
+    def by_digest(self) -> Iterator[tuple[bytes, bytes]]:
+        """Each piece, with its digest."""
+        return zip(self.pieces, pieces_of(self.digests), strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +101,14 @@ def store(
     else:
         for index in range(manifest.keep_head, manifest.keep_head + len(manifest.listed) // DIGEST_BYTES):
             piece = body.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-            blocks.put(tx, session_id=session_id, owner_token=owner_token, data=body.pieces[index], digest=piece)
+            blocks.put(
+                tx,
+                session_id=session_id,
+                owner_token=owner_token,
+                data=body.pieces[index],
+                digest=piece,
+                stored=body.stored.get(piece),
+            )
         digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=manifest.pack())
         _resolved.put(digest, manifest, body.digests)
     text = encode_json(asdict(head)).encode()

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torpor.core.clock import Clock
-from torpor.core.errors import Conflict, MachineUnfit
-from torpor.db.database import Database, Row, Transaction, Value
+from torpor.core.errors import Conflict, MachineUnfit, NotFound
+from torpor.db.database import BlobStore, Database, Row, Transaction, Value
 from torpor.db.migrations import migrate
 from torpor.db.sqlite_errors import SYNC_FAILURES, translated
 from torpor.db.statements import statements
@@ -35,8 +35,9 @@ WRITES_PER_COMMIT_MAX = 64
 class SqliteTransaction:
     """The statements of one connection; `SqliteDatabase` puts BEGIN and COMMIT around them."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, blobs: BlobStore | None) -> None:
         self._connection = connection
+        self._blobs = blobs
         self._statements = statements()
 
     def one(self, query: str, /, **values: Value) -> Row | None:
@@ -47,6 +48,11 @@ class SqliteTransaction:
 
     def run(self, query: str, /, **values: Value) -> int:
         return self._connection.execute(self._statements[query], values).rowcount
+
+    def fetch(self, key: str, /) -> bytes:
+        if self._blobs is None:
+            raise NotFound("object_not_found", f"cannot read object {key}: the database was opened without its blobs")
+        return self._blobs.get(key)
 
 
 @dataclass(slots=True)
@@ -69,7 +75,8 @@ class _Write:
 class SqliteDatabase:
     """One file. Build it with `open_sqlite`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, blobs: BlobStore | None = None) -> None:
+        self.blobs = blobs
         self._path = path
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="torpor-db-writer")
         self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
@@ -155,7 +162,7 @@ class SqliteDatabase:
         connection.execute("SAVEPOINT work")
         try:
             with self._translating():
-                result = work(SqliteTransaction(connection))
+                result = work(SqliteTransaction(connection, self.blobs))
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK TO work")
@@ -172,7 +179,7 @@ class SqliteDatabase:
                 connection = _connect(self._path, read_only=True)
             try:
                 with _transaction(connection, "BEGIN"):
-                    return work(SqliteTransaction(connection))
+                    return work(SqliteTransaction(connection, self.blobs))
             finally:
                 self._idle_readers.append(connection)
 
@@ -239,9 +246,9 @@ async def _outcome(running: Future[T]) -> T:
         raise
 
 
-async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite") -> Database:
+async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite", blobs: BlobStore | None = None) -> Database:
     """Open `path`, which is created with its directories (0700, the file 0600) when it is not there."""
-    database = SqliteDatabase(Path(path))
+    database = SqliteDatabase(Path(path), blobs)
     try:
         await database.open(clock, schema)
     except BaseException:

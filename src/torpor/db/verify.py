@@ -145,18 +145,36 @@ def _intent_problems(tx: Transaction, call: Call, event: Event, masks: Masks, se
         return
     try:
         digests = requests.pieces_of(requests.read_list(tx, call.session_id, request.manifest))
-        heads = [request.head_digest] if request.head_is_block else []
-        fresh = {*digests, *heads} - seen
-        seen |= fresh
-        for digest, content in blocks.read_many(tx, call.session_id, fresh).items():
-            found = blocks.digest_of(content.data)
-            if content.redacted and masks.get(digest.hex()) != found.hex():
-                text = f"block {digest.hex()} is masked, and no event says so"
-                yield Problem(code="redaction_unknown", seq=event.seq, text=text)
-            elif not content.redacted and found != digest:
-                blocks.read(tx, call.session_id, digest)
     except Damaged as error:
         yield Problem(code="request_damaged", seq=event.seq, text=str(error))
+        return
+    heads = [request.head_digest] if request.head_is_block else []
+    fresh = [digest for digest in dict.fromkeys([*digests, *heads]) if digest not in seen]
+    seen.update(fresh)
+    for digest, content in _readable(tx, call.session_id, fresh):
+        if isinstance(content, Damaged):
+            yield Problem(code="request_damaged", seq=event.seq, text=str(content))
+        elif content.redacted and masks.get(digest.hex()) != blocks.digest_of(content.data).hex():
+            text = f"block {digest.hex()} is masked, and no event says so"
+            yield Problem(code="redaction_unknown", seq=event.seq, text=text)
+
+
+def _readable(
+    tx: Transaction, session_id: SessionId, digests: list[bytes]
+) -> Iterator[tuple[bytes, blocks.Content | Damaged]]:
+    """Each block's content, or what is wrong with it. All at once, unless something is."""
+    try:
+        contents = blocks.read_many(tx, session_id, digests)
+    except Damaged:
+        contents = {}
+    for digest in digests:
+        try:
+            content = contents.get(digest)
+            if content is None or not (content.redacted or blocks.digest_of(content.data) == digest):
+                content = blocks.read(tx, session_id, digest)
+            yield digest, content
+        except Damaged as error:
+            yield digest, error
 
 
 def _head_problems(call: Call, event: Event) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ is not in the log. The bytes on the agent's socket are made by `core.delivery.Ta
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeAlias
@@ -18,6 +18,8 @@ from torpor.gateway.reshape import reshaped
 from torpor.sandbox.fifos import Pulse
 from torpor.sandbox.frames import Closed
 from torpor.sandbox.streams import Stream, StreamGone
+
+TOGETHER_BYTES_MAX = 32_768
 
 Row: TypeAlias = "ResponseHead | bytes | None"
 """The head, a chunk, or the proper end of an attempt."""
@@ -40,6 +42,10 @@ class Recording:
         self.finished: bool | None = None
         self._changed = Pulse()
 
+    @property
+    def body_bytes(self) -> int:
+        return sum(map(len, self.chunks))
+
     def add_head(self, head: ResponseHead) -> None:
         self.head = head
         self._changed.fire()
@@ -52,29 +58,32 @@ class Recording:
         self.finished = finished
         self._changed.fire()
 
-    async def rows(self) -> AsyncGenerator[Row]:
-        """The head, the chunks, and the proper end (None) if there is one; waits for each."""
+    async def rows(self) -> AsyncGenerator[Sequence[Row]]:
+        """The head, the chunks, and the proper end (None) if there is one: waits for some, and gives all there are."""
         while self.head is None and self.finished is None:
             await self._changed.wait()
-        if self.head is not None:
-            yield self.head
         number = 0
+        fresh: list[Row] = [] if self.head is None else [self.head]
         while True:
-            while number < len(self.chunks):
-                yield self.chunks[number]
-                number += 1
-            if self.finished is not None:
-                break
-            await self._changed.wait()
-        if self.finished:
-            yield None
+            fresh += self.chunks[number:]
+            number = len(self.chunks)
+            over = self.finished is not None
+            if self.finished:
+                fresh.append(None)
+            if fresh:
+                yield fresh
+                fresh = []
+            if over:
+                return
+            if number == len(self.chunks) and self.finished is None:
+                await self._changed.wait()
 
     async def wait_end(self) -> None:
         while self.finished is None:
             await self._changed.wait()
 
 
-async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) -> AsyncGenerator[Row]:
+async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) -> AsyncGenerator[Sequence[Row]]:
     """The rows for a client that asked for another shape of the answer, once there is a whole answer to reshape."""
     if shape is not Shape.AS_SENT:
         await recording.wait_end()
@@ -84,16 +93,14 @@ async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) ->
             else None
         )
         if other is not None:
-            yield other[0]
-            yield other[1]
-            yield None
+            yield [*other, None]
             return
-    async for row in recording.rows():
-        yield row
+    async for rows in recording.rows():
+        yield rows
 
 
 async def deliver(
-    stream: Stream, rows: AsyncGenerator[Row], *, continued: bool, released: asyncio.Event | None = None
+    stream: Stream, rows: AsyncGenerator[Sequence[Row]], *, continued: bool, released: asyncio.Event | None = None
 ) -> StreamEnd | None:
     """Deliver from where the stream stands until it closes; None when the link ended first.
 
@@ -138,7 +145,7 @@ async def closed(stream: Stream) -> StreamEnd | None:
 
 
 async def _send_rows(
-    stream: Stream, rows: AsyncGenerator[Row], *, continued: bool, released: asyncio.Event | None
+    stream: Stream, rows: AsyncGenerator[Sequence[Row]], *, continued: bool, released: asyncio.Event | None
 ) -> None:
     """A clean end only after a proper one; anything else breaks the connection off."""
     if released is not None:
@@ -146,15 +153,21 @@ async def _send_rows(
     tape = Tape(stream.sent)
     try:
         async with aclosing(rows):
-            async for row in rows:
-                if row is None:
-                    await _send(stream, tape, tape.finish())
-                    await stream.finish(tape.position)
-                elif isinstance(row, ResponseHead):
-                    await _send(stream, tape, tape.head(replace(row, continued=continued)))
-                else:
-                    await _send(stream, tape, tape.chunk(row))
-        if not tape.ended:
+            async for batch in rows:
+                # One frame for what came together: each wakes init, and then the client.
+                fresh = b""
+                for row in batch:
+                    if isinstance(row, ResponseHead):
+                        fresh += tape.head(replace(row, continued=continued))
+                    else:
+                        fresh += tape.finish() if row is None else tape.chunk(row)
+                    if len(fresh) >= TOGETHER_BYTES_MAX:
+                        await _send(stream, tape, fresh)
+                        fresh = b""
+                await _send(stream, tape, fresh)
+        if tape.ended:
+            await stream.finish(tape.position)
+        else:
             stream.reset()
     except StreamGone:
         return  # Whoever waits for the stream's end learns how.

@@ -8,9 +8,6 @@ failure can still be told in words, which clients retry, where a broken connecti
 """
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from torpor.core.call import Call, ResponseHead
 from torpor.db.calls import Chunk
@@ -25,7 +22,6 @@ from torpor.gateway.record import Recorder
 from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
 from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
-from torpor.sandbox.fifos import Pulse
 
 ANSWER_BYTES_MAX = 256 << 20
 
@@ -103,6 +99,7 @@ class Pump:
                 if seconds is None:
                     await self._receive(answer, upstream.name)
                     return
+                await answer.discard()
             facts = {"status": answer.status, "retry": backoff.retries, "wait_ms": round(seconds * 1000)}
             await self._recorder.retry(self.call.call_id, {"upstream": upstream.name, **facts})
             await asyncio.sleep(seconds)
@@ -116,13 +113,12 @@ class Pump:
             headers={name.lower(): value for name, value in headers},
             is_llm=self._destination.route.is_llm,
         )
-        inbox = _Inbox()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(inbox.fill(answer.pieces()))
-            while data := await inbox.next():
-                await self._write(head, reader, self._scrubber.feed(data))
-        if inbox.failure is not None:
-            raise inbox.failure
+        size = 0
+        while data := await answer.next():
+            await self._write(head, reader, self._scrubber.feed(data))
+            size += len(data)
+            if size > ANSWER_BYTES_MAX:
+                raise NoAnswer("upstream_endless", "the answer has no end", status=502, retry=False)
         await self._write(head, reader, self._scrubber.rest())
         if not reader.complete():
             reason = "the answer stopped in the middle"
@@ -139,7 +135,7 @@ class Pump:
         bill = await self._billing.bill(self.call, answer.status, reader.facts, self._sent_ns)
         # What is only read again was paid for by the call that asked for it.
         usage = reader.facts.usage if self._destination.route.is_llm else {}
-        await self._recorder.complete(self.call.call_id, usage=usage, facts=facts, bill=bill)
+        await self._recorder.complete(self.call.call_id, recording=self.recording, usage=usage, facts=facts, bill=bill)
         if self.recording.head is None:
             self.recording.add_head(head)
         self.recording.end(finished=True)
@@ -167,7 +163,9 @@ class Pump:
         bill = await self._billing.bill_failure(self.call, failure, said, self._sent_ns)
         error = f"{failure.code}: {self._scrubber.text(str(failure))}"
         if self.recording.head is not None:
-            await self._recorder.fail(self.call.call_id, error=error, response=None, bill=bill)
+            await self._recorder.fail(
+                self.call.call_id, error=error, response=None, bill=bill, recording=self.recording
+            )
             self.recording.end(finished=False)
             return
         answer = error_answer(
@@ -186,37 +184,3 @@ class Pump:
         if answer.body:
             self.recording.add_chunk(answer.body)
         self.recording.end(finished=True)
-
-
-class _Inbox:
-    """What arrived from upstream and is not logged yet: pieces that come while one is being logged make one chunk."""
-
-    def __init__(self) -> None:
-        self.failure: NoAnswer | None = None
-        self._arrived: deque[bytes] = deque()
-        self._done = False
-        self._changed = Pulse()
-
-    async def fill(self, pieces: AsyncGenerator[bytes]) -> None:
-        size = 0
-        try:
-            async with aclosing(pieces):
-                async for data in pieces:
-                    self._arrived.append(data)
-                    self._changed.fire()
-                    size += len(data)
-                    if size > ANSWER_BYTES_MAX:
-                        self.failure = NoAnswer("upstream_endless", "the answer has no end", status=502, retry=False)
-                        break
-        except NoAnswer as error:
-            self.failure = error
-        self._done = True
-        self._changed.fire()
-
-    async def next(self) -> bytes:
-        """Everything that arrived, waiting for something; empty at the end."""
-        while not self._arrived and not self._done:
-            await self._changed.wait()
-        batch = b"".join(self._arrived)
-        self._arrived.clear()
-        return batch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torpor.core.call import Call, ResponseHead
-from torpor.core.errors import Conflict
+from torpor.core.errors import Conflict, Damaged, TorporError
 from torpor.core.ids import CallId
 from torpor.gateway.billing import Billing
 from torpor.gateway.delivery import Recording
@@ -28,6 +28,9 @@ PUMPS_MAX = 512
 """Answers that are fetched at one time: twice the connections that a sandbox can have."""
 REQUESTS_BYTES_MAX = 256 << 20
 """Bodies of the requests whose answers are fetched, beyond which the next call waits."""
+
+_UNREAD = frozenset({"block_redacted", "block_damaged", "request_damaged"})
+"""Why a logged request can't be sent again."""
 
 OnCall = Callable[[CallId], Awaitable[None]]
 
@@ -136,8 +139,8 @@ class Pumps:
             call=call, intake=intake, recorder=recorder, billing=self._billing, upstreams=self._upstreams, note=note
         )
 
-    async def revive(self, call_id: CallId, *, announce: bool) -> Answer:
-        """The answer of a call that is in the log: arriving, written, or that of a new attempt."""
+    async def revive(self, call_id: CallId, *, announce: bool) -> Answer | None:
+        """The answer of a call that is in the log: arriving, written, or that of a new attempt. None: it is damaged."""
         pump = self._pumps.get(call_id)
         if pump is not None:
             return self._answer(pump.call, pump.recording)
@@ -145,25 +148,27 @@ class Pumps:
         if needs_sending(call):
             try:
                 head, body = await self._recorder.load_request(call_id)
-            except Conflict as redacted:
-                if redacted.code != "block_redacted":
+            except (Conflict, Damaged) as unread:
+                if unread.code not in _UNREAD:
                     raise
-                return await self._fail_redacted(call, redacted)
+                code = "request_redacted" if unread.code == "block_redacted" else "request_damaged"
+                return await self._fail_unread(call, code, unread)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
             return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
-        return self._answer(call, await self._recorder.replay(call))
+        try:
+            return self._answer(call, await self._recorder.replay(call))
+        except Damaged as damaged:
+            if damaged.code != "answer_damaged":
+                raise
+            return None
 
-    async def _fail_redacted(self, call: Call, reason: Conflict) -> Answer:
-        """A request that was redacted can't be sent again; the client has it, and is told that it may."""
-        said = {"error": {"type": "api_error", "code": "request_redacted", "message": f"Torpor {reason}."}}
-        headers = (
-            ("content-type", "application/json"),
-            ("x-torpor-error", "request_redacted"),
-            ("x-should-retry", "true"),
-        )
+    async def _fail_unread(self, call: Call, code: str, reason: TorporError) -> Answer:
+        """A request that was redacted or damaged can't be sent again; the client has it, and is told that it may."""
+        said = {"error": {"type": "api_error", "code": code, "message": f"Torpor {reason}."}}
+        headers = (("content-type", "application/json"), ("x-torpor-error", code), ("x-should-retry", "true"))
         head = ResponseHead(status=502, reason="Bad Gateway", headers=headers)
         response = (head, json.dumps(said).encode())
-        failed = await self._recorder.fail(call.call_id, error=f"request_redacted: {reason}", response=response)
+        failed = await self._recorder.fail(call.call_id, error=f"{code}: {reason}", response=response)
         self._on_failed(call.call_id)
         return self._answer(failed, await self._recorder.replay(failed))
 
@@ -186,6 +191,7 @@ class Pumps:
         self._ended.fire()
         if pump.failed:
             self._on_failed(pump.call.call_id)
+        await self._recorder.drop_chunks(pump.call.call_id, pump.recording)
 
     async def _announce(self, pump: Pump) -> None:
         await pump.under_way.wait()

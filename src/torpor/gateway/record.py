@@ -19,6 +19,9 @@ from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
 from torpor.db import budgets, calls, checkpoints, log, redo, requests, sessions
+from torpor.db.ahead import Ahead
+from torpor.db.answers import Packed
+from torpor.db.blobs import BLOB_BYTES_MIN
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -66,6 +69,7 @@ class Recorder:
         self._database = database
         self._session_id = session_id
         self._owner_token = owner_token
+        self._ahead = Ahead(database=database, session_id=session_id, owner_token=owner_token)
         self.clock = clock
 
     def new_call_id(self) -> CallId:
@@ -84,7 +88,7 @@ class Recorder:
         note: str | None = None,
     ) -> Call:
         """Record that a call will be made; with it, if so, that the agent left the log's path, and what it is told."""
-        prepared = await asyncio.to_thread(requests.prepare, body)
+        prepared = await self._ahead.request(await asyncio.to_thread(requests.prepare, body))
 
         def work(tx: Transaction) -> Call:
             if left is not None:
@@ -158,10 +162,20 @@ class Recorder:
         crash_point("call.received")
 
     async def complete(
-        self, call_id: CallId, *, usage: Mapping[str, Any], facts: Mapping[str, Any], bill: Bill | None = None
+        self,
+        call_id: CallId,
+        *,
+        recording: Recording,
+        usage: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        bill: Bill | None = None,
     ) -> None:
+        """The answer ended properly; a long one is stored first. Its chunks stay until `drop_chunks`."""
+        packed = await self._pack(call_id, recording)
+
         def work(tx: Transaction) -> Event:
             ended: dict[str, Any] = {"call_id": call_id, "usage": usage, "facts": facts, "bill": bill}
+            ended["packed"] = packed
             return calls.complete(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=True)
@@ -218,15 +232,36 @@ class Recorder:
         error: str,
         response: tuple[ResponseHead, bytes] | None,
         bill: Bill | None = None,
+        recording: Recording | None = None,
     ) -> Call:
-        """The call has no answer; `response` is what the agent is told instead, as an attempt of its own."""
+        """The call has no answer; `response` is what the agent is told instead, as an attempt of its own.
+
+        Args:
+            recording: what came of the answer that broke off.
+        """
+        packed = None if recording is None else await self._pack(call_id, recording)
 
         def work(tx: Transaction) -> Call:
             ended: dict[str, Any] = {"call_id": call_id, "error": error, "response": response, "bill": bill}
+            ended["packed"] = packed
             calls.fail(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
             return calls.load_call(tx, call_id)
 
         return await self._database.write(work, durable=True)
+
+    async def drop_chunks(self, call_id: CallId, recording: Recording) -> None:
+        """Drop the chunks of an ended answer that was so long that its row was made ahead."""
+        if recording.body_bytes >= BLOB_BYTES_MIN:
+            await self._ahead.drop_chunks(call_id, recording.attempt)
+
+    async def drop_rest(self) -> None:
+        """The same for every answer of which chunks are left."""
+        await self._ahead.drop_rest()
+
+    async def _pack(self, call_id: CallId, recording: Recording) -> Packed | None:
+        if recording.body_bytes < BLOB_BYTES_MIN:
+            return None
+        return await self._ahead.answer(call_id, recording.attempt)
 
     async def load_sent(self) -> list[tuple[Call, list[Chunk]]]:
         """The calls that an earlier node had sent and not answered, with what came of their answers."""
@@ -239,11 +274,7 @@ class Recorder:
 
     async def tear_open(self, bills: Mapping[CallId, Bill]) -> list[CallId]:
         """The pumps of an earlier node are dead: what it had sent and not answered is torn."""
-
-        def work(tx: Transaction) -> list[CallId]:
-            return calls.tear_open(tx, **self._fence, wall_ns=self.clock.wall_ns(), bills=bills)
-
-        return await self._database.write(work, durable=True)
+        return await self._ahead.tear_open(wall_ns=self.clock.wall_ns(), bills=bills)
 
     async def attach(self, kind: Kind, claim: Claim, *, cursor_seq: int, attempt: int) -> None:
         """A stream receives a call that is in the log already (`kind`: repeated or joined); the cursor moves there.

@@ -116,12 +116,13 @@ class Gateway:
         self._incarnation = 0
 
     async def run(self) -> None:
-        """Own the pumps until `close`.
+        """Own the pumps until `close`; then drop the chunks of long answers that they had no time to drop.
 
         Raises:
             ExceptionGroup: a pump could not write the log (Superseded, or the database's own failures).
         """
         await self._pumps.run()
+        await self._recorder.drop_rest()
 
     def close(self) -> None:
         """Abandon the pumps that still run: their calls are torn for the next owner. `run` then returns."""
@@ -196,7 +197,11 @@ class Gateway:
             await self._break_off(stream, open_stream, call_id, incarnation)
         else:
             try:
-                await self._attend(stream, await self._reattach(stream, open_stream, call_id, incarnation))
+                attachment = await self._reattach(stream, open_stream, call_id, incarnation)
+                if attachment is None:
+                    await self._break_off(stream, open_stream, call_id, incarnation)
+                else:
+                    await self._attend(stream, attachment)
             except StreamGone:
                 await _let_go(stream)
 
@@ -243,10 +248,14 @@ class Gateway:
                 if self._pumps.full:
                     continue
                 if self._crossroads.open or not self._leaves_path(intake):
-                    return await self._attach(stream, intake, incarnation)
+                    attachment = await self._attach(stream, intake, incarnation)
+                    if attachment is not None:
+                        return attachment
+                    continue
             await self._crossroads.hold(stream, f"{intake.request.line.method} {intake.request.line.target}"[:200])
 
-    async def _attach(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
+    async def _attach(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment | None:
+        """None if the call that answers the request has lost its answer: from now on it answers nothing."""
         expected = self._redo.pending
         call_id = self._match(intake)
         if call_id is None:
@@ -254,6 +263,9 @@ class Gateway:
         else:
             kind = Kind.CALL_REPEATED if call_id in expected else Kind.CALL_JOINED
             attachment = await self._old_call(stream, intake, incarnation, call_id, kind)
+            if attachment is None:
+                await self._lose(stream, call_id, expected=call_id in expected)
+                return None
         self._hold(attachment)
         stream.acknowledge(intake.request.length)
         return attachment
@@ -322,22 +334,34 @@ class Gateway:
 
     async def _old_call(
         self, stream: Stream, intake: Intake, incarnation: int, call_id: CallId, kind: Kind
-    ) -> _Attachment:
+    ) -> _Attachment | None:
         answer = await self._pumps.revive(call_id, announce=True)
+        if answer is None:
+            return None
         claim = intake.claim(call_id, stream_id(stream), incarnation, intake.shape_for(answer.call.key))
         self._tree.reach(answer.call.intended_seq)
         attempt = answer.recording.attempt
         await self._recorder.attach(kind, claim, cursor_seq=self._tree.cursor, attempt=attempt)
         return _Attachment(stream=stream, claim=claim, answer=answer)
 
+    async def _lose(self, stream: Stream, call_id: CallId, *, expected: bool) -> None:
+        """An answer in the log is damaged. The call is made anew, unless that would do something twice."""
+        call = await self._recorder.load(call_id)
+        self._redo.lost(call_id, expected=expected)
+        if not call.may_be_sent_again:
+            stream.reset()
+            raise StreamGone(stream.id, "its answer is damaged")
+
     async def _reattach(
         self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int
-    ) -> _Attachment:
+    ) -> _Attachment | None:
         await self._pumps.ready()
         async with self._turnstile:
             self._check_current(stream, incarnation)
             # The cut that a restored stream comes from is younger than a cut made now would be worth.
             answer = await self._pumps.revive(call_id, announce=False)
+            if answer is None:
+                return None
             claim = Claim(
                 call_id=call_id,
                 stream=open_stream.stream,

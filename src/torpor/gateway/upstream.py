@@ -6,17 +6,18 @@ connection that was never made is tried again, since no byte of the request was 
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote_plus
-
-import httpx
+from urllib.parse import quote, unquote_plus, urlsplit
 
 from torpor.config import Family, Secret, Upstream
 from torpor.core.clock import Clock
 from torpor.core.errors import UpstreamFailed
+from torpor.gateway.connection import Broken, Connection, Failure, RawHeaders
+from torpor.gateway.connections import Connections, Lease, Origin, Unreachable
 from torpor.gateway.failure import NoAnswer
 from torpor.gateway.keys import KeyRing
 from torpor.gateway.request import Headers
@@ -39,9 +40,13 @@ _HOP_BY_HOP = frozenset(
         "http2-settings",
     }
 )
+_WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
+"""Methods whose requests say that they have no body."""
 _OURS = frozenset({"host", "content-length", "accept-encoding", "expect"})
 CONNECT_RETRY_SECONDS = (0.25, 1.0)
 """Pauses before a connection is tried again."""
+DISCARD_SECONDS = 0.5
+DISCARD_BYTES_MAX = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +68,26 @@ class UpstreamAnswer:
     status: int
     reason: str
     headers: Headers
-    response: httpx.Response
+    connection: Connection
 
-    async def pieces(self) -> AsyncGenerator[bytes]:
-        """The body as it arrives.
+    async def next(self) -> bytes:
+        """What arrived of the body since the last time, waiting for something; empty at the end.
 
         Raises:
-            NoAnswer: it broke off.
+            NoAnswer: it broke off, and all that came of it was fetched.
         """
         try:
-            async for data in self.response.aiter_raw():
-                yield data
-        except httpx.HTTPError as error:
+            return await self.connection.next()
+        except Broken as error:
             raise _translated(error) from error
+
+    async def discard(self) -> None:
+        """Read a refusal to its end, if that comes soon, so that its connection can carry the next try."""
+        with suppress(TimeoutError, NoAnswer):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                size = 0
+                while size < DISCARD_BYTES_MAX and (data := await self.next()):
+                    size += len(data)
 
 
 class UpstreamClient:
@@ -83,19 +95,16 @@ class UpstreamClient:
 
     def __init__(self, clock: Clock) -> None:
         self._keys = KeyRing(clock)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=5.0)
-        # A proxy of the environment may tunnel to https, which it cannot read; what goes in the clear goes straight.
-        straight = {"http://": httpx.AsyncHTTPTransport(limits=limits)}
-        self._http = httpx.AsyncClient(follow_redirects=False, limits=limits, timeout=600, mounts=straight)
+        self._connections = Connections()
 
     async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
+        await self._connections.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._http.__aexit__(kind, error, traceback)
+        await self._connections.__aexit__(kind, error, traceback)
 
     async def key_for(self, upstream: Upstream) -> Secret | None:
         """The key that a request is sent with, which its answer must be cleared of.
@@ -108,37 +117,66 @@ class UpstreamClient:
         except UpstreamFailed as error:
             raise NoAnswer(error.code, str(error), status=401, retry=False) from error
 
+    def reach(self, upstream: Upstream) -> Lease:
+        """Begin to connect, if there is no idle connection: a request will follow, or `end` the lease."""
+        return self._connections.lease(Origin.of(urlsplit(upstream.base_url)), upstream.connect_seconds)
+
     @asynccontextmanager
-    async def send(self, outgoing: Outgoing, upstream: Upstream) -> AsyncGenerator[UpstreamAnswer]:
+    async def send(
+        self, outgoing: Outgoing, upstream: Upstream, *, reached: Lease | None = None
+    ) -> AsyncGenerator[UpstreamAnswer]:
         """Send a request and wait for the head of its answer.
+
+        Args:
+            reached: what `reach` gave, which ends here.
 
         Raises:
             NoAnswer: no head came.
         """
-        request = _request(outgoing, upstream, await self.key_for(upstream))
-        response = await self._send(request)
+        lease = reached or self.reach(upstream)
         try:
-            yield UpstreamAnswer(
-                status=response.status_code,
-                reason=_reason(response),
-                headers=_answer_headers(response, bodiless=outgoing.method == "HEAD"),
-                response=response,
-            )
+            key = await self.key_for(upstream)
+            connection = await self._connected(lease)
+            try:
+                answer = await _exchange(connection, outgoing, upstream, key)
+                yield answer
+            finally:
+                connection.end()
+        except Broken as error:
+            raise _translated(error) from error
         finally:
-            await response.aclose()
+            lease.end()
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _connected(self, lease: Lease) -> Connection:
         pauses = iter(CONNECT_RETRY_SECONDS)
         while True:
             try:
-                return await self._http.send(request, stream=True)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                return await lease.connection()
+            except Unreachable as error:
                 pause = next(pauses, None)
-                if pause is None:
-                    raise _translated(error) from error
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise _translated(error) from error
+                if pause is None or not error.again:
+                    reason = f"it could not be reached ({error})"
+                    raise NoAnswer("upstream_unreachable", reason, status=502, retry=True) from error
             await asyncio.sleep(pause)
+
+
+async def _exchange(
+    connection: Connection, outgoing: Outgoing, upstream: Upstream, key: Secret | None
+) -> UpstreamAnswer:
+    connection.begin(
+        method=outgoing.method,
+        target=_target(outgoing, upstream),
+        headers=_sent_headers(outgoing, upstream, key),
+        body=outgoing.body,
+    )
+    connection.send(silence_seconds=upstream.read_seconds)
+    head = await connection.head()
+    return UpstreamAnswer(
+        status=head.status_code,
+        reason=_reason(head.status_code, bytes(head.reason)),
+        headers=_answer_headers(head.headers.raw_items(), bodiless=outgoing.method == "HEAD"),
+        connection=connection,
+    )
 
 
 _KEY_HEADERS: Mapping[Family, bytes] = {
@@ -148,11 +186,14 @@ _KEY_HEADERS: Mapping[Family, bytes] = {
 }
 
 
-def _request(outgoing: Outgoing, upstream: Upstream, key: Secret | None) -> httpx.Request:
-    address = upstream_address(upstream, outgoing.destination.route.path)
-    url = httpx.URL(upstream.base_url)
-    query = f"?{outgoing.query}".encode("latin-1") if outgoing.query else b""
-    headers = [
+def _target(outgoing: Outgoing, upstream: Upstream) -> bytes:
+    query = f"?{outgoing.query}" if outgoing.query else ""
+    return (upstream_address(upstream, outgoing.destination.route.path) + query).encode("latin-1")
+
+
+def _sent_headers(outgoing: Outgoing, upstream: Upstream, key: Secret | None) -> RawHeaders:
+    headers = [(b"host", Origin.of(urlsplit(upstream.base_url)).netloc.encode("latin-1"))]
+    headers += [
         (name.encode("latin-1"), value.encode("latin-1"))
         for name, value in _without(outgoing.headers, _HOP_BY_HOP | _OURS | CREDENTIAL_HEADERS)
     ]
@@ -161,19 +202,14 @@ def _request(outgoing: Outgoing, upstream: Upstream, key: Secret | None) -> http
         secret = key.reveal().encode()
         bearer = (b"authorization", b"Bearer " + secret)
         headers.append(bearer if upstream.bearer else (_KEY_HEADERS[upstream.family], secret))
-    timeout = httpx.Timeout(upstream.read_seconds, connect=upstream.connect_seconds, pool=None)
-    return httpx.Request(
-        outgoing.method,
-        url.copy_with(raw_path=address.encode("latin-1") + query),
-        headers=headers,
-        content=outgoing.body or None,
-        extensions={"timeout": timeout.as_dict()},
-    )
+    if outgoing.body or outgoing.method in _WITH_LENGTH:
+        headers.append((b"content-length", b"%d" % len(outgoing.body)))
+    return headers
 
 
 def upstream_address(upstream: Upstream, path: str) -> str:
     """A path of the provider's documentation as it is below an upstream's address, which may hold the /v1 already."""
-    base = httpx.URL(upstream.base_url).raw_path.decode("latin-1").rstrip("/")
+    base = quote(urlsplit(upstream.base_url).path, safe="/%:@!$&'()*+,;=~").rstrip("/")
     if upstream.family != "openai":
         return base + path
     return base + path.removeprefix("/v1") if path.startswith("/v1/") else base.removesuffix("/v1") + path
@@ -198,31 +234,30 @@ def _without(headers: Headers, dropped: frozenset[str]) -> Headers:
     return tuple((name, value) for name, value in headers if name.lower() not in dropped | named)
 
 
-def _answer_headers(response: httpx.Response, *, bodiless: bool) -> Headers:
-    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw)
-    return _without(headers, _HOP_BY_HOP if bodiless else _HOP_BY_HOP | {"content-length"})
+def _answer_headers(headers: RawHeaders, *, bodiless: bool) -> Headers:
+    said = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in headers)
+    return _without(said, _HOP_BY_HOP if bodiless else _HOP_BY_HOP | {"content-length"})
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(status: int, said: bytes) -> str:
     """The phrase as it came, or the usual one: there are clients that trip over a status line without any."""
-    said: bytes = response.extensions.get("reason_phrase", b"")
-    return said.decode("latin-1") or response.reason_phrase
+    if said:
+        return said.decode("latin-1")
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
 
 
-def _translated(error: httpx.HTTPError | httpx.InvalidURL) -> NoAnswer:
-    """An httpx error in our words. Its text is left out where it could hold a header's value."""
-    match error:
-        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.ProxyError():
-            reason = f"it could not be reached ({error or type(error).__name__})"
-            return NoAnswer("upstream_unreachable", reason, status=502, retry=True)
-        case httpx.TimeoutException():
+def _translated(error: Broken) -> NoAnswer:
+    match error.failure:
+        case Failure.SILENT:
             reason = "it took the request and fell silent"
             return NoAnswer("upstream_silent", reason, status=504, retry=True)
-        case httpx.NetworkError():
+        case Failure.LOST:
             return NoAnswer("upstream_broke_off", "the connection broke off", status=502, retry=True)
-        case httpx.RemoteProtocolError():
+        case Failure.NOT_HTTP:
             reason = "the connection ended early, or what came was not HTTP"
             return NoAnswer("upstream_broke_off", reason, status=502, retry=True)
-        case _:
-            reason = f"the request could not be sent ({type(error).__name__})"
-            return NoAnswer("upstream_misused", reason, status=502, retry=False)
+        case Failure.UNSENDABLE:
+            return NoAnswer("upstream_misused", "the request could not be sent", status=502, retry=False)

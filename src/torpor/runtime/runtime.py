@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +23,16 @@ from torpor.config import (
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
+from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
-from torpor.db import checkpoints, redaction, sessions
+from torpor.db import ahead, checkpoints, redaction, sessions
+from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction, open_database
-from torpor.runtime import leasing, workspaces
+from torpor.runtime import leasing, redacting, transfer, workspaces
 from torpor.runtime.home import Home
 from torpor.runtime.records import Records
 from torpor.runtime.spec import SessionSpec, image_spec
@@ -38,7 +40,7 @@ from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
-from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.backend import Backend, LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
@@ -82,6 +84,7 @@ class Runtime:
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         database: Database,
+        backend: Backend,
         clock: Clock,
     ) -> None:
         self.home = home
@@ -89,7 +92,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.store = SnapshotStore(LocalDirectory(home.store, spare_bytes=SPARE_BYTES), clock=clock)
+        self.store = SnapshotStore(backend, clock=clock)
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
@@ -171,6 +174,7 @@ class Runtime:
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
+            await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
             yield self._owner(records, seen, runsc, watcher, let_go=let_go)
             await records.release()
@@ -211,7 +215,7 @@ class Runtime:
         )
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
-        """Forget a session: its rows, directories and sandboxes. Its snapshots become garbage for `collect`."""
+        """Forget a session: its rows, blobs, directories and sandboxes. Its snapshots become garbage for `collect`."""
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
@@ -220,6 +224,8 @@ class Runtime:
             await self.database.write(
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )
+            crash_point("session.forgotten")
+            await ahead.sweep(self.database, session_id)
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
             self.home.drop_search_index()
         finally:
@@ -228,33 +234,42 @@ class Runtime:
     async def redact(
         self,
         session_id: SessionId,
-        find: Callable[[Transaction], redaction.Plan],
+        find: redacting.Find,
         me: leasing.Holder,
         answers: leasing.HolderAnswers,
     ) -> redaction.Plan:
-        """Mask what `find` finds in a session that no node runs, for good. The lock keeps every node out meanwhile.
-
-        The order: rows and event in one durable transaction, then the WAL that still has the old pages, then the search
-        index. A kill between them leaves a valid log, and old bytes in files that the next redaction empties.
-        """
+        """Mask what `find` finds in a session that no node runs, for good. The lock keeps every node out meanwhile."""
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
-
-            def work(tx: Transaction) -> redaction.Plan:
-                plan = find(tx)
-                wall_ns = self.clock.wall_ns()
-                redaction.apply(tx, session_id=session_id, owner_token=token, plan=plan, wall_ns=wall_ns)
-                sessions.release(tx, session_id=session_id, owner_token=token, wall_ns=wall_ns)
-                return plan
-
-            plan = await self.database.write(work, durable=True)
-            self.home.drop_search_index()
-            await self.database.settle()
-            return plan
+            owned = Ahead(database=self.database, session_id=session_id, owner_token=token)
+            return await redacting.redact(owned, find, home=self.home, clock=self.clock)
         finally:
             lock.release()
+
+    async def finish_redaction(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
+        """Delete what a kill left of an earlier redaction's old bytes, if it left any."""
+        if await ahead.find_left_over(self.database, session_id):
+            await self.redact(session_id, lambda _: redaction.Plan(), me, answers)
+
+    async def import_session(
+        self, lines: Iterable[str], me: leasing.Holder, answers: leasing.HolderAnswers
+    ) -> SessionId:
+        """Bring an exported session back, to be read.
+
+        Raises:
+            As `transfer.bring_in`.
+        """
+        incoming = await asyncio.to_thread(transfer.Incoming, lines)
+        session_id = incoming.session_id
+        await self.database.read(incoming.check_new)
+        lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
+        try:
+            await transfer.bring_in(incoming, self.database, self.home)
+        finally:
+            lock.release()
+        return session_id
 
     async def _tidy(self, session: sessions.Session, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """Free what an ended session's last node left behind when it was killed right after the end."""
@@ -456,9 +471,10 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     home = Home(torpor_home(environment))
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     home.prepare()
-    database = await open_database(home.database_url, clock=clock)
+    backend = LocalDirectory(home.store, spare_bytes=SPARE_BYTES)
+    database = await open_database(home.database_url, clock=clock, blobs=backend)
     try:
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, clock=clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, backend=backend, clock=clock)
     finally:
         await database.close()
 

@@ -2,6 +2,7 @@
 
 It lies in a file of its own, so filling it never makes a node's writes wait, and a crash leaves it behind the log by
 some events. It holds nothing that the log does not: redaction and `rm` delete it, and the next search makes it anew.
+What is damaged in the log can't be found; `torpor log --verify` lists it.
 """
 
 import json
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torpor.core.errors import Damaged
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.db import calls, log, outputs, sessions
@@ -187,7 +189,10 @@ class _FreshTexts:
             self.of(tx, call.call_id)
 
     def of(self, tx: Transaction, call_id: CallId) -> str:
-        values = _values(self._parts.of(tx, call_id).decode(errors="replace"))
+        try:
+            values = _values(self._parts.of(tx, call_id).decode(errors="replace"))
+        except Damaged:
+            values = []
         known = frozenset[str]().union(*self._recent)
         self._recent.append(frozenset(values))
         return "\n".join(value for value in values if value not in known)
@@ -199,7 +204,10 @@ def _texts_of(tx: Transaction, event: Event, fresh: _FreshTexts | None) -> Itera
         yield "request", fresh.of(tx, event.call_id)
     elif event.call_id is not None and event.kind in {Kind.CALL_COMPLETED, Kind.CALL_FAILED}:
         call = calls.load_call(tx, event.call_id)
-        head, body, _ = read_response(tx, call)
+        try:
+            head, body, _ = read_response(tx, call)
+        except Damaged:
+            head, body = None, b""
         answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
         said = [part.text or " ".join(_values(json.dumps(part.data))) for part in answered.message.parts]
         yield "answer", "\n".join([*said, *([str(event.data["error"])] if "error" in event.data else [])])

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from torpor.core.call import CallState
-from torpor.core.errors import MachineUnfit
+from torpor.core.errors import Damaged, MachineUnfit
 from torpor.core.ids import SessionId
 from torpor.db import calls, log, sessions
 from torpor.db.database import Transaction
-from torpor.gateway.transcript import Answered, Asked
+from torpor.gateway.transcript import Answered, Asked, read_answer, read_request
 from torpor.runtime.turns import ToolUse, Turn, list_turns, read_turn
 
 _PROVIDERS = {
@@ -90,8 +90,7 @@ def _turn_spans(
     contents: bool,
 ) -> Iterator[SpanFacts]:
     """The call, and the tools that ran between it and the next one: that they took no longer is all that is known."""
-    content = read_turn(tx, session_id, turn.number)
-    asked, answered = content.asked, content.answered
+    asked, answered, first_ns = _said(tx, session_id, turn)
     end_ns = turn.wall_ns + (turn.thinking_ns or 0)
     model = turn.call.model or "unknown"
     attributes: dict[str, Attribute] = {
@@ -105,9 +104,10 @@ def _turn_spans(
     }
     attributes |= {name: value for key, name in _USAGE.items() if isinstance(value := turn.call.usage.get(key), int)}
     attributes |= _asked_attributes(asked, answered)
-    chunks = calls.load_chunks(tx, turn.call.call_id, len(turn.call.attempts)) if turn.call.attempts else []
-    if chunks:
-        attributes["gen_ai.response.time_to_first_chunk"] = chunks[0].offset_ns / 1e9
+    if turn.damage:
+        attributes["torpor.damage"] = turn.damage
+    if first_ns is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = first_ns / 1e9
     if contents:
         attributes["gen_ai.system_instructions"] = json.dumps([part.text for part in asked.system])
         attributes["gen_ai.input.messages"] = json.dumps([_plain(message) for message in asked.messages])
@@ -127,6 +127,16 @@ def _turn_spans(
     if following is not None:
         for tool in turn.tools:
             yield _tool_span(turn, tool, common, end_ns=end_ns, next_ns=following.wall_ns, contents=contents)
+
+
+def _said(tx: Transaction, session_id: SessionId, turn: Turn) -> tuple[Asked, Answered, int | None]:
+    """Request and answer of a turn, and when the answer began; nothing of one that is damaged."""
+    try:
+        content = read_turn(tx, session_id, turn.number)
+        chunks = calls.load_chunks(tx, turn.call.call_id, len(turn.call.attempts)) if turn.call.attempts else []
+    except Damaged:
+        return read_request(turn.call.dialect, b""), read_answer(turn.call.dialect, b""), None
+    return content.asked, content.answered, chunks[0].offset_ns if chunks else None
 
 
 def _asked_attributes(asked: Asked, answered: Answered) -> dict[str, Attribute]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torpor.core.call import Call, CallState, ResponseHead
-from torpor.core.errors import NotFound
+from torpor.core.errors import Damaged, NotFound
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.db import answers, blocks, calls, checkpoints, log, requests
@@ -42,6 +42,7 @@ class Turn:
     Attributes:
         thinking_ns: from the first sending to the end of the answer; None while it has none.
         frozen_ns: how long the agent stood still for checkpoints, or did not live, before the next turn.
+        damage: what of its request or answer can't be read any more; its tools are then not all known.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Turn:
     tools: tuple[ToolUse, ...]
     repeated: int
     error: str | None
+    damage: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class TurnContent:
 def read_turn(tx: Transaction, session_id: SessionId, number: int) -> TurnContent:
     """Raises:
     NotFound: `turn_not_found`.
+    Damaged: `request_damaged`, `block_damaged`, `answer_damaged`.
     """
     made = calls.list_llm(tx, session_id)
     if not 1 <= number <= len(made):
@@ -126,6 +129,7 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
         ended = next((event for event in mine if event.seq == call.ended_seq), None)
         sent = next((event.wall_ns for event in mine if event.kind is Kind.CALL_SENT), None)
         data: Mapping[str, Any] = ended.data if ended is not None else {}
+        tools, damage = _tools(tx, call)
         turn = Turn(
             number=number,
             call=call,
@@ -133,9 +137,10 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
             thinking_ns=ended.wall_ns - sent if ended is not None and sent is not None else None,
             frozen_ns=frozen.get(call.intended_seq, 0),
             finish_reason=data.get("finish_reason"),
-            tools=_tools(tx, call),
+            tools=tools,
             repeated=sum(event.kind is Kind.CALL_REPEATED for event in mine),
             error=data.get("error"),
+            damage=damage,
         )
         turns.append(turn)
     return _with_results(tx, session_id, turns)
@@ -149,7 +154,11 @@ class FreshParts:
         self._recent: deque[frozenset[bytes]] = deque(maxlen=BASES_TRIED)
 
     def of(self, tx: Transaction, call_id: CallId) -> bytes:
-        """The new pieces of its body and the ends of what is new: mostly whole JSON objects, and rests of others."""
+        """The new pieces of its body and the ends of what is new: mostly whole JSON objects, and rests of others.
+
+        Raises:
+            Damaged: `block_damaged`.
+        """
         request = requests.find(tx, call_id)
         if request is None:
             return b""
@@ -208,16 +217,21 @@ _AFTER_DEATH = frozenset(
 """What is logged of a session between two lives of its sandbox."""
 
 
-def _tools(tx: Transaction, call: Call) -> tuple[ToolUse, ...]:
+def _tools(tx: Transaction, call: Call) -> tuple[tuple[ToolUse, ...], str | None]:
+    """The tools that an answer called; or what keeps it from being read."""
     if call.state is not CallState.ANSWERED:
-        return ()
-    head, body, _ = read_response(tx, call)
+        return (), None
+    try:
+        head, body, _ = read_response(tx, call)
+    except Damaged as damaged:
+        return (), str(damaged)
     answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
-    return tuple(
+    tools = [
         ToolUse(name=part.name or "?", tool_id=part.tool_id, arguments=part.text)
         for part in answered.message.parts
         if part.kind == "tool_call"
-    )
+    ]
+    return tuple(tools), None
 
 
 def _with_results(tx: Transaction, session_id: SessionId, turns: list[Turn]) -> list[Turn]:
@@ -225,15 +239,20 @@ def _with_results(tx: Transaction, session_id: SessionId, turns: list[Turn]) -> 
     parts = FreshParts(session_id)
     waiting: dict[str, list[tuple[int, int]]] = {}
     tools = [list(turn.tools) for turn in turns]
+    damages = [turn.damage for turn in turns]
     for at, turn in enumerate(turns):
-        for result in tool_results(turn.call.dialect, parts.of(tx, turn.call.call_id)):
+        try:
+            fresh = parts.of(tx, turn.call.call_id)
+        except Damaged as damaged:
+            fresh, damages[at] = b"", damages[at] or str(damaged)
+        for result in tool_results(turn.call.dialect, fresh):
             asked = waiting.get(result.tool_id or "")
             if asked:
                 index, position = asked.pop(0)
                 tools[index][position] = replace(tools[index][position], result=result.text, is_error=result.is_error)
         for position, tool in enumerate(turn.tools):
             waiting.setdefault(tool.tool_id or "", []).append((at, position))
-    return [replace(turn, tools=tuple(tools[at])) for at, turn in enumerate(turns)]
+    return [replace(turn, tools=tuple(tools[at]), damage=damages[at]) for at, turn in enumerate(turns)]
 
 
 def tool_results(dialect: str, fresh: bytes) -> Iterator[Part]:

@@ -17,6 +17,8 @@ QUEUE_BYTES = 262_144
 """Senders of data wait while more than this is queued."""
 CHOKE_BYTES = 1_048_576
 """Only answers to the guest's own frames can queue this much: then reading stops until it takes them."""
+PIECES_MAX = 4
+"""Pieces that wait here to be fetched; then the FIFO has to hold the rest."""
 _OPEN_RETRY_SECONDS = 0.01
 
 
@@ -70,7 +72,10 @@ class Fifos:
         self._broken = False
         self._closed = False
         self._changed = Pulse()
-        self._readable: asyncio.Future[None] | None = None
+        self._arrived: deque[bytes] = deque()
+        self._at_end = False
+        self._listening = False
+        self._reader: asyncio.Future[None] | None = None
 
     @classmethod
     async def open(cls, *, to_guest: Path, from_guest: Path, nonce: bytes) -> "Fifos":
@@ -117,25 +122,31 @@ class Fifos:
 
     async def read(self) -> bytes:
         """Wait for the next bytes of the guest; empty when it is gone, or when this end was closed."""
-        while self._queued_bytes > CHOKE_BYTES and not (self._closed or self._broken):
-            await self._changed.wait()
-        # A read before a poll would take "no guest yet" for "guest gone": only a poll tells them apart.
-        if not self._closed and not self._broken:
-            await self._wait_readable()
-        if self._closed:
-            return b""
-        try:
-            return os.read(self._read_end, READ_BYTES)
-        except BlockingIOError:
-            return b""  # Woken by a broken write end, and nothing was left to read.
+        while not self._arrived:
+            if self._closed or self._at_end:
+                return b""
+            if self._broken:
+                return self._read_rest()
+            if self._queued_bytes > CHOKE_BYTES:
+                self._stop_listening()
+                await self._changed.wait()
+                continue
+            self._listen()
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._arrived.popleft()
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
+        self._arrived.clear()
         self._stop_writing()
+        self._stop_listening()
         self._wake_reader()
-        self._loop.remove_reader(self._read_end)
         os.close(self._read_end)
         os.close(self._write_end)
         self._changed.fire()
@@ -177,19 +188,40 @@ class Fifos:
             self._loop.remove_writer(self._write_end)
             self._blocked = False
 
-    async def _wait_readable(self) -> None:
-        self._readable = self._loop.create_future()
-        self._loop.add_reader(self._read_end, self._wake_reader)
+    def _listen(self) -> None:
+        # A read before a poll would take "no guest yet" for "guest gone": only a poll tells them apart.
+        if not self._listening:
+            self._loop.add_reader(self._read_end, self._on_readable)
+            self._listening = True
+
+    def _stop_listening(self) -> None:
+        if self._listening:
+            self._loop.remove_reader(self._read_end)
+            self._listening = False
+
+    def _on_readable(self) -> None:
         try:
-            await self._readable
-        finally:
-            self._readable = None
-            if not self._closed:
-                self._loop.remove_reader(self._read_end)
+            data = os.read(self._read_end, READ_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            self._arrived.append(data)
+        else:
+            self._at_end = True
+        if self._at_end or len(self._arrived) >= PIECES_MAX:
+            self._stop_listening()
+        self._wake_reader()
+
+    def _read_rest(self) -> bytes:
+        """What the guest had written before it closed its end of the other FIFO."""
+        try:
+            return os.read(self._read_end, READ_BYTES)
+        except BlockingIOError:
+            return b""
 
     def _wake_reader(self) -> None:
-        if self._readable is not None and not self._readable.done():
-            self._readable.set_result(None)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 async def _open_write_end(path: Path) -> int:

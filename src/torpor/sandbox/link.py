@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _UNFORGOTTEN_MAX = 4 * STREAMS_MAX
 """Closed streams whose end the owner has not recorded yet count here only."""
+_OF_A_STREAM = frozenset({FromGuest.DATA, FromGuest.FIN, FromGuest.CLOSED, FromGuest.TAKEN})
 _WAIT_STATUS = struct.Struct("<i")
 _LOG_LINES_MAX = 1000
 _LOG_CHARACTERS_MAX = 1000
@@ -316,6 +317,7 @@ class Link:
                 raise SandboxFailed("link_lost", "cannot go on with the sandbox: its init is gone")
             self.close()
             return
+        of_the_link = False
         for frame in self._reader.feed(data):
             if self._barrier_status is not None:
                 raise violation(f"a frame of type {frame.type:#x} passed during a cut")
@@ -323,7 +325,10 @@ class Link:
             handler = self._handlers.get(frame.type)
             if handler is not None:
                 handler(frame)
-        self._changed.fire()
+                # Who waits for a stream waits at the stream.
+                of_the_link |= frame.type not in _OF_A_STREAM
+        if of_the_link:
+            self._changed.fire()
 
     def _check_silence(self, before: float, now: float) -> None:
         stalled = now - before > 2 * self._heartbeat_seconds

@@ -66,6 +66,7 @@ class Stream:
         self._was_reset = False
         self._link_over = False
         self._changed = Pulse()
+        self._over = Pulse()
 
     def continue_from(self, status: StreamStatus) -> None:
         """Take over a stream that another link, or another life of the sandbox, began."""
@@ -155,6 +156,7 @@ class Stream:
             self._unread.clear()
             self._fifos.post(ToGuest.RESET, self.id)
             self._changed.fire()
+            self._over.fire()
 
     async def wait_closed(self) -> Closed:
         """Wait for the connection's end, which the guest tells again to every node until `forget`.
@@ -164,7 +166,7 @@ class Stream:
         """
         while self.closed is None:
             self._check_open()
-            await self._changed.wait()
+            await self._over.wait()
         return self.closed
 
     def forget(self) -> None:
@@ -178,6 +180,7 @@ class Stream:
         self._link_over = True
         self._unread.clear()
         self._changed.fire()
+        self._over.fire()
 
     def handle(self, kind: int, arg: int, payload: bytes) -> None:
         """Take one frame of the guest about this stream.
@@ -197,6 +200,7 @@ class Stream:
             self._take_positions(arg, payload)
         else:
             self._take_closed(arg, payload)
+            self._over.fire()
         self._changed.fire()
 
     def check(self, status: StreamStatus) -> None:

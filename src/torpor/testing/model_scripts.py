@@ -6,6 +6,7 @@ with equal answers a torn one that is wrongly continued would go unnoticed.
 """
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +83,12 @@ def long(_conversation: Conversation, this: Try) -> Answer:
     """Some 600 KB of numbered words: more than any window on the way."""
     words = " ".join(f"word{number}" for number in range(60_000))
     return Answer(parts=(Say(text=f"attempt {this.attempt} ({this.nonce}) {words}"),), pace=Pace(chunk_characters=997))
+
+
+def huge(_conversation: Conversation, this: Try) -> Answer:
+    """20 MB of hexadecimal digits, which take half of that at best."""
+    digits = random.Random(this.nonce).randbytes(10_000_000).hex()
+    return Answer(parts=(Say(text=f"attempt {this.attempt} {digits}"),), pace=Pace(chunk_characters=50_000))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,4 +199,4 @@ def script_named(name: str, *, turns: int, slow_step: int = -1, slow_seconds: fl
         KeyError: there is none.
     """
     task = coding(turns, slow_step=slow_step, slow_seconds=slow_seconds)
-    return {"plain": plain, "leaky": leaky, "long": long, "coding": task}[name]
+    return {"plain": plain, "leaky": leaky, "long": long, "huge": huge, "coding": task}[name]

@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--control-port", type=int, default=0)
-    parser.add_argument("--script", choices=("coding", "plain", "leaky", "long"), default="coding")
+    parser.add_argument("--script", choices=("coding", "plain", "leaky", "long", "huge"), default="coding")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--slow-step", type=int, default=-1, help="step whose tool takes --slow-seconds")
     parser.add_argument("--slow-seconds", type=float, default=0.0)

@@ -227,3 +227,25 @@ def test_a_call_is_found_at_most_once_and_only_by_its_own_request(make, logged: 
     assert len({name for _, name in hits}) == len(hits)
     assert all(logged[int(name[1:])] == text for text, name in hits)
     assert Counter(text for text, _ in hits) == Counter(logged) & Counter(asked)
+
+
+def test_a_call_whose_answer_is_lost_answers_nothing_and_is_still_waited_for(make):
+    redo = RedoSet(entries(make, ("c1", "a"), ("c2", "b")))
+    assert redo.match(make.key("a")) == "c1"
+    redo.lost("c1", expected=True)
+    assert redo.pending == ("c1", "c2")
+    assert redo.leaves_path(make.key("a")), "to make it anew is another path"
+    assert redo.match(make.key("a")) is None
+    assert redo.diverged
+    assert redo.match(make.key("b")) == "c2", "the others answer as before"
+    redo.failed("c1")
+    assert "c1" not in redo.joinable
+
+
+def test_a_lost_call_that_nobody_waited_for_is_simply_a_new_one(make):
+    redo = RedoSet(joinable=entries(make, ("c1", "a")))
+    assert redo.match(make.key("a")) == "c1"
+    redo.lost("c1", expected=False)
+    assert (redo.pending, redo.joinable, redo.attached) == ((), (), frozenset())
+    assert redo.match(make.key("a")) is None
+    assert not redo.diverged

@@ -130,6 +130,7 @@ def test_each_statement_is_used() -> None:
 
 def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Path) -> None:
     through_all_sessions = {
+        "blob/list_named",
         "budget/list_costs",
         "session/find_by_prefix",
         "session/list_newest",

@@ -1,1 +1,1 @@
-SELECT codec, size_bytes, data FROM block WHERE session_id = :session_id AND digest = :digest
+SELECT codec, size_bytes, data, blob FROM block WHERE session_id = :session_id AND digest = :digest

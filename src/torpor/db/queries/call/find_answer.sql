@@ -1,1 +1,1 @@
-SELECT codec, layout, data FROM answer WHERE call_id = :call_id AND attempt = :attempt
+SELECT codec, layout, data, blob FROM answer WHERE call_id = :call_id AND attempt = :attempt

@@ -1,2 +1,2 @@
-INSERT INTO answer (call_id, attempt, codec, layout, data)
-VALUES (:call_id, :attempt, :codec, :layout, :data)
+INSERT INTO answer (call_id, attempt, codec, layout, data, blob)
+VALUES (:call_id, :attempt, :codec, :layout, :data, :blob)

@@ -1,2 +1,2 @@
-INSERT INTO block (session_id, digest, codec, size_bytes, data)
-VALUES (:session_id, :digest, :codec, :size_bytes, :data)
+INSERT INTO block (session_id, digest, codec, size_bytes, data, blob)
+VALUES (:session_id, :digest, :codec, :size_bytes, :data, :blob)

@@ -1,4 +1,4 @@
-SELECT session_id, digest, codec, size_bytes, data
+SELECT session_id, digest, codec, size_bytes, data, blob
 FROM block
 WHERE session_id = :session_id
 ORDER BY digest
