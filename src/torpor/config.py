@@ -77,6 +77,7 @@ class Upstream:
         paths, llm_paths: requests of no known dialect that it takes, as "POST /v1/embeddings"; for the second ones a
             model thinks, so a checkpoint fits.
         retries, retry_seconds: how often, and for how long in all, a refused request is sent again within its call.
+        stream_usage: a stream that counts its tokens only if asked is asked to, whatever the agent says.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Upstream:
     read_seconds: float = 600.0
     retries: int = 4
     retry_seconds: float = 60.0
+    stream_usage: bool = True
 
     @property
     def is_default(self) -> bool:
@@ -130,6 +132,7 @@ class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     read_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 4
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    stream_usage: bool | None = None
 
 
 class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -270,6 +273,7 @@ def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str
         read_seconds=fields.read_seconds,
         retries=fields.retries,
         retry_seconds=fields.retry_seconds,
+        stream_usage=family == "openai" if fields.stream_usage is None else fields.stream_usage,
     )
 
 
@@ -313,6 +317,7 @@ def _from_environment(family: Family, environment: Mapping[str, str]) -> list[Up
             base_url=_checked_url(family, base_url or DEFAULT_BASE_URLS[family]),
             key=_key_from_environment(key_name, environment) if key_name else KeySource(),
             bearer=family == "openai" or key_name == "ANTHROPIC_AUTH_TOKEN",
+            stream_usage=family == "openai",
         )
     ]
 

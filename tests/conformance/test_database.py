@@ -12,7 +12,7 @@ import pytest
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
 
 from torpor.core.call import CallState
-from torpor.core.errors import Conflict, NotFound, Superseded
+from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
@@ -493,12 +493,3 @@ async def test_call_states_follow_their_table(scene: Scene) -> None:
     await scene.write(lambda tx: calls.mark_sent(tx, **scene.owner, call_id=headless, wall_ns=NOW))
     with pytest.raises(Conflict, match="no head"):
         await scene.write(lambda tx: calls.complete(tx, **scene.owner, call_id=headless, usage={}, wall_ns=NOW))
-
-
-async def test_call_of_another_session_is_not_found(database: Database) -> None:
-    mine, theirs = await new_scene(database), await new_scene(database)
-    call_id = await theirs.write(theirs.send)
-    with pytest.raises(NotFound):
-        await mine.write(lambda tx: calls.tear(tx, **mine.owner, call_id=call_id, wall_ns=NOW))
-    with pytest.raises(Conflict):
-        await mine.write(lambda tx: mine.add_chunks(tx, call_id, b"x"))

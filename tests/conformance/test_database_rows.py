@@ -293,3 +293,15 @@ async def test_events_of_one_append_share_one_fate(scene: Scene) -> None:
     with pytest.raises(TypeError):
         await scene.write(lambda tx: log.append(tx, **scene.owner, drafts=[good, bad], wall_ns=NOW))
     assert (await scene.read(lambda tx: sessions.get(tx, scene.session_id))).head_seq == 2
+
+
+# --- calls ---------------------------------------------------------------------------------------------------------
+
+
+async def test_call_of_another_session_is_not_found(database: Database) -> None:
+    mine, theirs = await new_scene(database), await new_scene(database)
+    call_id = await theirs.write(theirs.send)
+    with pytest.raises(NotFound):
+        await mine.write(lambda tx: calls.tear(tx, **mine.owner, call_id=call_id, wall_ns=NOW))
+    with pytest.raises(Conflict):
+        await mine.write(lambda tx: mine.add_chunks(tx, call_id, b"x"))

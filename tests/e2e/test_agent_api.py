@@ -52,7 +52,7 @@ def test_an_agent_gets_its_checkpoint_once_and_goes_on_from_it(quick: Stage, kil
     points = [point for point in quick.rows("checkpoints", "one") if point["reason"] == "agent"]
     assert len(points) == 1
     assert told["answers"][0]["checkpoint"] == points[0]["number"]
-    assert [event["data"]["text"] for event in events if event["kind"] == "note.added"] == ["after the checkpoint"]
+    assert [event["text"] for event in events if event["kind"] == "note.added"] == ["after the checkpoint"]
     assert told["now"]["incarnation"] == 2
     # Nothing was there to restore when the commit was cut off: the second life is a boot, which has not slept.
     assert (told["now"]["slept_for"] > 0) == (killed_at != "checkpoint.stored")

@@ -43,7 +43,7 @@ def test_another_path_waits_for_a_person_or_ends_the_session(quick: Stage, polic
     log.close()
     assert node.wait(300) == (0 if policy == "ask" else 75)
     events = quick.events("one")
-    notes = [event["data"]["text"] for event in events if event["kind"] == "note.added"]
+    notes = [event["text"] for event in events if event["kind"] == "note.added"]
     [left] = [event["data"] for event in events if event["kind"] == "call.diverged"]
     assert (left["policy"], len(left["pending"])) == (policy, 1)
     assert notes == ["in life 1", "in life 2"][: 2 if policy == "ask" else 1]

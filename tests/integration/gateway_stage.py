@@ -26,7 +26,8 @@ from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.money import Price, parse_dollars
 from torpor.core.redo import RedoSet
-from torpor.db import calls, log, sessions
+from torpor.core.usage import UsageHider
+from torpor.db import calls, log, notes, sessions
 from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway, OpenCall
@@ -180,15 +181,30 @@ class Node:
         events = await self.database.read(lambda tx: log.events(tx, self.session_id))
         return [event for event in events if not kinds or event.kind in kinds]
 
+    async def texts(self, kind: Kind) -> list[str]:
+        """What was noted (`note.added`), or told (`agent.told`)."""
+        told = await self.events(kind)
+        return await self.database.read(lambda tx: [notes.get(tx, event) for event in told])
+
     async def calls(self) -> list[Call]:
         return await self.database.read(lambda tx: calls.load_calls(tx, self.session_id))
 
     async def logged_response(self, call: Call, attempt: int = -1) -> bytes:
-        """What the log says that an agent's socket received."""
+        """What the log says that an agent's socket received, by the claim of the call's first stream."""
         made = call.attempts[attempt]
         assert made.head is not None
-        chunks = await self.database.read(lambda tx: calls.load_chunks(tx, call.call_id, made.number))
-        return response_bytes(made.head, [chunk.data for chunk in chunks], finished=made.finished)
+        chunks = await self.logged_chunks(call, attempt)
+        intended = [event for event in await self.events(Kind.CALL_INTENDED) if event.call_id == call.call_id]
+        if intended[0].data.get("hide_usage"):
+            hider = UsageHider()
+            chunks = [hider.feed(chunk) for chunk in chunks] + [hider.rest()] * made.finished
+        return response_bytes(made.head, chunks, finished=made.finished)
+
+    async def logged_chunks(self, call: Call, attempt: int = -1) -> list[bytes]:
+        """What the provider sent."""
+        number = call.attempts[attempt].number
+        chunks = await self.database.read(lambda tx: calls.load_chunks(tx, call.call_id, number))
+        return [chunk.data for chunk in chunks]
 
     async def logged(self, kind: Kind, count: int = 1) -> list[Event]:
         """Wait until there are so many events of a kind."""
@@ -414,6 +430,11 @@ def start_init(directory: Path, address: str) -> subprocess.Popen[bytes]:
     finally:
         os.close(stdin)
         os.close(stdout)
+
+
+def with_usage_asked(body: bytes) -> bytes:
+    """A streaming chat request as the provider gets it whose client asked for no token counts."""
+    return body.replace(b"{", b'{"stream_options":{"include_usage":true},', 1)
 
 
 def http_request(path: str, body: bytes, headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:

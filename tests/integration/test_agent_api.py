@@ -59,7 +59,7 @@ def checkpoint_of(stage: Stage, number: int = 3) -> Checkpoint:
 
 
 async def notes_of(node: Node) -> list[str]:
-    return [event.data["text"] for event in await node.events(Kind.NOTE_ADDED)]
+    return await node.texts(Kind.NOTE_ADDED)
 
 
 async def test_an_agent_learns_who_it_is_by_a_call_in_the_log(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ async def test_a_note_is_in_the_log_with_its_text_and_its_call(tmp_path: Path) -
         [event] = await node.events(Kind.NOTE_ADDED)
         assert status_of(received) == 201
         assert json_of(received) == {"seq": event.seq}
-        assert (event.call_id, event.data) == (call.call_id, {"text": text})
+        assert (event.call_id, event.data) == (call.call_id, {"bytes": len(text.encode())})
+        assert await notes_of(node) == [text]
 
 
 async def test_a_note_that_a_restored_agent_writes_again_is_there_once(tmp_path: Path) -> None:

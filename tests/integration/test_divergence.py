@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.gateway_stage import Node, Stage, gateway_stage, http_request
+from tests.integration.gateway_stage import Node, Stage, gateway_stage, http_request, with_usage_asked
 from tests.integration.test_gateway import CHAT, MESSAGES, client, question, status_of
 from tests.integration.test_gateway_restart import redo_everything, slow_at_first
 
@@ -47,7 +47,7 @@ async def test_by_default_it_goes_on_and_the_log_says_what_was_left(tmp_path: Pa
             # A count is no effect outside, and neither is a note in the log.
             assert (len(told["pending"]), told["orphaned"], told["policy"]) == (4, [], "continue")
             assert await node.events(Kind.AGENT_TOLD) == []
-            assert stage.model.requests[-1].body == question("another")
+            assert stage.model.requests[-1].body == with_usage_asked(question("another"))
 
 
 @pytest.mark.parametrize("policy", [OnDivergence.ASK, OnDivergence.FAIL])
@@ -147,10 +147,12 @@ async def test_tell_adds_one_note_to_the_next_model_request_and_to_no_other_byte
             first = await stage.raw(http_request(path, question("another")))
             sent = json.loads(stage.model.requests[-1].body)
             await stage.raw(http_request(path, question("third")))
-            assert stage.model.requests[-1].body == question("third")
+            third = question("third")
+            assert stage.model.requests[-1].body == (with_usage_asked(third) if path == CHAT else third)
             [told] = await node.events(Kind.AGENT_TOLD)
             added = sent["messages"][-1] if path == CHAT else sent["system"][-1]
-            assert told.data["text"] in added.values()
+            [text] = await node.texts(Kind.AGENT_TOLD)
+            assert text in added.values()
             asked = next(call for call in await node.calls() if call.call_id == told.call_id)
             assert first == await node.logged_response(asked)
             redo = RedoSet([*redo_entries(await node.calls())])
@@ -185,9 +187,10 @@ async def test_a_note_still_owed_is_told_by_the_next_node_and_goes_with_each_att
             stage.on_call.gate.set()
             assert status_of(await reader.read(-1)) == 200
             [told] = await node.events(Kind.AGENT_TOLD)
+            [text] = await node.texts(Kind.AGENT_TOLD)
             asked = next(call for call in await node.calls() if call.call_id == told.call_id)
             assert (asked.state, len(asked.attempts)) == (CallState.ANSWERED, 2)
-        with_note = [request for request in stage.model.requests if told.data["text"].encode() in request.body]
+        with_note = [request for request in stage.model.requests if text.encode() in request.body]
         assert len(with_note) == 2
         await connected.__aexit__(None, None, None)
 

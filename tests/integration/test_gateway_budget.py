@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -206,15 +207,17 @@ async def test_a_torn_attempt_costs_what_it_had_reported(tmp_path: Path) -> None
 
 
 async def test_an_answer_that_counts_no_tokens_keeps_its_reservation(tmp_path: Path) -> None:
-    async with gateway_stage(tmp_path, budget="5") as stage, stage.node() as node:
-        body = json.loads(question()) | {"stream_options": {}}
-        await stage.raw(http_request(CHAT, json.dumps(body).encode()))
-        [sent] = await node.events(Kind.CALL_SENT)
-        [completed] = await node.events(Kind.CALL_COMPLETED)
-        assert completed.data["cost"] is None
-        assert await account(node) == Account(
-            limit=parse_dollars("5"), spent=parse_dollars(sent.data["reserved"]), reserved=0
-        )
+    async with gateway_stage(tmp_path, budget="5") as stage:
+        stage.upstreams = tuple(replace(upstream, stream_usage=False) for upstream in stage.upstreams)
+        async with stage.node() as node:
+            body = json.loads(question()) | {"stream_options": {}}
+            await stage.raw(http_request(CHAT, json.dumps(body).encode()))
+            [sent] = await node.events(Kind.CALL_SENT)
+            [completed] = await node.events(Kind.CALL_COMPLETED)
+            assert completed.data["cost"] is None
+            assert await account(node) == Account(
+                limit=parse_dollars("5"), spent=parse_dollars(sent.data["reserved"]), reserved=0
+            )
 
 
 async def test_what_the_provider_refuses_costs_nothing(tmp_path: Path) -> None:

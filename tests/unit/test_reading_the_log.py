@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from tests.unit.db.scene import NOW, Scene, new_scene
 
 from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
+from torpor.core.events import Kind
 from torpor.core.ids import CallId
-from torpor.db import log, requests, verify
-from torpor.db.database import Database, open_database
+from torpor.db import log, notes, redaction, requests, verify
+from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import heads, spans, transfer, turns
 from torpor.runtime.home import Home
 from torpor.runtime.search import open_index
@@ -174,6 +176,39 @@ async def test_spans_have_the_conventions_names_and_no_contents(scene: Scene) ->
     assert root.below[0].attributes["gen_ai.response.finish_reasons"] == ["tool_use"]
     assert not any("messages" in name for span in root.below for name in span.attributes)
     assert root.start_ns == NOW
+
+
+@pytest.mark.parametrize("kind", [Kind.NOTE_ADDED, Kind.AGENT_TOLD])
+async def test_notes_are_found_until_they_are_erased(scene: Scene, tmp_path: Path, kind: Kind) -> None:
+    home = Home(tmp_path)
+    await scene.write(lambda tx: scene.note(tx, "saw a quick platypus", kind=kind))
+    await scene.write(lambda tx: scene.old_note(tx, "saw an old wombat"))
+    assert await found(scene, home, "platypus") == [(1, "note")]
+    assert await found(scene, home, "wombat") == [(2, "note")]
+
+    def erase(tx: Transaction) -> None:
+        plan = redaction.plan_pattern(tx, scene.session_id, re.compile(rb"plat\w+"))
+        redaction.apply(tx, **scene.owner, plan=plan, wall_ns=NOW)
+
+    await scene.write(erase)
+    home.drop_search_index()
+    assert await found(scene, home, "platypus") == []
+    assert await found(scene, home, "quick") == [(1, "note")]
+
+
+async def test_an_exported_note_comes_back_as_it_is_by_then(scene: Scene, tmp_path: Path) -> None:
+    event = await scene.write(lambda tx: scene.note(tx, "the platypus"))
+    before = await exported(scene)
+
+    def erase(tx: Transaction) -> None:
+        plan = redaction.plan_pattern(tx, scene.session_id, re.compile(rb"plat\w+"))
+        redaction.apply(tx, **scene.owner, plan=plan, wall_ns=NOW)
+
+    await scene.write(erase)
+    for name, lines, text in (("one", before, "the platypus"), ("two", await exported(scene), "the ********")):
+        other, _ = await imported(tmp_path / name, lines)
+        assert (await other.read(lambda tx: notes.read(tx, event))).text == text
+        await other.close()
 
 
 async def test_redaction_drops_the_search_index(scene: Scene, tmp_path: Path) -> None:

@@ -11,13 +11,17 @@ from torpor.cli.printer import err, human_bytes, milliseconds, out, print_json, 
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Damaged
 from torpor.core.events import Event, Kind
-from torpor.core.ids import CallId
+from torpor.core.ids import CallId, SessionId
 from torpor.core.session import ENDED
 from torpor.db import log as event_log
+from torpor.db import notes
+from torpor.db.database import Transaction
+from torpor.db.notes import Note
 from torpor.db.verify import count_redacted, verify_chain
 from torpor.runtime.runtime import Runtime, open_runtime
 
 FOLLOW_SECONDS = 0.25
+NOTE_CHARACTERS_SHOWN = 200
 
 
 def log(
@@ -48,19 +52,23 @@ async def _log(text: str, as_json: bool, follow: bool, verify: bool, after: int)
                 calls.of(event)
         while True:
             session = await runtime.session(found.session_id)
-            events = await runtime.database.read(
-                lambda tx, seen=seen: event_log.events(tx, found.session_id, after_seq=seen)
-            )
+            events, texts = await runtime.database.read(lambda tx, seen=seen: _read(tx, found.session_id, seen))
             for event in events:
                 if as_json:
-                    print_json(_fields(event))
+                    print_json(_fields(event, texts.get(event.seq)))
                 else:
-                    _print(event, started_ns, calls)
+                    _print(event, started_ns, calls, texts.get(event.seq))
             seen = events[-1].seq if events else seen
             if not follow or (session.status in ENDED and seen >= session.head_seq):
                 return
             # The log may be written by another process, which has no way to call us: look again.
             await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _read(tx: Transaction, session_id: SessionId, after_seq: int) -> tuple[list[Event], dict[int, Note]]:
+    """Events, and of those that are notes the texts by seq."""
+    events = event_log.events(tx, session_id, after_seq=after_seq)
+    return events, {event.seq: notes.read(tx, event) for event in events if event.kind in notes.NOTE_KINDS}
 
 
 async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
@@ -85,7 +93,8 @@ async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
             out.print(f"{redacted} of its blocks and answers were redacted")
 
 
-def _fields(event: Event) -> dict[str, Any]:
+def _fields(event: Event, note: Note | None) -> dict[str, Any]:
+    """An event as the log has it; of a note also its text, which lies beside it."""
     return {
         "session": event.session_id,
         "seq": event.seq,
@@ -98,6 +107,7 @@ def _fields(event: Event) -> dict[str, Any]:
         "refs": list(event.refs),
         "prev_hash": event.prev_hash,
         "hash": event.hash,
+        **({} if note is None else {"text": note.text, "redacted": note.redacted}),
     }
 
 
@@ -114,20 +124,26 @@ class CallNumbers:
         return self._numbers.setdefault(event.call_id, len(self._numbers) + 1)
 
 
-def told(event: Event, calls: CallNumbers) -> str:
+def told(event: Event, calls: CallNumbers, note: Note | None = None) -> str:
     """What the timeline says of an event besides its kind."""
     number = calls.of(event)
     tell = _TELLING.get(event.kind)
-    words = [f"call {number}:" if number else "", tell(event.data) if tell else ""]
+    said = _shortened(note.text) if note is not None else tell(event.data) if tell else ""
+    words = [f"call {number}:" if number else "", said]
     return " ".join(word for word in words if word).strip().removesuffix(":")
 
 
-def _print(event: Event, started_ns: int, calls: CallNumbers) -> None:
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= NOTE_CHARACTERS_SHOWN else line[:NOTE_CHARACTERS_SHOWN] + "..."
+
+
+def _print(event: Event, started_ns: int, calls: CallNumbers, note: Note | None) -> None:
     at = (event.wall_ns - started_ns) / 1e9
     colour = _COLOURS.get(event.kind, "white")
     out.print(f"[dim]{event.seq:>5} {at:>9.3f}s  {event.incarnation:>2}[/dim]  ", end="")
     out.print(f"[{colour}]{event.kind.value:<22}[/{colour}] ", end="")
-    out.print(printable(told(event, calls)), markup=False)
+    out.print(printable(told(event, calls, note)), markup=False)
 
 
 def _status(data: Any) -> str:
@@ -141,6 +157,19 @@ def _started(data: Any) -> str:
 
 def _call(data: Any) -> str:
     return f"{data.get('method', '')} {data.get('target', '')} {data.get('model') or ''}".strip()
+
+
+def _sent(data: Any) -> str:
+    asked = ", with token counts asked for" if data.get("usage_asked") else ""
+    return f"attempt {data.get('attempt')}{asked}"
+
+
+def _retried(data: Any) -> str:
+    if data.get("usage_asked") is False:
+        return (
+            f"status {data.get('status')}: {data.get('upstream')} does not count tokens when asked, sent as it was made"
+        )
+    return f"status {data.get('status')}, sent again after {data.get('wait_ms')} ms"
 
 
 def _completed(data: Any) -> str:
@@ -202,7 +231,8 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.INCARNATION_ENDED: lambda data: str(data.get("reason", "")),
     Kind.LEASE_ACQUIRED: lambda data: f"owner token {data.get('owner_token')}, pid {data.get('pid')}",
     Kind.CALL_INTENDED: _call,
-    Kind.CALL_SENT: lambda data: f"attempt {data.get('attempt')}",
+    Kind.CALL_SENT: _sent,
+    Kind.CALL_RETRIED: _retried,
     Kind.CALL_ANSWERING: lambda data: f"status {data.get('status')}",
     Kind.CALL_COMPLETED: _completed,
     Kind.CALL_FAILED: lambda data: str(data.get("error", "")),

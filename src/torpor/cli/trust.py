@@ -23,6 +23,7 @@ from torpor.runtime import heads
 from torpor.runtime.runtime import Runtime
 
 _PLACES_SHOWN = 100
+_EVENTS_SHOWN = 20
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +38,7 @@ def redact(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Put asterisks in the place of content, in requests, answers and output. The log stays valid; nothing undoes it.
+    """Put asterisks in the place of content: requests, answers, notes, output. The log stays valid; nothing undoes it.
 
     Lists what would be erased first, and asks. Events, images of checkpoints from before, exports and the provider keep
     what they have.
@@ -56,15 +57,20 @@ def redact(
                 runtime, me = node.runtime, node.holder
                 plan = await runtime.redact(found.session_id, lambda tx: find(tx, found.session_id), me, wire.answers)
             counts = {"blocks": len(plan.blocks), "answers": len(plan.answers), "output_pieces": len(plan.output)}
-            return {"session": found.session_id, **counts, "places": plan.places, "unread": plan.unread}
+            told = {"places": plan.places, "unread": plan.unread, "kept_in_events": plan.kept}
+            return {"session": found.session_id, **counts, **told}
 
     fields = asyncio.run(work())
     if json:
         print_json(fields)
-    elif fields["places"]:
+        return
+    if fields["places"]:
         done = f"{fields['blocks']} blocks, {fields['answers']} answers and {fields['output_pieces']} pieces of output"
         out.print(f"erased in {done}")
         err.print("[yellow]not erased:[/yellow] images and workspaces of checkpoints from before, events, and copies")
+    if kept := fields["kept_in_events"]:
+        seqs = ", ".join(map(str, kept[:_EVENTS_SHOWN])) + (", ..." if len(kept) > _EVENTS_SHOWN else "")
+        err.print(f"[yellow]not erased:[/yellow] {len(kept)} events that hold it themselves: {seqs}")
 
 
 def head(
@@ -146,7 +152,7 @@ def _finder(block: str | None, pattern: str | None) -> Finder:
 
 def _tell(plan: redaction.Plan) -> None:
     if not plan:
-        err.print("nothing fits")
+        err.print("nothing that can be erased fits")
     for damage in dict.fromkeys(plan.unread):
         err.print(f"not looked into: {printable(damage)}", markup=False, style="yellow")
     for place in plan.places[:_PLACES_SHOWN]:

@@ -74,6 +74,8 @@ class ResponseHead:
     """HEAD, 204, 304: no body follows."""
     chunked: bool = True
     """False for an HTTP/1.0 agent: the body ends where the connection does."""
+    usage_asked: bool = False
+    """The request as it was sent asked for token counts in the stream: a client that had not asked gets none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,11 @@ from torpor.db.fence import refusal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewCall:
-    """What is known of a call before it is intended; the fields are those of `Call`."""
+    """What is known of a call before it is intended; the fields are those of `Call`, but the last one.
+
+    Attributes:
+        hide_usage: its client did not ask for the token counts that a stream of this API has only if asked for.
+    """
 
     call_id: CallId
     key: RequestKey
@@ -27,6 +31,7 @@ class NewCall:
     stream: StreamId
     request_bytes: int
     is_llm: bool = True
+    hide_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +242,12 @@ def _attempt_of(row: Row) -> Attempt:
 
 
 def head_text(head: ResponseHead) -> str:
-    return encode_json(asdict(head))
+    fields = asdict(head)
+    if not head.usage_asked:
+        del fields[
+            "usage_asked"
+        ]  # heads were written before there was such a field, and their digests stand in the log
+    return encode_json(fields)
 
 
 def _head_of(text: str) -> ResponseHead:

@@ -58,7 +58,7 @@ def intend(
         incarnation=call.incarnation,
         call_id=call.call_id,
         parent_seq=held_row(tx, session_id, owner_token)["cursor_seq"],
-        data={**intent_data(call), "request": request.facts},
+        data={**intent_data(call), "request": request.facts, **({"hide_usage": True} if call.hide_usage else {})},
         refs=(request.manifest.hex(),),
     )
     seq = append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0].seq
@@ -76,17 +76,20 @@ def mark_sent(
     call_id: CallId,
     wall_ns: int,
     reserved_nanousd: int | None = None,
+    usage_asked: bool = False,
 ) -> Attempt:
     """Open the call's next attempt, before its first byte goes upstream. Commit it durably.
 
     Args:
         reserved_nanousd: what it may cost at most, if `budgets.admit` was asked in this transaction.
+        usage_asked: what is sent asks for token counts, and the logged request does not.
     """
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.SENT)
     number = len(call.attempts) + 1
     open_attempt(tx, call, owner_token, number, wall_ns, reserved_nanousd)
     reserved = {} if reserved_nanousd is None else {"reserved": dollars_text(reserved_nanousd)}
-    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, {"attempt": number, **reserved})
+    asked = {"usage_asked": True} if usage_asked else {}
+    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, {"attempt": number, **reserved, **asked})
     set_state(tx, call, owner_token, CallState.SENT)
     return Attempt(number=number, head=None, chunk_count=0, body_bytes=0, finished=False)
 

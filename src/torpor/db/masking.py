@@ -52,11 +52,11 @@ def _whole(text: bytes, escapes: list[tuple[int, int]], start: int, end: int) ->
         start -= 1
     while end < len(text) and 0x80 <= text[end] < 0xC0:
         end += 1
-    for escape in escapes[max(0, bisect.bisect_right(escapes, (start, 0)) - 1) :]:
-        if escape[0] >= end:
-            break
-        if escape[1] > start:
-            start, end = min(start, escape[0]), max(end, escape[1])
+    at = max(0, bisect.bisect_right(escapes, (start, 0)) - 1)
+    while at < len(escapes) and escapes[at][0] < end:
+        if escapes[at][1] > start:
+            start, end = min(start, escapes[at][0]), max(end, escapes[at][1])
+        at += 1
     return start, end
 
 
@@ -66,13 +66,18 @@ def _spans_in_pieces(
     """Matches in the pieces' joined text, as spans of the body: one for each piece that has a part."""
     joined = b"".join(body[start:end] for start, end in pieces)
     found = _spans(joined, pattern)
-    at = 0
+    at = number = 0
     for start, end in pieces:
         length = end - start
-        for first, last in found:
-            low, high = max(first - at, 0), min(last - at, length)
+        # Both are in order, so a long answer with many matches takes the time of their sum.
+        while number < len(found) and found[number][1] <= at:
+            number += 1
+        here = number
+        while here < len(found) and found[here][0] < at + length:
+            low, high = max(found[here][0] - at, 0), min(found[here][1] - at, length)
             if low < high:
                 yield start + low, start + high
+            here += 1
         at += length
 
 

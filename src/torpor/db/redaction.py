@@ -1,8 +1,8 @@
 """Erasing content for good: finding what fits, and putting a mask of the same length in its place.
 
 A mask keeps every length, and so the chain's digests of layouts, the offsets of half delivered answers, and JSON. The
-event session.redacted names the digest of each mask: content that is masked without such an event is damage.
-Events themselves, and images from before, keep what they hold.
+event session.redacted names the digest of each mask: content that is masked without such an event is damage. Events
+themselves, and images from before, keep what they hold; a plan says which events.
 """
 
 import re
@@ -10,15 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torpor.core.call import Attempt
 from torpor.core.errors import Conflict, Damaged, NotFound
-from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.events import Event, EventDraft, Kind, canonical_json
 from torpor.core.ids import CallId, SessionId
-from torpor.db import answers, blocks, outputs, requests
+from torpor.core.usage import hidden_alike
+from torpor.db import answers, blocks, notes, outputs, requests
 from torpor.db.blobs import Stored
 from torpor.db.calls import load_calls, tear_open
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row
-from torpor.db.log import append
+from torpor.db.log import append, events
 from torpor.db.masking import MASK, mask, mask_answer, shown
 
 Answer = tuple[CallId, int]
@@ -33,6 +35,7 @@ class Plan:
         places: for people, each match with what is around it.
         unread: for people, what can't be looked into, since it is damaged.
         stored: masked contents that were stored ahead of the transaction (`db.ahead`), by their digest.
+        kept: seqs of events that hold what fits themselves; the chain would not stand their change.
     """
 
     blocks: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
@@ -41,6 +44,7 @@ class Plan:
     places: list[str] = field(default_factory=list[str])
     unread: list[str] = field(default_factory=list[str])
     stored: dict[bytes, Stored] = field(default_factory=dict[bytes, Stored])
+    kept: list[int] = field(default_factory=list[int])
 
     def __bool__(self) -> bool:
         return bool(self.blocks or self.answers or self.output)
@@ -61,7 +65,7 @@ def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
         for attempt in call.attempts:
             body = _answer(tx, call.call_id, attempt.number, plan)
             if body and blocks.digest_of(body) == digest:
-                plan.answers[call.call_id, attempt.number] = MASK * len(body)
+                plan.answers[call.call_id, attempt.number] = _as_long_as(attempt, body, MASK * len(body))
                 plan.places.append(f"answer of {call.call_id}, attempt {attempt.number}: {len(body)} bytes")
     if tx.one("block/find", session_id=session_id, digest=digest) is not None:
         content = blocks.get(tx, session_id, digest)
@@ -73,29 +77,42 @@ def plan_block(tx: Transaction, session_id: SessionId, digest: bytes) -> Plan:
 
 
 def plan_pattern(tx: Transaction, session_id: SessionId, pattern: re.Pattern[bytes]) -> Plan:
-    """Everything that fits a pattern: in requests, in answers (also where events cut a text apart), in output."""
+    """Everything that fits a pattern: in requests, in answers (also where events cut a text apart), notes, output."""
     plan = Plan()
     pairs: set[tuple[bytes, bytes]] = set()
     for call in load_calls(tx, session_id):
         request = requests.find(tx, call.call_id)
         if request is not None:
-            _plan_blocks(tx, session_id, [request.head_digest], pattern, plan)
+            _plan_blocks(tx, session_id, [request.head_digest], pattern, plan, what="request")
             try:
                 pieces = requests.pieces_of(requests.read_list(tx, session_id, request.manifest))
             except Damaged as damaged:
                 plan.unread.append(str(damaged))
                 pieces = []
             for run in _fresh_runs(pieces, pairs):
-                _plan_blocks(tx, session_id, run, pattern, plan)
+                _plan_blocks(tx, session_id, run, pattern, plan, what="request")
         for attempt in call.attempts:
             body = _answer(tx, call.call_id, attempt.number, plan)
             masked, places = mask_answer(body, pattern)
             if places:
-                plan.answers[call.call_id, attempt.number] = masked
+                plan.answers[call.call_id, attempt.number] = _as_long_as(attempt, body, masked)
                 plan.places += [f"answer of {call.call_id}: {place}" for place in places]
+    for event in events(tx, session_id):
+        note = notes.block_of(event)
+        if note is not None:
+            _plan_blocks(tx, session_id, [note], pattern, plan, what="note")
+        found = pattern.finditer(canonical_json(dict(event.data)).encode("utf-8", "surrogatepass"))
+        if any(match[0] for match in found):
+            plan.kept.append(event.seq)
     for channel in (outputs.STDOUT, outputs.STDERR):
         _plan_output(tx, session_id, channel, pattern, plan)
     return plan
+
+
+def _as_long_as(attempt: Attempt, body: bytes, masked: bytes) -> bytes:
+    """A masked answer of which an agent gets as many bytes as of the true one: it may have taken some of them."""
+    asked = attempt.head is not None and attempt.head.usage_asked
+    return hidden_alike(body, masked) if asked else masked
 
 
 def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Plan, wall_ns: int) -> Event:
@@ -124,10 +141,10 @@ def apply(tx: Transaction, *, session_id: SessionId, owner_token: int, plan: Pla
     return append(tx, **owner, drafts=[draft], wall_ns=wall_ns)[0]
 
 
-def masks(events: Iterable[Event]) -> dict[str | Answer, str]:
+def masks(logged: Iterable[Event]) -> dict[str | Answer, str]:
     """The digest (hex) of each mask by what it masks (a block's digest in hex, or an answer); the last one counts."""
     told: dict[str | Answer, str] = {}
-    for event in events:
+    for event in logged:
         if event.kind is Kind.SESSION_REDACTED:
             told.update(event.data["blocks"])
             told.update({(CallId(call_id), attempt): digest for call_id, attempt, digest in event.data["answers"]})
@@ -164,20 +181,20 @@ def _answer(tx: Transaction, call_id: CallId, attempt: int, plan: Plan) -> bytes
 
 
 def _plan_blocks(
-    tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan
+    tx: Transaction, session_id: SessionId, run: list[bytes], pattern: re.Pattern[bytes], plan: Plan, *, what: str
 ) -> None:
     """Mask what fits in pieces that stand side by side; one that can't be read parts them."""
     try:
         contents = blocks.read_many(tx, session_id, run)
     except Damaged:
         for readable in _readable_runs(tx, session_id, run, plan):
-            _plan_blocks(tx, session_id, readable, pattern, plan)
+            _plan_blocks(tx, session_id, readable, pattern, plan, what=what)
         return
     text = b"".join(contents[digest].data for digest in run)
     masked, places = mask(text, pattern)
     if not places:
         return
-    plan.places += [f"request: {place}" for place in places]
+    plan.places += [f"{what}: {place}" for place in places]
     at = 0
     for digest in run:
         end = at + len(contents[digest].data)

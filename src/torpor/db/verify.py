@@ -12,7 +12,7 @@ from torpor.core.errors import Damaged
 from torpor.core.events import CONTEXT_KINDS, GENESIS_HASH, Event, EventDraft, Kind, event_hash
 from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text
-from torpor.db import answers, blocks, log, redaction, requests
+from torpor.db import answers, blocks, log, notes, redaction, requests
 from torpor.db.call_rows import body_facts, head_digest, intent_data
 from torpor.db.calls import load_calls
 from torpor.db.checkpoints import commit_data, list_intact
@@ -45,6 +45,7 @@ def verify_chain(tx: Transaction, session_id: SessionId) -> list[Problem]:
     return [
         *_tree_problems(session, events),
         *_call_problems(tx, session_id, events, masks),
+        *_note_problems(tx, events, masks),
         *_checkpoint_problems(tx, session_id, events),
     ]
 
@@ -151,9 +152,16 @@ def _intent_problems(tx: Transaction, call: Call, event: Event, masks: Masks, se
     heads = [request.head_digest] if request.head_is_block else []
     fresh = [digest for digest in dict.fromkeys([*digests, *heads]) if digest not in seen]
     seen.update(fresh)
-    for digest, content in _readable(tx, call.session_id, fresh):
+    yield from _block_problems(tx, event, fresh, masks, code="request_damaged")
+
+
+def _block_problems(
+    tx: Transaction, event: Event, digests: list[bytes], masks: Masks, *, code: str
+) -> Iterator[Problem]:
+    """Each block is as it was written, or as it was masked; else `code`."""
+    for digest, content in _readable(tx, event.session_id, digests):
         if isinstance(content, Damaged):
-            yield Problem(code="request_damaged", seq=event.seq, text=str(content))
+            yield Problem(code=code, seq=event.seq, text=str(content))
         elif content.redacted and masks.get(digest.hex()) != blocks.digest_of(content.data).hex():
             text = f"block {digest.hex()} is masked, and no event says so"
             yield Problem(code="redaction_unknown", seq=event.seq, text=text)
@@ -175,6 +183,14 @@ def _readable(
             yield digest, content
         except Damaged as error:
             yield digest, error
+
+
+def _note_problems(tx: Transaction, events: Mapping[int, Event], masks: Masks) -> Iterator[Problem]:
+    """The text of each note is as it was written, or as it was masked."""
+    for event in events.values():
+        digest = notes.block_of(event)
+        if digest is not None:
+            yield from _block_problems(tx, event, [digest], masks, code="note_damaged")
 
 
 def _head_problems(call: Call, event: Event) -> Iterator[Problem]:

@@ -42,12 +42,15 @@ class Billing:
         self._changes += 1
         self._changed.fire()
 
-    async def open_attempt(self, call: Call, body: bytes, *, on_hold: Callable[[], object]) -> int:
+    async def open_attempt(
+        self, call: Call, body: bytes, *, on_hold: Callable[[], object], usage_asked: bool = False
+    ) -> int:
         """Open a call's next attempt as soon as the budget allows it; gives its number.
 
         Args:
             body: the request's, decoded.
             on_hold: called when only a person can let it go on, which is durable then.
+            usage_asked: what is sent asks for token counts, and the logged request does not.
 
         Raises:
             NoAnswer: `model_price_unknown`, there is a budget, and no way to tell whether the call fits.
@@ -55,7 +58,7 @@ class Billing:
         needed = await self._needed(call, body)
         while True:
             seen = self._changes
-            got = await self._recorder.send(call.call_id, needed_nanousd=needed)
+            got = await self._recorder.send(call.call_id, needed_nanousd=needed, usage_asked=usage_asked)
             if not isinstance(got, Verdict):
                 return got
             if got is Verdict.HOLD:

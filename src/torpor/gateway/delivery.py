@@ -13,8 +13,9 @@ from typing import TypeAlias
 from torpor.core.call import ResponseHead
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
+from torpor.core.usage import UsageHider
 from torpor.gateway.dialects.base import Dialect, Shape
-from torpor.gateway.reshape import reshaped
+from torpor.gateway.reshape import has_events, reshaped
 from torpor.sandbox.fifos import Pulse
 from torpor.sandbox.frames import Closed
 from torpor.sandbox.streams import Stream, StreamGone
@@ -83,8 +84,33 @@ class Recording:
             await self._changed.wait()
 
 
-async def rows_in_shape(recording: Recording, dialect: Dialect, shape: Shape) -> AsyncGenerator[Sequence[Row]]:
-    """The rows for a client that asked for another shape of the answer, once there is a whole answer to reshape."""
+async def rows_in_shape(
+    recording: Recording, dialect: Dialect, shape: Shape, *, hide_usage: bool = False
+) -> AsyncGenerator[Sequence[Row]]:
+    """The rows as one client gets them: in its shape, and without token counts that it did not ask for.
+
+    Args:
+        hide_usage: it did not ask for them; the head says whether anybody did.
+    """
+    hider: UsageHider | None = None
+    async with aclosing(_shaped_rows(recording, dialect, shape)) as batches:
+        async for rows in batches:
+            shown: list[Row] = []
+            for row in rows:
+                if isinstance(row, ResponseHead):
+                    hider = UsageHider() if hide_usage and row.usage_asked and has_events(row) else None
+                    shown.append(row)
+                elif hider is None:
+                    shown.append(row)
+                elif row is None:
+                    shown += [hider.rest(), None]
+                else:
+                    shown.append(hider.feed(row))
+            yield shown
+
+
+async def _shaped_rows(recording: Recording, dialect: Dialect, shape: Shape) -> AsyncGenerator[Sequence[Row]]:
+    """The rows in another shape of the answer, once there is a whole answer to reshape."""
     if shape is not Shape.AS_SENT:
         await recording.wait_end()
         other = (

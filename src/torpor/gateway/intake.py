@@ -3,19 +3,21 @@
 import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
 from torpor.core.call import RequestKey
 from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
+from torpor.core.usage import Edit, asks_for_usage, usage_edit
 from torpor.db.calls import NewCall
 from torpor.db.requests import RequestHead
 from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
+from torpor.gateway.claim import Claim
 from torpor.gateway.dialects import OWN, dialect_named
 from torpor.gateway.dialects.base import Route, Shape
 from torpor.gateway.own import answer_here
-from torpor.gateway.record import Claim
 from torpor.gateway.request import (
     Request,
     RequestLine,
@@ -41,6 +43,7 @@ class _Facts(msgspec.Struct):
 
     model: str | None = None
     stream: bool | None = None
+    stream_options: Any = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,12 @@ class Intake:
     model: str | None
     shape: Shape
     """How its client wants the answer."""
+    hide_usage: bool = False
+    """It asks for a stream that has token counts only if asked for, and does not ask for them."""
+    options: Any = msgspec.UNSET
+    """Its `stream_options`."""
+    usage_edit: Edit | None = None
+    """What would make it ask for token counts."""
 
     @property
     def head(self) -> RequestHead:
@@ -89,6 +98,7 @@ class Intake:
             stream=stream,
             request_bytes=self.request.length,
             is_llm=self.destination.route.is_llm,
+            hide_usage=self.hide_usage,
         )
 
     def may_carry(self, note: str | None) -> bool:
@@ -99,6 +109,23 @@ class Intake:
         """The request with a note of Torpor's own in it."""
         body = with_note(self.destination.dialect.name, self.request.body, note)
         return None if body is None else replace(self.outgoing, body=body)
+
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether its client itself asks for token counts in a stream that has them only then."""
+        return self.destination.dialect.counts_if_asked and asks_for_usage(self.options)
+
+    def asking_for_usage(self, outgoing: Outgoing) -> Outgoing | None:
+        """This request, which `outgoing` is as it was made or with a note, as one that asks for token counts.
+
+        None if it asks already, has none to ask for, or is in no form for it.
+        """
+        if not self.hide_usage:
+            return None
+        edit = self.usage_edit
+        if outgoing.body is not self.request.body:
+            edit = _edit_of(outgoing.body, self.options)
+        return None if edit is None else replace(outgoing, body=edit.of(outgoing.body))
 
     def shape_for(self, key: RequestKey) -> Shape:
         """How this request wants the answer of the call with this key, which matched it on some level."""
@@ -114,6 +141,7 @@ class Intake:
             request_bytes=self.request.length,
             continued=self.request.line.continued,
             shape=shape,
+            hide_usage=self.hide_usage,
         )
 
 
@@ -167,6 +195,10 @@ def _intake(request: Request, destination: Destination) -> Intake:
         dialect=destination.dialect.name, method=line.method, target=line.target, headers=line.headers, body=body
     )
     facts, route = _facts_of(body), destination.route
+    hide_usage = destination.dialect.counts_if_asked and facts.stream is True
+    hide_usage = hide_usage and not asks_for_usage(facts.stream_options)
+    # A compressed body is sent as it is: another one would have to be packed as its client packs.
+    may_ask = hide_usage and body is request.body
     return Intake(
         request=replace(request, line=line),
         destination=destination,
@@ -174,7 +206,14 @@ def _intake(request: Request, destination: Destination) -> Intake:
         plain_body=body,
         model=route.model or facts.model,
         shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
+        hide_usage=hide_usage,
+        options=facts.stream_options,
+        usage_edit=_edit_of(body, facts.stream_options) if may_ask else None,
     )
+
+
+def _edit_of(body: bytes, options: Any) -> Edit | None:
+    return usage_edit(body, options, said=options is not msgspec.UNSET)
 
 
 def _facts_of(body: bytes) -> _Facts:

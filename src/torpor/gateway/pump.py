@@ -3,13 +3,18 @@
 Nothing that happens to the agent cancels a pump. It ends in one of three ways: the answer is complete and the call is
 answered; the answer broke off and the call failed, so the agent's connection is broken off too; or no answer came, and
 an error of the gateway's own is logged in its place. What the provider refuses for now is sent again within the same
-attempt, since nothing of a refusal was logged or delivered. The head waits for the first byte of the body: until then a
+attempt, since nothing of a refusal was logged or delivered; so is what it refuses only because Torpor asked for token
+counts that the agent had not asked for (`core.usage`). The head waits for the first byte of the body: until then a
 failure can still be told in words, which clients retry, where a broken connection is often final for them.
 """
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 
+from torpor.config import Upstream
 from torpor.core.call import Call, ResponseHead
+from torpor.core.usage import refuses_usage
 from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
@@ -21,9 +26,11 @@ from torpor.gateway.intake import Intake
 from torpor.gateway.record import Recorder
 from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
-from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
+from torpor.gateway.upstream import Outgoing, UpstreamAnswer, UpstreamClient
 
 ANSWER_BYTES_MAX = 256 << 20
+REFUSAL_BYTES_MAX = 64 << 10
+"""How much of a refusal is read to see why."""
 
 
 class Pump:
@@ -54,9 +61,11 @@ class Pump:
         self.failed = False
         noted = intake.outgoing_with(note) if note is not None else None
         self._body = noted.body if noted is not None else intake.plain_body
+        self._intake = intake
         self._line = intake.request.line
         self._destination = intake.destination
         self._outgoing = noted or intake.outgoing
+        self._asking: Outgoing | None = None
         self._recorder = recorder
         self._billing = billing
         self._upstreams = upstreams
@@ -75,7 +84,9 @@ class Pump:
             Superseded: this node lost the session.
         """
         try:
-            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set)
+            self._asking = self._with_usage_asked()
+            asked = self._asking is not None
+            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set, usage_asked=asked)
             self.recording.attempt = await opening
             self._sent_ns = self._recorder.wall_ns()
             self.under_way.set()
@@ -86,6 +97,13 @@ class Pump:
         finally:
             self._billing.look_again()
 
+    def _with_usage_asked(self) -> Outgoing | None:
+        """The request as it is sent to learn what it costs, if its client does not ask for that; else None."""
+        with suppress(NoAnswer):  # what no upstream takes fails when it is sent, and the log says that it was
+            if self._upstreams.counts_when_asked(choose(self._destination, self._outgoing.model)):
+                return self._intake.asking_for_usage(self._outgoing)
+        return None
+
     async def _send(self) -> None:
         """Send the request until it is taken, or refused for good."""
         upstream = choose(self._destination, self._outgoing.model)
@@ -93,7 +111,9 @@ class Pump:
         self._scrubber = Scrubber(key.reveal() if key is not None else None)
         backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
         while True:
-            async with self._upstreams.send(self._outgoing, upstream) as answer:
+            async with self._upstreams.send(self._asking or self._outgoing, upstream) as answer:
+                if await self._was_wrong_to_ask(answer, upstream):
+                    continue
                 # What is sent at most once is not sent again, whatever the provider says.
                 seconds = None if self.call.barrier else backoff.pause(answer.status, answer.headers)
                 if seconds is None:
@@ -104,9 +124,22 @@ class Pump:
             await self._recorder.retry(self.call.call_id, {"upstream": upstream.name, **facts})
             await asyncio.sleep(seconds)
 
+    async def _was_wrong_to_ask(self, answer: UpstreamAnswer, upstream: Upstream) -> bool:
+        """Whether the provider refuses the request for what Torpor added to it; then nothing is added from now on."""
+        if self._asking is None or answer.status < 400:
+            return False
+        if not refuses_usage(answer.status, await answer.opening(REFUSAL_BYTES_MAX)):
+            return False
+        self._asking = None
+        self._upstreams.never_ask_again(upstream)
+        facts = {"upstream": upstream.name, "status": answer.status, "retry": 0, "wait_ms": 0, "usage_asked": False}
+        await self._recorder.retry(self.call.call_id, facts)
+        return True
+
     async def _receive(self, answer: UpstreamAnswer, upstream: str) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)
-        head = self._line.shape(answer.status, answer.reason, headers)
+        asked = self._asking is not None or self._intake.asks_for_usage
+        head = replace(self._line.shape(answer.status, answer.reason, headers), usage_asked=asked)
         self._reader = reader = AnswerReader(
             self._destination.dialect,
             status=answer.status,

@@ -148,13 +148,14 @@ class Pumps:
         if needs_sending(call):
             try:
                 head, body = await self._recorder.load_request(call_id)
+                note = await self._recorder.load_note(call_id)
             except (Conflict, Damaged) as unread:
                 if unread.code not in _UNREAD:
                     raise
                 code = "request_redacted" if unread.code == "block_redacted" else "request_damaged"
                 return await self._fail_unread(call, code, unread)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
-            return self.start(call, intake, announce=announce, note=await self._recorder.load_note(call_id))
+            return self.start(call, intake, announce=announce, note=note)
         try:
             return self._answer(call, await self._recorder.replay(call))
         except Damaged as damaged:
@@ -163,7 +164,7 @@ class Pumps:
             return None
 
     async def _fail_unread(self, call: Call, code: str, reason: TorporError) -> Answer:
-        """A request that was redacted or damaged can't be sent again; the client has it, and is told that it may."""
+        """A request, or its note, that was redacted or damaged can't be sent again; its client is told that it may."""
         said = {"error": {"type": "api_error", "code": code, "message": f"Torpor {reason}."}}
         headers = (("content-type", "application/json"), ("x-torpor-error", code), ("x-should-retry", "true"))
         head = ResponseHead(status=502, reason="Bad Gateway", headers=headers)

@@ -18,7 +18,7 @@ from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import budgets, calls, checkpoints, log, redo, requests, sessions
+from torpor.db import budgets, calls, checkpoints, log, notes, redo, requests, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.answers import Packed
 from torpor.db.blobs import BLOB_BYTES_MIN
@@ -26,27 +26,9 @@ from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
 from torpor.gateway.admission import LocalAnswer
+from torpor.gateway.claim import Claim, attached, claim_of, form_of
 from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects.base import Shape
-from torpor.gateway.request import expects_continue
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A stream's hold of a call: by its call.intended, call.repeated or call.joined.
-
-    Attributes:
-        request_bytes: length of the request on this stream.
-        continued: this stream's client asked for `100 Continue`, and got it.
-        shape: how it gets the answer, when it is the same logical request in another shape.
-    """
-
-    call_id: CallId
-    stream: StreamId
-    incarnation: int
-    request_bytes: int
-    continued: bool
-    shape: Shape = Shape.AS_SENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +76,7 @@ class Recorder:
             if left is not None:
                 self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
             if note is not None:
-                self._append(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, {"text": note})
+                self._append_note(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, note)
             return calls.intend(
                 tx,
                 session_id=self._session_id,
@@ -109,11 +91,14 @@ class Recorder:
         crash_point("call.intended")
         return call_made
 
-    async def send(self, call_id: CallId, *, needed_nanousd: int | None = None) -> int | Verdict:
+    async def send(
+        self, call_id: CallId, *, needed_nanousd: int | None = None, usage_asked: bool = False
+    ) -> int | Verdict:
         """Open the next attempt, before its first byte goes upstream; or say why the budget does not allow it now.
 
         Args:
             needed_nanousd: what it may cost at most, if it has to fit a budget: that much is reserved with the sending.
+            usage_asked: what is sent asks for token counts, and the logged request does not.
         """
 
         def work(tx: Transaction) -> int | Verdict:
@@ -124,7 +109,7 @@ class Recorder:
                 if verdict is not Verdict.SEND:
                     return verdict
             sent: dict[str, Any] = {"call_id": call_id, "wall_ns": wall_ns, "reserved_nanousd": needed_nanousd}
-            return calls.mark_sent(tx, **self._fence, **sent).number
+            return calls.mark_sent(tx, **self._fence, **sent, usage_asked=usage_asked).number
 
         attempt = await self._database.write(work, durable=True)
         if attempt is Verdict.HOLD:
@@ -205,7 +190,7 @@ class Recorder:
     def append_note(self, tx: Transaction, call_id: CallId, text: str) -> int:
         """Within `answer`: the agent's note; its seq."""
         incarnation = sessions.get(tx, self._session_id).incarnation
-        return self._append(tx, Kind.NOTE_ADDED, incarnation, call_id, {"text": text})
+        return self._append_note(tx, Kind.NOTE_ADDED, incarnation, call_id, text)
 
     def describe(self, tx: Transaction) -> dict[str, Any]:
         """Within `answer`: what an agent may know of its session."""
@@ -284,7 +269,7 @@ class Recorder:
         """
 
         def work(tx: Transaction) -> None:
-            self._append(tx, kind, claim.incarnation, claim.call_id, _attached(claim, attempt, inherited=False))
+            self._append(tx, kind, claim.incarnation, claim.call_id, attached(claim, attempt, inherited=False))
             sessions.set_cursor(tx, **self._fence, cursor_seq=cursor_seq)
             if kind is Kind.CALL_REPEATED:
                 redo.consume(tx, **self._fence, incarnation=claim.incarnation, call_id=claim.call_id)
@@ -293,7 +278,7 @@ class Recorder:
 
     async def inherit(self, claim: Claim, *, attempt: int) -> None:
         """A stream of an earlier incarnation, or node, goes on with its call."""
-        data = _attached(claim, attempt, inherited=True)
+        data = attached(claim, attempt, inherited=True)
         await self.note(Kind.CALL_JOINED, claim.incarnation, claim.call_id, data)
 
     async def note(self, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]) -> None:
@@ -391,15 +376,19 @@ class Recorder:
         return await self._database.read(work)
 
     async def load_note(self, call_id: CallId) -> str | None:
-        """The note that goes with a call."""
+        """The note that goes with a call.
+
+        Raises:
+            Conflict: `block_redacted`.
+        """
 
         def work(tx: Transaction) -> str | None:
-            found = [
-                event.data["text"]
+            told = [
+                event
                 for event in log.events(tx, self._session_id)
                 if event.kind is Kind.AGENT_TOLD and event.call_id == call_id
             ]
-            return found[-1] if found else None
+            return notes.get(tx, told[-1]) if told else None
 
         return await self._database.read(work)
 
@@ -412,28 +401,32 @@ class Recorder:
                 if event.incarnation != incarnation or event.call_id is None:
                     continue
                 if event.kind in _CLAIMING:
-                    claims[event.data["stream"]] = _claim_of(tx, event, event.call_id)
+                    claims[event.data["stream"]] = claim_of(tx, event, event.call_id)
                 elif event.kind is Kind.CALL_DELIVERED:
                     claims.pop(event.data["stream"], None)
             return list(claims.values())
 
         return await self._database.read(work)
 
-    async def load_shape(self, call_id: CallId, stream: StreamId) -> Shape:
-        """How a stream that is inherited was to get its call's answer."""
+    async def load_form(self, call_id: CallId, stream: StreamId) -> tuple[Shape, bool]:
+        """How a stream that is inherited was to get its call's answer: `shape` and `hide_usage` of its claim."""
 
-        def work(tx: Transaction) -> Shape:
-            shape = Shape.AS_SENT
+        def work(tx: Transaction) -> tuple[Shape, bool]:
+            form = (Shape.AS_SENT, False)
             for event in log.events(tx, self._session_id):
                 if event.call_id == call_id and event.kind in _CLAIMING and event.data["stream"] == stream:
-                    shape = Shape(event.data.get("shape", Shape.AS_SENT))
-            return shape
+                    form = form_of(event)
+            return form
 
         return await self._database.read(work)
 
     @property
     def _fence(self) -> Any:
         return {"session_id": self._session_id, "owner_token": self._owner_token}
+
+    def _append_note(self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId, text: str) -> int:
+        note: dict[str, Any] = {"kind": kind, "incarnation": incarnation, "call_id": call_id, "text": text}
+        return notes.add(tx, **self._fence, **note, wall_ns=self.clock.wall_ns()).seq
 
     def _append(
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
@@ -443,33 +436,6 @@ class Recorder:
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})
-
-
-def _attached(claim: Claim, attempt: int, *, inherited: bool) -> dict[str, Any]:
-    return {
-        "stream": claim.stream,
-        "request_bytes": claim.request_bytes,
-        "continued": claim.continued,
-        "shape": claim.shape.value,
-        "attempt": attempt,
-        "inherited": inherited,
-    }
-
-
-def _claim_of(tx: Transaction, event: Event, call_id: CallId) -> Claim:
-    continued = event.data.get("continued")
-    if continued is None:
-        # The first stream of a call: its request is the one that was logged.
-        head = requests.read_head(tx, call_id)
-        continued = head is not None and expects_continue("1.1", head.headers)
-    return Claim(
-        call_id=call_id,
-        stream=event.data["stream"],
-        incarnation=event.incarnation,
-        request_bytes=event.data["request_bytes"],
-        continued=continued,
-        shape=Shape(event.data.get("shape", Shape.AS_SENT)),
-    )
 
 
 def _note(tx: Transaction, orphaned: Sequence[CallId]) -> str:

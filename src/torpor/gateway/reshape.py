@@ -34,7 +34,9 @@ def reshaped(
         status, other = _in_shape(dialect, shape, recorded, body)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None  # The provider's events make no message: a client may still make sense of them.
-    return _with_body(head, status, _KINDS[shape] if status == 200 else _KINDS[Shape.MESSAGE]), other
+    head = _with_body(head, status, _KINDS[shape] if status == 200 else _KINDS[Shape.MESSAGE])
+    # A whole message has its counts, and so have the events that are made of it.
+    return replace(head, usage_asked=dialect.counts_if_asked), other
 
 
 def _recorded_shape(head: ResponseHead, body: bytes) -> Shape | None:
@@ -71,6 +73,12 @@ def _parsed(streamed: bytes) -> list[Mapping[str, Any]]:
     """The events in a stream's bytes. A provider that forgot the last empty line has sent all that it had."""
     raws = EventSplitter().feed(streamed + b"\n\n")
     return [event for raw in raws if (event := json_object(raw)) is not None]
+
+
+def has_events(head: ResponseHead) -> bool:
+    """Whether the body is a stream of events that can be read as it comes."""
+    encoded = any(name.lower() == "content-encoding" and value.lower() != "identity" for name, value in head.headers)
+    return content_type(head) == "text/event-stream" and not encoded
 
 
 def content_type(head: ResponseHead) -> str:

@@ -23,6 +23,7 @@ from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.billing import Billing
+from torpor.gateway.claim import Claim
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
@@ -30,7 +31,7 @@ from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.own import CheckpointFor
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import Answer, OnCall, Pumps
-from torpor.gateway.record import Claim, Departure, Recorder
+from torpor.gateway.record import Departure, Recorder
 from torpor.gateway.request import Room
 from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
@@ -362,13 +363,15 @@ class Gateway:
             answer = await self._pumps.revive(call_id, announce=False)
             if answer is None:
                 return None
+            shape, hide_usage = await self._recorder.load_form(call_id, open_stream.stream)
             claim = Claim(
                 call_id=call_id,
                 stream=open_stream.stream,
                 incarnation=incarnation,
                 request_bytes=open_stream.read,
                 continued=open_stream.untouched_bytes > 0,
-                shape=await self._recorder.load_shape(call_id, open_stream.stream),
+                shape=shape,
+                hide_usage=hide_usage,
             )
             attachment = _Attachment(stream=stream, claim=claim, answer=answer)
             await self._recorder.inherit(claim, attempt=answer.recording.attempt)
@@ -379,7 +382,8 @@ class Gateway:
     async def _attend(self, stream: Stream, attachment: _Attachment) -> None:
         """Deliver to a stream until it ends, and record how."""
         claim, answer = attachment.claim, attachment.answer
-        rows = rows_in_shape(answer.recording, dialect_named(answer.call.dialect), claim.shape)
+        dialect = dialect_named(answer.call.dialect)
+        rows = rows_in_shape(answer.recording, dialect, claim.shape, hide_usage=claim.hide_usage)
         end = await deliver(stream, rows, continued=claim.continued, released=answer.released)
         if end is not None:
             await self._detach(stream, claim.stream, claim.call_id, claim.incarnation, end)

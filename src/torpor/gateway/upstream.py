@@ -7,7 +7,7 @@ connection that was never made is tried again, since no byte of the request was 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
 from typing import Self
@@ -69,6 +69,19 @@ class UpstreamAnswer:
     reason: str
     headers: Headers
     connection: Connection
+    _opened: list[bytes] = field(default_factory=list[bytes])
+
+    async def opening(self, bytes_max: int) -> bytes:
+        """Some bytes of the body's beginning, which `next` gives all the same.
+
+        Raises:
+            NoAnswer: it broke off.
+        """
+        opened: list[bytes] = []
+        while sum(map(len, opened)) < bytes_max and (data := await self.next()):
+            opened.append(data)
+        self._opened.extend(opened)
+        return b"".join(opened)
 
     async def next(self) -> bytes:
         """What arrived of the body since the last time, waiting for something; empty at the end.
@@ -77,7 +90,7 @@ class UpstreamAnswer:
             NoAnswer: it broke off, and all that came of it was fetched.
         """
         try:
-            return await self.connection.next()
+            return self._opened.pop(0) if self._opened else await self.connection.next()
         except Broken as error:
             raise _translated(error) from error
 
@@ -96,6 +109,7 @@ class UpstreamClient:
     def __init__(self, clock: Clock) -> None:
         self._keys = KeyRing(clock)
         self._connections = Connections()
+        self._never_ask: set[str] = set()
 
     async def __aenter__(self) -> Self:
         await self._connections.__aenter__()
@@ -105,6 +119,14 @@ class UpstreamClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._connections.__aexit__(kind, error, traceback)
+
+    def counts_when_asked(self, upstream: Upstream) -> bool:
+        """Whether an upstream may be asked for token counts."""
+        return upstream.stream_usage and upstream.name not in self._never_ask
+
+    def never_ask_again(self, upstream: Upstream) -> None:
+        """It refused to be asked; that lasts as long as this process."""
+        self._never_ask.add(upstream.name)
 
     async def key_for(self, upstream: Upstream) -> Secret | None:
         """The key that a request is sent with, which its answer must be cleared of.

@@ -16,7 +16,7 @@ from typing import Any
 from torpor.core.errors import Damaged
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, SessionId
-from torpor.db import calls, log, outputs, sessions
+from torpor.db import calls, log, notes, outputs, sessions
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import BASES_TRIED
 from torpor.db.sqlite import open_sqlite
@@ -38,7 +38,7 @@ class Match:
     """One place where the words are.
 
     Attributes:
-        source: request, answer, event, stdout or stderr.
+        source: request, answer, note, event, stdout or stderr.
         excerpt: what stands around them; each word between MARK_START and MARK_END.
     """
 
@@ -211,6 +211,8 @@ def _texts_of(tx: Transaction, event: Event, fresh: _FreshTexts | None) -> Itera
         answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
         said = [part.text or " ".join(_values(json.dumps(part.data))) for part in answered.message.parts]
         yield "answer", "\n".join([*said, *([str(event.data["error"])] if "error" in event.data else [])])
+    elif event.kind in notes.NOTE_KINDS:
+        yield "note", notes.read(tx, event).text
     elif event.call_id is None:
         yield "event", " ".join([event.kind.value, *_values(json.dumps(dict(event.data)))])
 

@@ -100,6 +100,9 @@ class Answering:
                 status = STATUS_OF[fault]
                 extra = {"retry_after": self.rule.retry_after} if self.rule and status == 429 else {}
                 await self.connection.respond(status, self.wire.error(status, f"scripted {status}"), **extra)
+            case Fault.UNKNOWN_OPTION:
+                text = "Unrecognized request argument supplied: stream_options"
+                await self.connection.respond(400, self.wire.error(400, text))
             case _:
                 return False
         return True

@@ -33,6 +33,8 @@ class Fault(StrEnum):
     """Every chunk waits for `slow_seconds`."""
     SILENT = "silent"
     """Takes the request and never answers."""
+    UNKNOWN_OPTION = "unknown_option"
+    """Refuses a request that has `stream_options`, naming them, as servers do that know no such thing."""
     ERROR_EVENT = "error_event"
     """Status 200, some events, then an in-band error event, then a proper end."""
 

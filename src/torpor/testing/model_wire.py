@@ -129,6 +129,7 @@ class OpenAIChat:
         finish = "tool_calls" if calls else "stop"
         chunks.append(self._chunk(stamp, [{"index": 0, "delta": {}, "finish_reason": finish}]))
         if stamp.include_usage:
+            chunks = [{**chunk, "usage": None} for chunk in chunks]
             chunks.append({**self._chunk(stamp, []), "usage": self._usage(answer, stamp)})
         return [b"data: " + as_json(chunk) + b"\n\n" for chunk in chunks] + [b"data: [DONE]\n\n"]
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torpor.core.call import Call, RequestKey, ResponseHead
 from torpor.core.checkpoint import Checkpoint, OpenStream
+from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
     NodeId,
@@ -20,7 +21,7 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
-from torpor.db import calls, requests, sessions
+from torpor.db import calls, log, notes, requests, sessions
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -69,23 +70,35 @@ class Scene:
         call = self.new_call()
         return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
 
-    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> CallId:
+    def send(self, tx: Transaction, body: bytes = b'{"messages":[]}', *, head: ResponseHead = HEAD) -> CallId:
         """A call whose answer has begun to arrive."""
         call_id = self.intend(tx, body).call_id
         calls.mark_sent(tx, **self.owner, call_id=call_id, wall_ns=NOW)
-        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=HEAD, wall_ns=NOW)
+        calls.record_head(tx, **self.owner, call_id=call_id, attempt=1, head=head, wall_ns=NOW)
         return call_id
 
     def add_chunks(self, tx: Transaction, call_id: CallId, *pieces: bytes, first: int = 0, attempt: int = 1) -> None:
         chunks = [Chunk(number=number, offset_ns=number, data=piece) for number, piece in enumerate(pieces, first)]
         calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
 
-    def answer(self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}') -> CallId:
+    def answer(
+        self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}', head: ResponseHead = HEAD
+    ) -> CallId:
         """A whole call."""
-        call_id = self.send(tx, body)
+        call_id = self.send(tx, body, head=head)
         self.add_chunks(tx, call_id, *pieces)
         calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
         return call_id
+
+    def note(self, tx: Transaction, text: str, *, kind: Kind = Kind.NOTE_ADDED) -> Event:
+        """A note, with the call that brought it."""
+        call_id = self.intend(tx).call_id
+        return notes.add(tx, **self.owner, kind=kind, incarnation=0, call_id=call_id, text=text, wall_ns=NOW)
+
+    def old_note(self, tx: Transaction, text: str) -> Event:
+        """A note as it was written before its text was a block."""
+        draft = EventDraft(kind=Kind.NOTE_ADDED, incarnation=0, call_id=self.intend(tx).call_id, data={"text": text})
+        return log.append(tx, **self.owner, drafts=[draft], wall_ns=NOW)[0]
 
     def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
         streams = [

@@ -3,19 +3,22 @@
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.db.scene import NOW, Scene, conversation, new_scene
+from tests.unit.db.scene import HEAD, NOW, Scene, conversation, new_scene
 
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import Kind
-from torpor.db import answers, blocks, calls, log, outputs, redaction, requests, verify
+from torpor.core.usage import UsageHider
+from torpor.db import answers, blocks, calls, log, notes, outputs, redaction, requests, verify
 from torpor.db.call_rows import Chunk
 from torpor.db.database import Transaction, open_database
 from torpor.db.masking import mask, mask_answer
+from torpor.db.notes import Note
 from torpor.testing.clock import FakeClock
 
 SECRET = "sk-planted-0123456789abcdef"
@@ -100,6 +103,46 @@ async def test_what_was_redacted_does_not_come_back_with_the_next_request(scene:
     assert await problems(scene) == []
 
 
+@pytest.mark.parametrize("kind", [Kind.NOTE_ADDED, Kind.AGENT_TOLD])
+async def test_the_text_of_a_note_is_erased_and_the_chain_holds(scene: Scene, tmp_path: Path, kind: Kind) -> None:
+    text = f"the key is {SECRET}, \ud800 \u00e9"
+    event = await scene.write(lambda tx: scene.note(tx, text, kind=kind), durable=True)
+    assert await scene.read(lambda tx: notes.read(tx, event)) == Note(text, redacted=False)
+    plan = await redact(scene)
+    assert [place.partition(":")[0] for place in plan.places] == ["note"]
+    masked = Note(text.replace(SECRET, "*" * len(SECRET)), redacted=True)
+    assert await scene.read(lambda tx: notes.read(tx, event)) == masked
+    assert await problems(scene) == []
+    with pytest.raises(Conflict) as refused:
+        await scene.read(lambda tx: notes.get(tx, event))
+    assert refused.value.code == "block_redacted"
+    await scene.database.close()
+    for path in tmp_path.iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path.name
+
+
+async def test_a_note_from_before_reads_as_ever_and_redaction_says_that_it_stays(scene: Scene) -> None:
+    event = await scene.write(lambda tx: scene.old_note(tx, SECRET))
+    await scene.write(lambda tx: scene.answer(tx, SECRET.encode()))
+    assert await scene.read(lambda tx: notes.read(tx, event)) == Note(SECRET, redacted=False)
+    plan = await redact(scene)
+    assert plan.kept == [event.seq]
+    assert await scene.read(lambda tx: notes.get(tx, event)) == SECRET
+    assert await problems(scene) == []
+
+
+async def test_a_note_is_erased_by_the_digest_that_its_event_has(scene: Scene) -> None:
+    event = await scene.write(lambda tx: scene.note(tx, SECRET))
+
+    def work(tx: Transaction) -> None:
+        plan = redaction.plan_block(tx, scene.session_id, bytes.fromhex(event.refs[0]))
+        redaction.apply(tx, **scene.owner, plan=plan, wall_ns=NOW)
+
+    await scene.write(work)
+    assert (await scene.read(lambda tx: notes.read(tx, event))).text == "*" * len(SECRET)
+    assert await problems(scene) == []
+
+
 async def test_text_that_events_cut_apart_is_found(scene: Scene) -> None:
     call_id = await scene.write(lambda tx: scene.answer(tx, *DELTAS))
     await redact(scene)
@@ -134,6 +177,24 @@ async def test_a_block_is_redacted_by_its_digest(scene: Scene) -> None:
     body = (await scene.read(lambda tx: requests.read_request(tx, call_id))).body
     assert body == told().replace(largest, b"*" * len(largest))
     assert [chunk.data for chunk in await scene.read(lambda tx: calls.load_chunks(tx, call_id, 1))] == [b"******"]
+
+
+@pytest.mark.parametrize("pattern", [b"usage", b"null", rb"\d+", b"(?s).+"])
+async def test_as_much_of_an_answer_is_hidden_as_before(scene: Scene, pattern: bytes) -> None:
+    """An agent may have taken a part of it, without the token counts that only Torpor asked for."""
+    pieces = [
+        b'data: {"id":1,"usage":null}\n\ndata: {"id":',
+        b'2,"usage":null}\n',
+        b'\ndata: {"choices":[],"usage":{"n":1}}\n\n',
+    ]
+    head = replace(HEAD, usage_asked=True)
+    call_id = await scene.write(lambda tx: scene.answer(tx, *pieces, head=head))
+    await redact(scene, re.compile(pattern))
+    chunks = await scene.read(lambda tx: calls.load_chunks(tx, call_id, 1))
+    true, masked = UsageHider(), UsageHider()
+    assert [len(masked.feed(chunk.data)) for chunk in chunks] == [len(true.feed(piece)) for piece in pieces]
+    assert b"".join(chunk.data for chunk in chunks) != b"".join(pieces)
+    assert await problems(scene) == []
 
 
 async def test_a_manifest_cannot_be_redacted(scene: Scene) -> None:

@@ -3,12 +3,14 @@
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.unit.db.scene import NOW, Scene, conversation, new_scene
+from tests.unit.db.scene import HEAD, NOW, Scene, conversation, new_scene
 
 from torpor.db import checkpoints, sessions, verify
+from torpor.db.call_rows import head_digest
 from torpor.db.database import Transaction, open_database
 from torpor.testing.clock import FakeClock
 
@@ -56,6 +58,9 @@ OTHER_ROWS = {
     "a block changed": "UPDATE block SET codec = 'raw', data = x'00' WHERE size_bytes > 1000",
     "a block cut off": "UPDATE block SET data = substr(data, 1, length(data) - 5) WHERE codec = 'zstd'",
     "a block gone": "DELETE FROM block WHERE size_bytes = (SELECT MAX(size_bytes) FROM block)",
+    "a note changed": "UPDATE block SET data = CAST('it is dono' AS BLOB) WHERE data = CAST('it is done' AS BLOB)",
+    "a note gone": "DELETE FROM block WHERE data = CAST('it is done' AS BLOB)",
+    "a note said to be redacted": "UPDATE block SET codec = 'redacted-raw' WHERE data = CAST('it is done' AS BLOB)",
     "a manifest gone": "DELETE FROM block WHERE digest = (SELECT manifest FROM request ORDER BY number LIMIT 1)",
     "a checkpoint's seq": "UPDATE checkpoint SET seq = seq - 1",
     "a checkpoint's streams": "UPDATE checkpoint SET open_streams = '[]'",
@@ -71,6 +76,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     def fill(tx: Transaction) -> None:
         scene.answer(tx, b"zero", b"one", b"two", body=conversation(3))
         scene.answer(tx, b"0", b"1", b"2", body=conversation(4))
+        scene.note(tx, "it is done")
         open_call = scene.send(tx, conversation(5))
         scene.add_chunks(tx, open_call, b"some")
         head = sessions.get(tx, scene.session_id).head_seq
@@ -88,6 +94,11 @@ def tamper(directory: Path, statement: str) -> None:
 
 async def problems(scene: Scene) -> set[str]:
     return {problem.code for problem in await scene.read(lambda tx: verify.verify_chain(tx, scene.session_id))}
+
+
+def test_a_head_from_before_a_field_was_added_has_the_digest_that_the_log_has_of_it() -> None:
+    assert head_digest(HEAD) == "3cb7f85c944df13f7a2ab47ce343125fc3ebc7eabf3970d54cd1d5c0edc26167"
+    assert head_digest(replace(HEAD, usage_asked=True)) != head_digest(HEAD)
 
 
 async def test_untouched_log_has_no_problem(scene: Scene) -> None:

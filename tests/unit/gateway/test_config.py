@@ -29,6 +29,22 @@ def test_the_variables_of_the_providers_clients_are_enough(tmp_path: Path) -> No
     assert (anthropic.base_url, anthropic.bearer) == ("http://proxy", False)
 
 
+def test_streams_of_openais_family_are_asked_for_token_counts_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+    assert [upstream.stream_usage for upstream in read_upstreams(tmp_path, {"OPENAI_API_KEY": "a"})] == [True]
+    text = """
+[upstreams.openai]
+[upstreams.old]
+family = "openai"
+models = ["old-*"]
+stream_usage = false
+[upstreams.anthropic]
+[upstreams.gemini]
+stream_usage = true
+"""
+    told = {upstream.name: upstream.stream_usage for upstream in read_upstreams(write(tmp_path, text), {})}
+    assert told == {"openai": True, "old": False, "anthropic": False, "gemini": True}
+
+
 def test_without_any_setting_there_is_no_provider(tmp_path: Path) -> None:
     assert read_upstreams(tmp_path, {}) == ()
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import httpx
@@ -47,6 +48,24 @@ async def test_the_openai_sdk_reads_a_whole_answer_and_a_streamed_one() -> None:
             usage = chunk.usage or usage
         assert "attempt 2" in text
         assert usage and usage.completion_tokens > 0
+
+
+async def test_a_streamed_completion_counts_tokens_only_if_it_is_asked_to() -> None:
+    """As OpenAI has it: one more chunk before the end, without choices, and a null in every other."""
+    body = {"model": "m", "messages": QUESTION, "stream": True}
+    async with serve_model(script=plain) as server, httpx.AsyncClient(base_url=server.url) as client:
+
+        async def chunks(**more: object) -> list[dict[str, Any]]:
+            answer = await client.post("/v1/chat/completions", json=body | more)
+            lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+            assert lines.pop() == "[DONE]"
+            return [json.loads(line) for line in lines]
+
+        assert not any("usage" in chunk for chunk in await chunks())
+        *others, last = await chunks(stream_options={"include_usage": True})
+        assert [chunk["usage"] for chunk in others] == [None] * len(others)
+        assert all(chunk["choices"] for chunk in others)
+        assert last["choices"] == [] and last["usage"]["total_tokens"] > 0
 
 
 async def test_the_anthropic_sdk_reads_a_whole_answer_and_a_streamed_one() -> None:
@@ -114,7 +133,7 @@ async def test_a_wrong_key_is_refused_and_the_right_one_can_leak() -> None:
 
 BEFORE_HEAD = {Fault.DROP, Fault.RESET_BEFORE_HEAD, Fault.GARBAGE}
 TRANSPORT = {Fault.RESET_AFTER_HEAD, Fault.RESET_MID, Fault.CLOSE_MID}
-STATUSES = {Fault.STATUS_500: 500, Fault.STATUS_429: 429, Fault.STATUS_529: 529}
+STATUSES = {Fault.STATUS_500: 500, Fault.STATUS_429: 429, Fault.STATUS_529: 529, Fault.UNKNOWN_OPTION: 400}
 
 
 @pytest.mark.parametrize("stream", [False, True])

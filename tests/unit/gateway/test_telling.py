@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from torpor.db.requests import RequestHead
 from torpor.gateway.dialects import DIALECTS
+from torpor.gateway.intake import from_log
+from torpor.gateway.routing import Routing
 from torpor.gateway.telling import with_note
 
 ASKED = {"role": "user", "content": "go on"}
@@ -53,3 +56,20 @@ def test_a_request_without_a_place_for_a_note_gets_none(dialect: str, request_bo
 
 def test_every_api_of_a_model_has_a_place_for_a_note() -> None:
     assert {case[0] for case in CASES} == {dialect.name for dialect in DIALECTS if not dialect.opaque}
+
+
+def test_a_request_with_a_note_asks_for_token_counts_all_the_same() -> None:
+    body = json.dumps({"model": "m", "messages": [ASKED], "stream": True}).encode()
+    intake = from_log(
+        RequestHead(method="POST", target="/v1/chat/completions", headers=()),
+        body,
+        Routing(()),
+        dialect="openai_chat",
+        is_llm=True,
+    )
+    noted = intake.outgoing_with("NOTE")
+    assert noted is not None
+    asking = intake.asking_for_usage(noted)
+    assert asking is not None
+    assert json.loads(asking.body) == {**json.loads(noted.body), "stream_options": {"include_usage": True}}
+    assert intake.request.body == body

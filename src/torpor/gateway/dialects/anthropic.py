@@ -25,6 +25,7 @@ class Anthropic:
     family: Family | None = "anthropic"
     last_event: bytes | None = None
     opaque = False
+    counts_if_asked = False
 
     def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if (method, path) == ("POST", "/v1/messages"):

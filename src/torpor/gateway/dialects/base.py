@@ -72,12 +72,14 @@ class Dialect(Protocol):
         family: whose upstreams speak it; None if configured paths say which upstream, or it is Torpor's own.
         last_event: data of an event that is no JSON and ends every stream.
         opaque: nothing is known of its answers, so the transport's word counts.
+        counts_if_asked: its streams have token counts only if `stream_options` asks for them.
     """
 
     name: str
     family: Family | None
     last_event: bytes | None
     opaque: bool
+    counts_if_asked: bool
 
     def route(self, method: str, path: str, query: str) -> Route | None:
         """Where a request goes; None if this API has no such request, or not for agents."""

@@ -32,6 +32,7 @@ class Gemini:
     family: Family | None = "gemini"
     last_event: bytes | None = None
     opaque = False
+    counts_if_asked = False
 
     def route(self, method: str, path: str, query: str) -> Route | None:
         asked, listed = _ASKED.fullmatch(path), _LISTED.fullmatch(path)

@@ -15,6 +15,7 @@ class OpenAIChat:
     family: Family | None = "openai"
     last_event: bytes | None = b"[DONE]"
     opaque = False
+    counts_if_asked = True
 
     def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if (method, path) == ("POST", "/v1/chat/completions"):

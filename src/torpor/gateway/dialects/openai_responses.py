@@ -26,6 +26,7 @@ class OpenAIResponses:
     family: Family | None = "openai"
     last_event: bytes | None = b"[DONE]"
     opaque = False
+    counts_if_asked = False
 
     def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if method == "POST" and path in {_ROOT, f"{_ROOT}/compact"}:

@@ -14,6 +14,7 @@ class Own:
     family: Family | None = None
     last_event: bytes | None = None
     opaque = False
+    counts_if_asked = False
 
     def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         if path == "/mcp" or path == "/torpor" or path.startswith("/torpor/"):

@@ -17,6 +17,7 @@ class Raw:
     family: Family | None = None
     last_event: bytes | None = None
     opaque = True
+    counts_if_asked = False
 
     def route(self, method: str, path: str, query: str) -> Route | None:  # noqa: ARG002
         return None
