@@ -21,6 +21,8 @@ from torpor.core.clock import SystemClock
 from torpor.core.ids import new_snapshot_id
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
+from torpor.snapshots.cipher import new_key
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
 _T = TypeVar("_T")
@@ -61,7 +63,8 @@ class Bench:
     def __init__(self, memory: Path, backend: LocalDirectory) -> None:
         self.memory = memory
         self.backend = backend
-        self.store = SnapshotStore(backend)
+        self.ids, self.key = ContentIds(new_key().secret), new_key()
+        self.store = SnapshotStore(backend, self.ids)
         self.last: SavedSnapshot | None = None
 
     def step(self, image: Path, workspace: Path, *, restores: bool) -> list[object]:
@@ -74,17 +77,18 @@ class Bench:
             lambda: self.store.save(
                 image_dir=image,
                 workspace=captured,
-                parent=last and last.id,
+                parent=last and last.ref,
                 pins={},
                 snapshot_id=new_snapshot_id(SystemClock().wall_ns()),
+                key=self.key,
             )
         )
         shutil.rmtree(staging)
         self.last = saved
         # What the next save would pay more in a new process, which has to rebuild the parent's index.
-        _, index_ms = timed(lambda: SnapshotStore(self.backend)._load_indexes(saved.id))
+        _, index_ms = timed(lambda: SnapshotStore(self.backend, self.ids)._load_indexes(saved.ref))
         restore_ms = self.restore(saved, image) if restores else "-"
-        manifest = self.store.read_manifest(saved.id, saved.manifest_digest)
+        manifest = self.store.read_manifest(saved.ref)
         manifest_kb = len(self.backend.get(f"manifests/{saved.id}")) / 1000
         new_mb = saved.new_pages * 4096 / 1e6
         amounts = [f"{saved.raw_bytes / 1e6:.1f}", saved.new_pages, f"{new_mb:.2f}", saved.stored_bytes // 1000]
@@ -92,7 +96,7 @@ class Bench:
 
     def restore(self, saved: SavedSnapshot, image: Path) -> str:
         restored = self.memory / "restored"
-        _, restore_ms = timed(lambda: self.store.restore_image(saved.id, saved.manifest_digest, restored))
+        _, restore_ms = timed(lambda: self.store.restore_image(saved.ref, restored))
         for path in image.iterdir():
             if path.read_bytes() != (restored / path.name).read_bytes():
                 raise RuntimeError(f"{path.name} differs after a restore")

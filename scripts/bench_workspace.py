@@ -25,7 +25,9 @@ from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import TreeCapture, capture, watch_tree
 from torpor.snapshots.chunks import _pieces
-from torpor.snapshots.objects import digest_of
+from torpor.snapshots.cipher import new_key
+from torpor.snapshots.content_ids import ContentIds
+from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 from torpor.snapshots.tree import TreeIndex
 from torpor.snapshots.watch import DirectoryWatch
@@ -59,7 +61,9 @@ class Bench:
         self.workspace = directory / "workspace"
         self.files = files
         self.rounds = rounds
-        self.store = SnapshotStore(LocalDirectory(directory / "store"))
+        self.ids, self.key = ContentIds(new_key().secret), new_key()
+        self.store = SnapshotStore(LocalDirectory(directory / "store"), self.ids)
+        self.refs: dict[SnapshotId, SnapshotRef] = {}
         self.numbers = count()
         (directory / "image").mkdir()
 
@@ -107,8 +111,8 @@ class Bench:
         path.write_bytes(body)
         descriptor = os.open(path, os.O_RDONLY)
         speed("cut by content", lambda: sum(1 for _ in _pieces(descriptor, BIG_BYTES)))
-        speed("SHA-256 of it", lambda: digest_of(body))
-        speed("cut and hashed", lambda: [digest_of(piece) for _, piece in _pieces(descriptor, BIG_BYTES)])
+        speed("the id of it", lambda: self.ids.of_object(body))
+        speed("cut, and the ids", lambda: [self.ids.of_object(piece) for _, piece in _pieces(descriptor, BIG_BYTES)])
         os.close(descriptor)
         workspace = self.directory / "big-workspace"
         workspace.mkdir()
@@ -153,13 +157,16 @@ class Bench:
         return capture(workspace or self.workspace, self.fresh(), index, watch=watch, always_reread=opened)
 
     def save(self, captured: TreeCapture) -> SavedSnapshot:
-        return self.store.save(
+        saved = self.store.save(
             image_dir=self.directory / "image",
             workspace=captured,
-            parent=captured.based_on and captured.based_on.snapshot_id,
+            parent=captured.based_on and self.refs[captured.based_on.snapshot_id],
             pins={},
             snapshot_id=SnapshotId(f"snp_{SystemClock().wall_ns()}"),
+            key=self.key,
         )
+        self.refs[saved.id] = saved.ref
+        return saved
 
     def fresh(self) -> Path:
         path = self.directory / f"scratch{next(self.numbers)}"

@@ -5,11 +5,10 @@ import inspect
 import re
 import threading
 from collections.abc import Awaitable
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
-from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
@@ -23,6 +22,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    keys,
     log,
     outputs,
     redaction,
@@ -173,6 +173,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    keys,
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -193,16 +194,8 @@ class Rows:
         output = {"channel": 1, "incarnation": 0, "wall_ns": NOW}
         outputs.append_output(tx, **scene.owner, **output, position=0, data=b"hello")
         self.answered = scene.answer(tx, b"x", b"y")
-        self.thick = scene.send(tx)
-        scene.add_chunks(tx, self.thick, b"long", b"answer")
-        packed = replace(answers.pack(tx, self.thick, 1), ahead=True)
-        calls.complete(tx, **scene.owner, call_id=self.thick, usage={}, packed=packed, wall_ns=NOW)
-        self.closed = scene.send(tx)
-        scene.add_chunks(tx, self.closed, b"closed")
-        self.packed = answers.pack(tx, self.closed, 1)
-        calls.complete(
-            tx, **scene.owner, call_id=self.closed, usage={}, packed=replace(self.packed, stored=None), wall_ns=NOW
-        )
+        self.thick = scene.with_chunks(tx, has_row=True).call_id
+        self.packed = scene.with_chunks(tx, has_row=False)
         self.open = scene.send(tx)
         scene.add_chunks(tx, self.open, b"first")
         self.sent = scene.intend(tx).call_id
@@ -215,6 +208,7 @@ class Rows:
             tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
         )
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        keys.add_tenant(tx, wrapped_key(keys.TENANT))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
@@ -263,6 +257,7 @@ class Rows:
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {
                 "channel": 1,
@@ -351,7 +346,11 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 
 
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
-    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    unfenced = {
+        *("session/insert_session", "session/acquire_if_unchanged"),
+        # No node's: they change what wraps a key, for all sessions at once.
+        *("key/insert_tenant_if_absent", "key/rewrap_tenant_if_unchanged", "key/rewrap_of_session_if_unchanged"),
+    }
     for name, text in statements().items():
         if name.startswith(("search/", "transfer/insert_")):
             continue  # the index is nobody's; a session that is being imported is no node's

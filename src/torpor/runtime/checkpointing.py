@@ -36,10 +36,12 @@ from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, 
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
+from torpor.runtime.session_store import SessionStore
 from torpor.runtime.staging import Staging
 from torpor.sandbox.frames import GuestStatus
 from torpor.snapshots.capture import TreeCapture, capture
-from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.manifest import SnapshotRef
+from torpor.snapshots.store import SavedSnapshot
 from torpor.snapshots.tree import TreeIndex
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Checkpointer:
         self,
         *,
         records: Records,
-        store: SnapshotStore,
+        store: SessionStore,
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
@@ -84,6 +86,7 @@ class Checkpointer:
         self._newest: Checkpoint | None = None
         self._committed: Checkpoint | None = None
         self._tree: TreeIndex | None = None
+        self._base: SnapshotRef | None = None  # What the next snapshot is stored against, and `_tree` is of.
         self._next_number = 0
         self._staged: set[SnapshotId] = set()
         self.last_cut_at = clock.monotonic()
@@ -93,7 +96,7 @@ class Checkpointer:
         self._life = life
         self._next_number = next_number
         self._newest = self._committed = checkpoint
-        self._tree = life.tree
+        self._tree, self._base = life.tree, self._store.ref(checkpoint)
         _remove(life.clones)
         self.last_cut_at = self._clock.monotonic()
 
@@ -180,7 +183,7 @@ class Checkpointer:
                 raise
             except (TorporError, OSError) as error:
                 # What the capture was compared with may be what is damaged: read the whole workspace next time.
-                self._tree = None
+                self._tree, self._base = None, self._committed and self._store.ref(self._committed)
                 self._discard(cut.checkpoint.snapshot_id)
                 _remove(cut.clones)
                 logger.warning("checkpoint not committed: %s", error)
@@ -200,7 +203,7 @@ class Checkpointer:
             self._store.save,
             image_dir=image,
             workspace=workspace,
-            parent=self._tree.snapshot_id if self._tree else None,
+            parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
         )
@@ -320,17 +323,15 @@ class Checkpointer:
     async def _commit(self, cut: Cut) -> None:
         started = self._clock.monotonic()
         snapshot_id = cut.checkpoint.snapshot_id
-        based_on = cut.workspace.based_on
-        parent = based_on.snapshot_id if based_on else self._committed and self._committed.snapshot_id
         saved = await asyncio.to_thread(
             self._store.save,
             image_dir=self._staging.image(snapshot_id),
             workspace=cut.workspace,
-            parent=parent,
+            parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
         )
-        self._tree = saved.tree
+        self._tree, self._base = saved.tree, saved.ref
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
@@ -338,13 +339,23 @@ class Checkpointer:
             stored_bytes=saved.stored_bytes,
             commit_ns=round((self._clock.monotonic() - started) * 1e9),
         )
+        is_first = self._committed is None or not self._committed.has_memory
         self._committed = await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
+        if is_first:
+            await self._share(saved.ref)
         self._staging.discard_changes(snapshot_id)
         _remove(cut.clones)
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
         self._first_commit.set()
+
+    async def _share(self, ref: SnapshotRef) -> None:
+        """Others may refer to it from now on. Whether they can is no matter of this session's."""
+        try:
+            await asyncio.to_thread(self._store.share, ref)
+        except (TorporError, OSError) as error:
+            logger.warning("nothing shared: %s", error)
 
 
 def _remove(clones: Path) -> None:

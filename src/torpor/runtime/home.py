@@ -42,6 +42,14 @@ class Home:
         return self.root / "store"
 
     @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def shared_indexes(self) -> Path:
+        return self.root / "cache/shared"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

@@ -16,12 +16,12 @@ from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed, TorporError
 from torpor.core.ids import SessionId
 from torpor.runtime.home import Home
+from torpor.runtime.session_store import SessionStore
 from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
 from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
 from torpor.snapshots.capture import watch_tree
-from torpor.snapshots.store import SnapshotStore
 from torpor.snapshots.tree import TreeIndex
 from torpor.snapshots.watch import DirectoryWatch, open_watch
 
@@ -70,7 +70,7 @@ class Incarnations:
         session_id: SessionId,
         spec: SessionSpec,
         driver: Driver,
-        store: SnapshotStore,
+        store: SessionStore,
         staging: Staging,
         clock: Clock,
     ) -> None:
@@ -112,7 +112,7 @@ class Incarnations:
 
     def _check_pins(self, checkpoint: Checkpoint) -> None:
         """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
-        pinned = self._store.read_manifest(checkpoint.snapshot_id, checkpoint.manifest_digest).pins
+        pinned = self._store.pins(checkpoint)
         for name, value in self._driver.pins.items():
             if pinned.get(name, value) != value:
                 raise SandboxFailed(
@@ -150,22 +150,8 @@ class Incarnations:
 
     async def sweep(self, keep: int | None) -> None:
         """Kill every sandbox of this session but one, and delete the directories of incarnations that are gone."""
-        prefix = sandbox_id(self._session_id, 0).removesuffix("0")
-        for name in self._driver.sandbox_ids():
-            number = name.removeprefix(prefix)
-            if name.startswith(prefix) and number.isdigit() and int(number) != keep:
-                plan = sandbox_plan(self._home, self._session_id, self._spec, int(number))
-                leftover = self._driver.find(plan)
-                if leftover is not None:
-                    await leftover.kill()
+        await sweep(self._home, self._session_id, self._spec, self._driver, keep)
         self._slot = None
-        await asyncio.to_thread(self._sweep_directories, keep)
-
-    def _sweep_directories(self, keep: int | None) -> None:
-        parent = self._home.incarnation(self._session_id, 0).parent
-        for directory in parent.iterdir() if parent.is_dir() else ():
-            if directory.name != str(keep):
-                shutil.rmtree(directory, ignore_errors=True)
 
     async def _empty_sandbox(self, number: int) -> Sandbox:
         """The warm slot, if it is this number's and alive, else a new one."""
@@ -187,9 +173,7 @@ class Incarnations:
         self, plan: SandboxPlan, checkpoint: Checkpoint
     ) -> tuple[TreeIndex, DirectoryWatch | None]:
         """Write the workspace's files, and watch them from before anything runs."""
-        tree = await asyncio.to_thread(
-            self._store.restore_workspace, checkpoint.snapshot_id, checkpoint.manifest_digest, plan.workspace
-        )
+        tree = await asyncio.to_thread(self._store.restore_workspace, checkpoint, plan.workspace)
         watch = open_watch()
         if watch is not None:
             tree = await asyncio.to_thread(watch_tree, plan.workspace, tree, watch)
@@ -201,7 +185,7 @@ class Incarnations:
         self._staging.discard(snapshot_id)
         self._staging.begin(snapshot_id, checkpoint.raw_bytes)
         target = self._staging.image(snapshot_id)
-        await asyncio.to_thread(self._store.restore_image, snapshot_id, checkpoint.manifest_digest, target)
+        await asyncio.to_thread(self._store.restore_image, checkpoint, target)
         self._staging.discard_changes(snapshot_id)
         self._staging.complete(snapshot_id)
         return target
@@ -229,6 +213,24 @@ class Incarnations:
         except (TorporError, OSError, asyncio.CancelledError):
             await asyncio.shield(sandbox.kill())
             raise
+
+
+async def sweep(home: Home, session_id: SessionId, spec: SessionSpec, driver: Driver, keep: int | None) -> None:
+    """Kill every sandbox of a session but one, and delete the directories of incarnations that are gone."""
+    prefix = sandbox_id(session_id, 0).removesuffix("0")
+    for name in driver.sandbox_ids():
+        number = name.removeprefix(prefix)
+        if name.startswith(prefix) and number.isdigit() and int(number) != keep:
+            leftover = driver.find(sandbox_plan(home, session_id, spec, int(number)))
+            if leftover is not None:
+                await leftover.kill()
+    await asyncio.to_thread(_sweep_directories, home.incarnation(session_id, 0).parent, keep)
+
+
+def _sweep_directories(parent: Path, keep: int | None) -> None:
+    for directory in parent.iterdir() if parent.is_dir() else ():
+        if directory.name != str(keep):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def fresh_entropy() -> bytes:

@@ -29,33 +29,33 @@ from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
-from torpor.db import ahead, checkpoints, redaction, sessions
+from torpor.db import ahead, checkpoints, keys, redaction, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, redacting, transfer, workspaces
 from torpor.runtime.home import Home
 from torpor.runtime.records import Records
+from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
 from torpor.sandbox import rootfs
 from torpor.sandbox.gvisor import GvisorDriver, Runsc
 from torpor.sandbox.tools import find_runsc
-from torpor.snapshots.backend import Backend, LocalDirectory
+from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
-from torpor.snapshots.store import SnapshotStore
+from torpor.snapshots.shared import drop_shared
 
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
-    from torpor.runtime.incarnation import Incarnations
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
 SPARE_BYTES = 4 << 20
-"""Left free by snapshots for the event log, which is on the same disk."""
+"""Left free by what is stored for the event log, which is on the same disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class Runtime:
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         database: Database,
-        backend: Backend,
+        stores: SessionStores,
         clock: Clock,
     ) -> None:
         self.home = home
@@ -92,7 +92,7 @@ class Runtime:
         self.prices = prices
         self.database = database
         self.clock = clock
-        self.store = SnapshotStore(backend, clock=clock)
+        self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
         """Record a new session and its checkpoint 0: the seeded workspace, before the agent starts.
@@ -113,18 +113,22 @@ class Runtime:
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
-        session = await self.database.write(
-            lambda tx: sessions.create(
+        key, kept = (await self.stores.keyring(anew=True)).new_session_key(session_id)
+
+        def record(tx: Transaction) -> sessions.Session:
+            created = sessions.create(
                 tx,
                 session_id=session_id,
                 name=request.name,
                 spec=plain,
                 wall_ns=self.clock.wall_ns(),
                 budget_nanousd=request.budget_nanousd,
-            ),
-            durable=True,
-        )
-        seed = await asyncio.to_thread(self._seed, session, source, inside)
+            )
+            keys.add_session(tx, session_id=session_id, owner_token=created.owner_token, key=kept)
+            return created
+
+        session = await self.database.write(record, durable=True)
+        seed = await asyncio.to_thread(self._seed, session, source, inside, await self.stores.with_key(session, key))
         await self.database.write(
             lambda tx: checkpoints.commit(
                 tx,
@@ -169,6 +173,7 @@ class Runtime:
                 f"cannot resume session {session_id}: it has no checkpoint",
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
+        store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
@@ -176,7 +181,7 @@ class Runtime:
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
             await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, runsc, watcher, let_go=let_go)
+            yield self._owner(records, seen, store, runsc, watcher, let_go=let_go)
             await records.release()
         finally:
             lock.release()
@@ -200,27 +205,27 @@ class Runtime:
         """Lay the session's newest checkpointed workspace over a directory."""
         point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
-        return await asyncio.to_thread(
-            self.store.export_workspace, point.snapshot_id, point.manifest_digest, destination
-        )
+        store = await self.stores.of(await self.session(session_id))
+        return await asyncio.to_thread(store.export_workspace, point, destination)
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
-        return await asyncio.to_thread(
-            self.store.diff,
-            (first.snapshot_id, first.manifest_digest),
-            (last.snapshot_id, last.manifest_digest),
-        )
+        store = await self.stores.of(await self.session(session_id))
+        return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
-        """Forget a session: its rows, blobs, directories and sandboxes. Its snapshots become garbage for `collect`."""
+        """Forget a session: its rows, blobs, directories and sandboxes. Its snapshots become garbage for `collect`.
+
+        Its key is among the rows: from here on nobody reads what only its snapshots needed (docs/keys.md).
+        """
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
             await self._free(session)
+            await asyncio.to_thread(drop_shared, self.home.shared_indexes, session_id)
             await self.database.write(
                 lambda tx: sessions.forget(tx, session_id=session_id, owner_token=token), durable=True
             )
@@ -228,6 +233,8 @@ class Runtime:
             await ahead.sweep(self.database, session_id)
             await asyncio.to_thread(shutil.rmtree, self.home.session(session_id), ignore_errors=True)
             self.home.drop_search_index()
+            with contextlib.suppress(Conflict):  # Who reads an older state keeps the WAL, until he closes the database.
+                await self.database.settle()
         finally:
             lock.release()
 
@@ -281,10 +288,12 @@ class Runtime:
 
     async def _free(self, session: sessions.Session) -> None:
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
+        from torpor.runtime.incarnation import sweep
+
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-        staging = Staging(self.home.root, session.session_id)
-        await self._incarnations(session, runsc, staging).sweep(keep=None)
-        staging.clear()
+        spec = msgspec.convert(session.spec, SessionSpec)
+        await sweep(self.home, session.session_id, spec, self.driver(runsc), keep=None)
+        Staging(self.home.root, session.session_id).clear()
 
     async def add_to_budget(
         self, session_id: SessionId, amount_nanousd: int, me: leasing.Holder, answers: leasing.HolderAnswers
@@ -331,18 +340,34 @@ class Runtime:
         )
 
     def _owner(
-        self, records: Records, session: sessions.Session, runsc: Runsc, watcher: "Watcher", *, let_go: bool
+        self,
+        records: Records,
+        session: sessions.Session,
+        store: SessionStore,
+        runsc: Runsc,
+        watcher: "Watcher",
+        *,
+        let_go: bool,
     ) -> "Owner":
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
         from torpor.runtime.checkpointing import Checkpointer
+        from torpor.runtime.incarnation import Incarnations
         from torpor.runtime.owner import Owner
         from torpor.runtime.recovery import Ladder
 
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
-        incarnations = self._incarnations(session, runsc, staging)
+        incarnations = Incarnations(
+            home=self.home,
+            session_id=session.session_id,
+            spec=spec,
+            driver=self.driver(runsc),
+            store=store,
+            staging=staging,
+            clock=self.clock,
+        )
 
         async def on_call(_call_id: CallId) -> None:
             await checkpointer.take("call")
@@ -363,7 +388,7 @@ class Runtime:
         )
         checkpointer = Checkpointer(
             records=records,
-            store=self.store,
+            store=store,
             staging=staging,
             gateway=gateway,
             clock=self.clock,
@@ -380,19 +405,6 @@ class Runtime:
             staging=staging,
             clock=self.clock,
             watcher=watcher,
-        )
-
-    def _incarnations(self, session: sessions.Session, runsc: Runsc, staging: Staging) -> "Incarnations":
-        from torpor.runtime.incarnation import Incarnations
-
-        return Incarnations(
-            home=self.home,
-            session_id=session.session_id,
-            spec=msgspec.convert(session.spec, SessionSpec),
-            driver=self.driver(runsc),
-            store=self.store,
-            staging=staging,
-            clock=self.clock,
         )
 
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
@@ -425,7 +437,9 @@ class Runtime:
             on_divergence=request.on_divergence,
         )
 
-    def _seed(self, session: sessions.Session, source: Path, environments: tuple[bytes, ...]) -> Checkpoint:
+    def _seed(
+        self, session: sessions.Session, source: Path, environments: tuple[bytes, ...], store: SessionStore
+    ) -> Checkpoint:
         """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
         from torpor.runtime.checkpointing import files_checkpoint
 
@@ -439,7 +453,7 @@ class Runtime:
             leave_out=lambda path: workspaces.left_out(path, environments),
             clock=self.clock,
         )
-        saved = self.store.save(
+        saved = store.save(
             image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
         )
         shutil.rmtree(scratch)
@@ -474,7 +488,8 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     backend = LocalDirectory(home.store, spare_bytes=SPARE_BYTES)
     database = await open_database(home.database_url, clock=clock, blobs=backend)
     try:
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, backend=backend, clock=clock)
+        stores = SessionStores(home, database, backend, environment, clock)
+        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, stores=stores, clock=clock)
     finally:
         await database.close()
 

@@ -1,23 +1,22 @@
 """Content-addressed objects (chunks of files, lists of chunks, directories) in object packs, and file
 contents over them.
 
-Owns what stands for a file's bytes in a directory or manifest. An object is stored once; its digest is
-checked each time it is read.
+Owns what stands for a file's bytes in a directory or manifest. An object is stored once. What is called a digest here
+is an object's id, which is a digest under the tenant's key (content_ids.py).
 """
 
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Damaged
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES, ContentIds
 from torpor.snapshots.pack import (
-    DIGEST_BYTES,
     FRAME_BYTES,
     PACK_BYTES_MAX,
     PackBuilder,
@@ -27,14 +26,9 @@ from torpor.snapshots.pack import (
 )
 
 CHUNK_BYTES_MAX = FRAME_BYTES
-_LISTED_CHUNK = struct.Struct(f"<QI{DIGEST_BYTES}s")
+_LISTED_CHUNK = struct.Struct(f"<QI{OBJECT_ID_BYTES}s")
 _FRAMES_CACHED = 64
 _ALL_ZEROS, _ONE_OBJECT, _CHUNKS = range(3)
-
-
-def digest_of(data: bytes) -> bytes:
-    """The name of an object: the one place where it is computed."""
-    return sha256(data).digest()
 
 
 class Objects(Protocol):
@@ -52,11 +46,12 @@ class Objects(Protocol):
 class ObjectWriter:
     """Stores objects that are not in `known`, in packs that are durable once `finish` returns."""
 
-    def __init__(self, backend: Backend, known: Mapping[bytes, int]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, known: Mapping[bytes, int]) -> None:
         self._backend = backend
+        self._ids = ids
         self._known = known
         self._new: set[bytes] = set()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(ids, holds_pages=False)
         self._pieces: list[bytes] = []
         self._digests: list[bytes] = []
         self._raw_bytes = 0
@@ -65,7 +60,7 @@ class ObjectWriter:
 
     def put(self, data: bytes) -> bytes:
         """Give the digest of `data`, and see to it that it is stored."""
-        digest = digest_of(data)
+        digest = self._ids.of_object(data)
         if digest not in self._known and digest not in self._new:
             if self._raw_bytes + len(data) > FRAME_BYTES:
                 self._close_frame()
@@ -92,7 +87,7 @@ class ObjectWriter:
         if self._builder.items == 0:
             return
         index, data = self._builder.finish()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(self._ids, holds_pages=False)
         if self._backend.put(index.ref.key, data):
             self.stored_bytes += len(data)
         self.packs.append(index)
@@ -102,8 +97,9 @@ class ObjectWriter:
 class ObjectReader:
     """Objects of some packs; the frames read last stay in memory, since neighbours are read together."""
 
-    def __init__(self, backend: Backend, packs: Sequence[PackIndex]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex]) -> None:
         self._backend = backend
+        self._ids = ids
         self._packs = packs
         self._places = places_of_objects(packs)
         self._frames: OrderedDict[tuple[int, int], dict[bytes, bytes]] = OrderedDict()
@@ -124,7 +120,7 @@ class ObjectReader:
         return frame[digest]
 
     def digest_of(self, data: bytes) -> bytes:
-        return digest_of(data)
+        return self._ids.of_object(data)
 
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
@@ -132,8 +128,7 @@ class ObjectReader:
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         ends = list(accumulate(pack.lengths_of(frame), initial=0))
         return {
-            pack.digests_of(item, 1): raw[start:end]
-            for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
+            pack.ids_of(item, 1): raw[start:end] for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
         }
 
 
@@ -142,7 +137,7 @@ def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:
     places: dict[bytes, int] = {}
     for number, pack in enumerate(packs):
         for item in range(pack.items):
-            places[pack.digests_of(item, 1)] = number << 32 | item
+            places[pack.ids_of(item, 1)] = number << 32 | item
     return places
 
 
@@ -173,7 +168,7 @@ def content_bytes(layout: int) -> int:
     """Length of the encoding that starts with this layout byte."""
     if layout > _CHUNKS:
         raise Damaged("snapshot_damaged", f"cannot read content: layout {layout} is unknown")
-    return 1 if layout == _ALL_ZEROS else 1 + DIGEST_BYTES
+    return 1 if layout == _ALL_ZEROS else 1 + OBJECT_ID_BYTES
 
 
 def store_content(pieces: Iterable[tuple[int, bytes]], size: int, put: Callable[[bytes], bytes]) -> Content:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torpor.core.errors import Damaged
 from torpor.core.ids import SnapshotId
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES
 from torpor.snapshots.objects import Content, content_bytes
-from torpor.snapshots.pack import DIGEST_BYTES
 
 MODE_KEPT = 0o1777
 DEPTH_MAX = 256
@@ -183,7 +183,7 @@ def _entries(data: bytes) -> Iterator[Entry]:
             content = data[at : at + length]
             yield Entry(name=name, kind=kind, meta=meta, attributes=attributes, size=size, link=link, content=content)
         elif kind == DIRECTORY:
-            length = DIGEST_BYTES
+            length = OBJECT_ID_BYTES
             digest = data[at : at + length]
             yield Entry(name=name, kind=kind, meta=meta, attributes=attributes, digest=digest)
         elif kind == LINK:

@@ -4,6 +4,7 @@ import json
 import random
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
+    KeyId,
     NodeId,
     SessionId,
     StreamId,
@@ -21,9 +23,11 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
-from torpor.db import calls, log, notes, requests, sessions
+from torpor.db import answers, calls, log, notes, requests, sessions
+from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
+from torpor.db.keys import WrappedKey
 from torpor.db.requests import RequestHead
 
 T = TypeVar("T")
@@ -100,6 +104,15 @@ class Scene:
         draft = EventDraft(kind=Kind.NOTE_ADDED, incarnation=0, call_id=self.intend(tx).call_id, data={"text": text})
         return log.append(tx, **self.owner, drafts=[draft], wall_ns=NOW)[0]
 
+    def with_chunks(self, tx: Transaction, *, has_row: bool) -> Packed:
+        """A whole answer whose chunks are still there, with or without the row that replaces them."""
+        call_id = self.send(tx)
+        self.add_chunks(tx, call_id, b"long", b"answer")
+        packed = replace(answers.pack(tx, call_id, 1), ahead=True)
+        ended = packed if has_row else replace(packed, stored=None)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={}, packed=ended, wall_ns=NOW)
+        return packed
+
     def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
         streams = [
             OpenStream(stream=StreamId(n), port=4100, call_id=call_id, read=100, acknowledged=100, taken=0)
@@ -128,6 +141,11 @@ class Scene:
             stored_bytes=4,
             joinable=tuple(open_calls),
         )
+
+
+def wrapped_key(whose: str, master: str = "key_m") -> WrappedKey:
+    sealed = f"{whose} {master}".encode()
+    return WrappedKey(whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=KeyId(master), wrapped=sealed)
 
 
 async def new_scene(database: Database, name: str | None = None) -> Scene:

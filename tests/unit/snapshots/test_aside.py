@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.snapshots.making import World
+from tests.unit.snapshots.making import KEY, World
 
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.capture import capture
@@ -61,6 +61,6 @@ def test_big_file_is_cloned_where_that_is_possible_and_copied_elsewhere(disk: tu
         assert (captured.staged_bytes, captured.cloned_bytes) == (1, BIG)
         assert list(staging.iterdir()) == []
     saved = world.store.save(
-        image_dir=world.image, workspace=captured, parent=None, pins={}, snapshot_id=SnapshotId("snp_a")
+        image_dir=world.image, workspace=captured, parent=None, pins={}, snapshot_id=SnapshotId("snp_a"), key=KEY
     )
     assert (world.restored_workspace(saved) / "big").read_bytes() == at_the_cut

@@ -64,7 +64,7 @@ def test_index_of_a_restore_knows_the_attributes(world: World) -> None:
     os.setxattr(world.workspace / "d", "user.one", b"1")
     saved = world.save("a")
     target = world.fresh("restored")
-    index = settled(world.store.restore_workspace(saved.id, saved.manifest_digest, target))
+    index = settled(world.store.restore_workspace(saved.ref, target))
     assert capture(target, world.fresh("staging"), index).root is index.root
 
 
@@ -141,6 +141,6 @@ def test_export_leaves_attributes_behind(world: World) -> None:
     os.setxattr(world.workspace / "file", "user.note", b"y")
     saved = world.save("a")
     target = world.fresh("pulled")
-    world.store.export_workspace(saved.id, saved.manifest_digest, target)
+    world.store.export_workspace(saved.ref, target)
     assert attributes(target / "file") == {}
     assert flat(capture(world.workspace, world.fresh("staging")))[b"/file"] is not None

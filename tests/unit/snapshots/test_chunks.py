@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.snapshots.making import World, settled
+from tests.unit.snapshots.making import IDS, World, settled
 
 from torpor.core.errors import Damaged
 from torpor.snapshots.chunks import CELL_BYTES, holds_content, store_file, write_content
-from torpor.snapshots.objects import CHUNK_BYTES_MAX, Content, chunks_of, digest_of, store_content
+from torpor.snapshots.objects import CHUNK_BYTES_MAX, Content, chunks_of, store_content
 from torpor.snapshots.tree import FileNode
 
 
@@ -24,7 +24,7 @@ class Kept:
         self.objects: dict[bytes, bytes] = {}
 
     def put(self, data: bytes) -> bytes:
-        digest = digest_of(data)
+        digest = IDS.of_object(data)
         self.objects[digest] = data
         return digest
 
@@ -32,7 +32,7 @@ class Kept:
         return self.objects[digest]
 
     def digest_of(self, data: bytes) -> bytes:
-        return digest_of(data)
+        return IDS.of_object(data)
 
 
 def stored(path: Path, kept: Kept) -> Content:
@@ -168,7 +168,7 @@ def test_one_other_byte_is_other_content_also_where_zeros_were(tmp_path: Path, a
 
 
 class TestDamaged:
-    """Lists that nobody wrote, but whose digests are right."""
+    """Lists that nobody wrote, but whose ids are right."""
 
     def content(self, kept: Kept, *chunks: tuple[int, bytes]) -> bytes:
         return store_content(iter(chunks), CHUNK_BYTES_MAX + 1, kept.put).encoded
@@ -203,7 +203,7 @@ def test_verify_finds_a_chunk_of_a_big_file_that_is_gone(world: World) -> None:
     node = saved.tree.root.children[b"big"]
     assert isinstance(node, FileNode)
     assert len(node.content.chunks) > 100
-    assert world.store.verify(saved.id, saved.manifest_digest) == []
+    assert world.store.verify(saved.ref) == []
     biggest = max(world.object_paths(), key=lambda path: path.stat().st_size)
     biggest.unlink()
-    assert world.store.verify(saved.id, saved.manifest_digest) != []
+    assert world.store.verify(saved.ref) != []

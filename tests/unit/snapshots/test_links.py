@@ -25,7 +25,7 @@ def test_links_stay_when_only_one_of_their_directories_changes_after_a_restore(w
     """The other directory is used as it was written, in another life."""
     first = world.save("a")
     world.workspace = world.fresh("life")
-    index = settled(world.store.restore_workspace(first.id, first.manifest_digest, world.workspace))
+    index = settled(world.store.restore_workspace(first.ref, world.workspace))
     (world.workspace / "a" / "another").write_bytes(b"x")
     captured = capture(world.workspace, world.fresh("staging"), index)
     assert captured.root.children[b"b"] is index.root.children[b"b"]
@@ -37,7 +37,7 @@ def test_files_of_two_lives_are_never_taken_for_one(world: World) -> None:
     """A number that meant one inode in the first life means another in the second."""
     first = world.save("a")
     world.workspace = world.fresh("life")
-    index = settled(world.store.restore_workspace(first.id, first.manifest_digest, world.workspace))
+    index = settled(world.store.restore_workspace(first.ref, world.workspace))
     old = index.root.children[b"b"]
     assert isinstance(old, DirNode)
     stored = old.children[b"file"]
@@ -59,7 +59,7 @@ def test_files_of_two_lives_are_never_taken_for_one(world: World) -> None:
 def test_index_of_a_restore_spares_reading_linked_files(world: World) -> None:
     saved = world.save("a")
     target = world.fresh("restored")
-    index = settled(world.store.restore_workspace(saved.id, saved.manifest_digest, target))
+    index = settled(world.store.restore_workspace(saved.ref, target))
     again = capture(target, world.fresh("staging"), index)
     assert again.root is index.root
 

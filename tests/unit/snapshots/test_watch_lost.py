@@ -131,7 +131,7 @@ def test_restored_workspace_is_watched_from_the_beginning(tmp_path: Path) -> Non
     os.link(world.workspace / "linked", world.workspace / "d" / "linked")
     saved = world.save("a")
     world.workspace = world.fresh("restored")
-    index = settled(world.store.restore_workspace(saved.id, saved.manifest_digest, world.workspace))
+    index = settled(world.store.restore_workspace(saved.ref, world.workspace))
     watch = open_watch()
     assert watch is not None
     index = watch_tree(world.workspace, index, watch)

@@ -14,7 +14,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from tests.unit.snapshots.making import StillClock, World, flat, settled, time_stamps_move
+from tests.unit.snapshots.making import KEY, StillClock, World, flat, settled, time_stamps_move
 
 from torpor.core.clock import SystemClock
 from torpor.core.ids import SnapshotId
@@ -149,9 +149,10 @@ class Workspace(RuleBasedStateMachine):
         self.saved = self.world.store.save(
             image_dir=self.world.image,
             workspace=captured,
-            parent=self.saved and self.saved.id,
+            parent=self.saved and self.saved.ref,
             pins={},
             snapshot_id=SnapshotId(f"snp_{self.count}"),
+            key=KEY,
         )
         self.index = self.saved.tree
 
@@ -165,7 +166,7 @@ class Workspace(RuleBasedStateMachine):
         self.held.clear()
         self.watch.close()
         self.workspace = self.world.fresh("life")
-        index = self.world.store.restore_workspace(self.saved.id, self.saved.manifest_digest, self.workspace)
+        index = self.world.store.restore_workspace(self.saved.ref, self.workspace)
         self.watch = DirectoryWatch()
         self.index = watch_tree(self.workspace, settled(index), self.watch)
 

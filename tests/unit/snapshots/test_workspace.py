@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.snapshots.making import StillClock, World, settled, tiny_disk_at, with_stamps_of
+from tests.unit.snapshots.making import KEY, StillClock, World, settled, tiny_disk_at, with_stamps_of
 
 from torpor.core.errors import Damaged, InvalidInput, SandboxFailed
 from torpor.snapshots import aside as aside_module
@@ -66,7 +66,7 @@ class TestRoundTrip:
     def check(self, world: World) -> SavedSnapshot:
         saved = world.save("a")
         assert listing(world.restored_workspace(saved)) == listing(world.workspace)
-        assert world.store.diff_directory(saved.id, saved.manifest_digest, world.workspace) == []
+        assert world.store.diff_directory(saved.ref, world.workspace) == []
         return saved
 
     def test_files_of_all_sizes(self, world: World) -> None:
@@ -198,7 +198,7 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     first = world.save("a")
     assert listing(world.restored_workspace(first)) == listing(world.workspace)
     world.workspace = world.fresh("restored")
-    index = world.store.restore_workspace(first.id, first.manifest_digest, world.workspace)
+    index = world.store.restore_workspace(first.ref, world.workspace)
     for name in os.listdir(os.fsencode(world.workspace)):
         if name in other:
             os.rename(os.fsencode(world.workspace) + b"/" + name, os.fsencode(world.root) + b"/aside")
@@ -206,9 +206,9 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     build(os.fsencode(world.workspace), dict(other.items()))
     second = world.save("b", first, index=index)
     assert listing(world.restored_workspace(second)) == listing(world.workspace)
-    assert world.store.verify(second.id, second.manifest_digest) == []
-    changes = world.store.diff((first.id, first.manifest_digest), (second.id, second.manifest_digest))
-    assert changes == world.store.diff_directory(first.id, first.manifest_digest, world.workspace)
+    assert world.store.verify(second.ref) == []
+    changes = world.store.diff(first.ref, second.ref)
+    assert changes == world.store.diff_directory(first.ref, world.workspace)
 
 
 def test_times_beyond_64_bits_of_nanoseconds_are_kept_as_near_as_possible(world: World, tmp_path: Path) -> None:
@@ -315,6 +315,7 @@ class TestUnchanged:
             parent=None,
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
+            key=KEY,
         )
         again = capture(world.workspace, world.fresh("staging"), first.tree)
         assert staged_names(again) == ({b"file"} if is_read else set())
@@ -375,7 +376,7 @@ class TestUnchanged:
         (world.workspace / "link").symlink_to("d")
         saved = world.save("a")
         target = world.fresh("restored")
-        index = world.store.restore_workspace(saved.id, saved.manifest_digest, target)
+        index = world.store.restore_workspace(saved.ref, target)
         again = capture(target, world.fresh("staging"), settled(index))
         assert again.root is index.root
         assert index.root.digest == saved.tree.root.digest
@@ -402,6 +403,7 @@ class TestUnchanged:
             parent=None,
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
+            key=KEY,
         )
         assert (world.restored_workspace(saved) / "big").read_bytes() == at_the_cut
 
@@ -427,7 +429,7 @@ class TestHostile:
         assert set(captured.skipped) == expected
         saved = world.save("a")
         assert list(world.restored_workspace(saved).iterdir()) == []
-        assert world.store.diff_directory(saved.id, saved.manifest_digest, world.workspace) == []
+        assert world.store.diff_directory(saved.ref, world.workspace) == []
 
     def test_capture_never_reads_through_a_link(self, world: World) -> None:
         secret = world.root / "secret"
@@ -490,5 +492,5 @@ class TestHostile:
         outside, target = world.fresh("outside"), world.fresh("target")
         (target / "d").symlink_to(outside)
         with pytest.raises(InvalidInput):
-            world.store.restore_workspace(saved.id, saved.manifest_digest, target)
+            world.store.restore_workspace(saved.ref, target)
         assert list(outside.iterdir()) == []
