@@ -9,7 +9,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
     image to memory, workspace changes to staging
         `checkpoint.imaged`    as above; the staging directory is garbage
     resume, remove the mark, RELEASE
-        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+        `checkpoint.resumed`   the staging directory and the life's clones are garbage, nothing else happened
     packs and manifest into the store, fsynced
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
@@ -25,6 +25,7 @@ be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox pause
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
@@ -63,6 +64,7 @@ class Cut:
 
     checkpoint: Checkpoint
     workspace: TreeCapture
+    clones: Path
 
 
 class Checkpointer:
@@ -105,6 +107,7 @@ class Checkpointer:
         self._next_number = next_number
         self._newest = self._committed = checkpoint
         self._tree, self._base = life.tree, self._store.ref(checkpoint)
+        _remove(life.clones)
         self.last_cut_at = self._clock.monotonic()
 
     async def first_commit(self) -> None:
@@ -112,6 +115,8 @@ class Checkpointer:
         await self._first_commit.wait()
 
     def end_life(self) -> None:
+        if self._life is not None and self._life.watch is not None:
+            self._life.watch.close()
         self._life = None
 
     async def take(self, reason: str) -> None:
@@ -191,6 +196,7 @@ class Checkpointer:
                 # What the capture was compared with may be what is damaged: read the whole workspace next time.
                 self._tree, self._base = None, self._committed and self._store.ref(self._committed)
                 self._discard(cut.checkpoint.snapshot_id)
+                _remove(cut.clones)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
             finally:
@@ -249,6 +255,7 @@ class Checkpointer:
             raise
         except (TorporError, OSError) as error:
             self._discard(snapshot_id)
+            _remove(life.clones)
             logger.warning("no checkpoint: %s", error)
             await still.aclose()
             await self._records.checkpoint_failed(life.number, reason, error)
@@ -305,7 +312,7 @@ class Checkpointer:
         )
         self._newest = checkpoint
         self._next_number += 1
-        return Cut(checkpoint=checkpoint, workspace=workspace)
+        return Cut(checkpoint=checkpoint, workspace=workspace, clones=life.clones)
 
     async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
         """Pause, image, workspace: until `still` is closed the agent stands still."""
@@ -320,15 +327,21 @@ class Checkpointer:
     def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
         """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
         mapped = life.sandbox.open_for_writing()
-        if mapped is None:
-            return capture(life.plan.workspace, changes)
-        return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
+        return capture(
+            life.plan.workspace,
+            changes,
+            self._tree,
+            always_reread=mapped,
+            watch=life.watch,
+            clones=life.clones,
+        )
 
     async def _commit(self, cut: Cut) -> None:
         async with self._store.lease() as lease:
             await self._store_and_commit(cut, lease)
         snapshot_id = cut.checkpoint.snapshot_id
         self._staging.discard_changes(snapshot_id)
+        _remove(cut.clones)
         self._staged.discard(snapshot_id)
         self._staging.keep_only({snapshot_id, *self._staged})
         self._first_commit.set()
@@ -380,6 +393,11 @@ class Checkpointer:
             await asyncio.to_thread(self._store.share, ref)
         except (TorporError, OSError) as error:
             logger.warning("nothing shared: %s", error)
+
+
+def _remove(clones: Path) -> None:
+    """Clones are of one cut, and one cut at a time is staged. A kill -9 leaves them; the next life removes them."""
+    shutil.rmtree(clones, ignore_errors=True)
 
 
 async def _thaw(life: Incarnation) -> None:

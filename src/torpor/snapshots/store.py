@@ -181,7 +181,7 @@ class SnapshotStore:
             stored_bytes=written.stored_bytes + len(data),
             new_pages=written.new_pages,
             total_pages=written.total_pages,
-            tree=TreeIndex(root=written.tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
+            tree=workspace.index(written.tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )
