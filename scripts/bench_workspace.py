@@ -164,6 +164,7 @@ class Bench:
             pins={},
             snapshot_id=SnapshotId(f"snp_{SystemClock().wall_ns()}"),
             key=self.key,
+            lease=self.store.lease(),
         )
         self.refs[saved.id] = saved.ref
         return saved

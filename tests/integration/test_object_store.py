@@ -19,7 +19,7 @@ import obstore
 import pytest
 from tests.fault_proxy import Fault, FaultProxy, Rule
 from tests.seaweedfs import KEY, KEY_ID, OPEN_BUCKET, SeaweedFS
-from tests.unit.snapshots.making import World, pages
+from tests.unit.snapshots.making import IDS, World, pages
 
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import SystemClock
@@ -452,31 +452,31 @@ class TestSnapshots:
     def test_are_saved_and_restored_bit_for_bit_through_faults(
         self, world: World, backend: Backend, direct: Backend, proxy: FaultProxy, fault: Fault
     ) -> None:
-        store = SnapshotStore(backend)
+        store = SnapshotStore(backend, IDS)
         proxy.strike(Rule(fault=fault, method="PUT", times=2), Rule(fault=fault, method="GET", times=2))
         parent = world.save("parent", store=store)
         world.write_image(pages(range(20, 80)))
         proxy.strike(Rule(fault=fault, method="PUT", times=2), Rule(fault=fault, times=3))
-        child = world.save("child", parent, store=SnapshotStore(backend))
+        child = world.save("child", parent, store=SnapshotStore(backend, IDS))
         assert child.new_pages == 20
         assert child.parent_problem == ""
         for saved in (parent, child):
-            assert SnapshotStore(direct).verify(saved.id, saved.manifest_digest) == []
+            assert SnapshotStore(direct, IDS).verify(saved.ref) == []
         proxy.strike(Rule(fault=fault, method="GET", times=3))
-        store.restore_image(child.id, child.manifest_digest, world.root / "restored")
+        store.restore_image(child.ref, world.root / "restored")
         assert (world.root / "restored/pages.img").read_bytes() == pages(range(20, 80))
 
     def test_save_while_the_store_is_down_fails_and_the_next_one_shares_with_the_parent(
         self, world: World, impatient: Backend, direct: Backend, proxy: FaultProxy
     ) -> None:
-        store = SnapshotStore(impatient)
+        store = SnapshotStore(impatient, IDS)
         parent = world.save("parent", store=store)
         world.write_image(pages(range(20, 80)))
         proxy.down()
         assert failure(lambda: world.save("child", parent, store=store)).code == "storage_unreachable"
-        error = failure(lambda: store.restore_image(parent.id, parent.manifest_digest, world.root / "not-restored"))
+        error = failure(lambda: store.restore_image(parent.ref, world.root / "not-restored"))
         assert error.code == "storage_unreachable"
         proxy.up()
-        assert SnapshotStore(direct).verify(parent.id, parent.manifest_digest) == []
+        assert SnapshotStore(direct, IDS).verify(parent.ref) == []
         child = world.save("child", parent, store=store)
         assert (child.new_pages, child.parent_problem) == (20, "")

@@ -60,7 +60,14 @@ def test_big_file_is_cloned_where_that_is_possible_and_copied_elsewhere(disk: tu
     else:
         assert (captured.staged_bytes, captured.cloned_bytes) == (1, BIG)
         assert list(staging.iterdir()) == []
-    saved = world.store.save(
-        image_dir=world.image, workspace=captured, parent=None, pins={}, snapshot_id=SnapshotId("snp_a"), key=KEY
-    )
+    with world.store.lease() as lease:
+        saved = world.store.save(
+            image_dir=world.image,
+            workspace=captured,
+            parent=None,
+            pins={},
+            snapshot_id=SnapshotId("snp_a"),
+            key=KEY,
+            lease=lease,
+        )
     assert (world.restored_workspace(saved) / "big").read_bytes() == at_the_cut

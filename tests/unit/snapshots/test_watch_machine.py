@@ -146,14 +146,16 @@ class Workspace(RuleBasedStateMachine):
         captured = self.capture()
         self.check(captured)
         self.count += 1
-        self.saved = self.world.store.save(
-            image_dir=self.world.image,
-            workspace=captured,
-            parent=self.saved and self.saved.ref,
-            pins={},
-            snapshot_id=SnapshotId(f"snp_{self.count}"),
-            key=KEY,
-        )
+        with self.world.store.lease() as lease:
+            self.saved = self.world.store.save(
+                image_dir=self.world.image,
+                workspace=captured,
+                parent=self.saved and self.saved.ref,
+                pins={},
+                snapshot_id=SnapshotId(f"snp_{self.count}"),
+                key=KEY,
+                lease=lease,
+            )
         self.index = self.saved.tree
 
     @rule()
