@@ -23,6 +23,7 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
+from torpor.core.money import Bill
 from torpor.db import answers, calls, log, notes, requests, sessions
 from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
@@ -87,12 +88,17 @@ class Scene:
         calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
 
     def answer(
-        self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}', head: ResponseHead = HEAD
+        self,
+        tx: Transaction,
+        *pieces: bytes,
+        body: bytes = b'{"messages":[]}',
+        head: ResponseHead = HEAD,
+        bill: Bill | None = None,
     ) -> CallId:
         """A whole call."""
         call_id = self.send(tx, body, head=head)
         self.add_chunks(tx, call_id, *pieces)
-        calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, bill=bill, wall_ns=NOW)
         return call_id
 
     def note(self, tx: Transaction, text: str, *, kind: Kind = Kind.NOTE_ADDED) -> Event:
