@@ -5,7 +5,6 @@ import inspect
 import re
 import threading
 from collections.abc import Awaitable
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -193,16 +192,8 @@ class Rows:
         output = {"channel": 1, "incarnation": 0, "wall_ns": NOW}
         outputs.append_output(tx, **scene.owner, **output, position=0, data=b"hello")
         self.answered = scene.answer(tx, b"x", b"y")
-        self.thick = scene.send(tx)
-        scene.add_chunks(tx, self.thick, b"long", b"answer")
-        packed = replace(answers.pack(tx, self.thick, 1), ahead=True)
-        calls.complete(tx, **scene.owner, call_id=self.thick, usage={}, packed=packed, wall_ns=NOW)
-        self.closed = scene.send(tx)
-        scene.add_chunks(tx, self.closed, b"closed")
-        self.packed = answers.pack(tx, self.closed, 1)
-        calls.complete(
-            tx, **scene.owner, call_id=self.closed, usage={}, packed=replace(self.packed, stored=None), wall_ns=NOW
-        )
+        self.thick = scene.with_chunks(tx, has_row=True).call_id
+        self.packed = scene.with_chunks(tx, has_row=False)
         self.open = scene.send(tx)
         scene.add_chunks(tx, self.open, b"first")
         self.sent = scene.intend(tx).call_id

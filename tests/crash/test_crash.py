@@ -21,9 +21,11 @@ KILLS_PER_SESSION = 10
 NODE_POINTS = [
     point
     for point in CRASH_POINTS
-    # The model of these sessions refuses nothing, nobody stops them, they have no budget, which would keep a call's
-    # intent and its sending apart, and no policy minds another path: other tests have those.
-    if not point.startswith(("backend.", "divergence.", "session.", "waitpoint.", "call.intended", "call.retried"))
+    # The model of these sessions refuses nothing, nobody stops them, they have no budget (which would keep a call's
+    # intent and its sending apart), no policy minds another path, nothing in them is large, and nothing is erased:
+    # other tests have those.
+    if not point.startswith(("backend.", "blob.", "chunks.", "divergence.", "redaction.", "session.", "waitpoint."))
+    and point not in {"call.intended", "call.retried"}
 ]
 PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.15", "--chunk-seconds", "0.02"]
 

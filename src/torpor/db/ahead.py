@@ -35,17 +35,15 @@ class Ahead:
         Raises:
             MachineUnfit: `no_space`, `storage_failed`.
         """
-        large = {piece: digest for piece, digest in body.by_digest() if len(piece) >= BLOB_BYTES_MIN}
+        large = {digest: piece for piece, digest in body.by_digest() if len(piece) >= BLOB_BYTES_MIN}
         if not large:
             return body
 
-        def find_new(tx: Transaction) -> list[tuple[bytes, bytes]]:
-            return [
-                (piece, digest) for piece, digest in large.items() if not blocks.is_there(tx, self.session_id, digest)
-            ]
+        def find_new(tx: Transaction) -> list[bytes]:
+            return [digest for digest in large if not blocks.is_there(tx, self.session_id, digest)]
 
         new = await self.database.read(find_new)
-        return replace(body, stored={digest: await self._store(piece) for piece, digest in new})
+        return replace(body, stored={digest: await self._store(large[digest]) for digest in new})
 
     async def answer(self, call_id: CallId, attempt: int) -> Packed | None:
         """Read and store an answer to which nothing is added any more, for the transaction that closes its attempt.

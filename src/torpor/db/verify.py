@@ -111,6 +111,7 @@ def _call_problems(
     calls = {call.call_id: call for call in load_calls(tx, session_id)}
     seen: set[bytes] = set()
     ended: set[str] = set()
+    told: set[redaction.Answer] = set()
     for seq, event in events.items():
         call = calls.get(event.call_id) if event.call_id is not None else None
         if event.call_id is not None and call is None:
@@ -123,14 +124,17 @@ def _call_problems(
                 yield from _intent_problems(tx, call, event, masks, seen)
             case Kind.CALL_ANSWERING:
                 yield from _head_problems(call, event)
-            case Kind.CALL_COMPLETED | Kind.CALL_FAILED:
-                ended.add(call.call_id)
-                yield from _response_problems(tx, call, event, masks)
-            case Kind.CALL_TORN:
+            case Kind.CALL_COMPLETED | Kind.CALL_FAILED | Kind.CALL_TORN:
+                if event.kind is not Kind.CALL_TORN:
+                    ended.add(call.call_id)
+                told.add((call.call_id, event.data.get("attempt", 0)))
                 yield from _response_problems(tx, call, event, masks)
             case _:
                 pass
     for call in calls.values():
+        for attempt in call.attempts:
+            if (call.call_id, attempt.number) not in told:
+                yield from _rest_problems(tx, call, attempt.number)
         if (call.state in {CallState.ANSWERED, CallState.FAILED}) != (call.call_id in ended):
             text = f"call {call.call_id} is {call.state} without an event that says so, or the other way round"
             yield Problem(code="call_state_wrong", seq=call.ended_seq, text=text)
@@ -191,6 +195,14 @@ def _note_problems(tx: Transaction, events: Mapping[int, Event], masks: Masks) -
         digest = notes.block_of(event)
         if digest is not None:
             yield from _block_problems(tx, event, [digest], masks, code="note_damaged")
+
+
+def _rest_problems(tx: Transaction, call: Call, number: int) -> Iterator[Problem]:
+    """Of an attempt that broke off no event has a digest; what came of it can be read all the same."""
+    try:
+        answers.load(tx, call.call_id, number)
+    except Damaged as error:
+        yield Problem(code="response_changed", seq=call.ended_seq, text=str(error))
 
 
 def _head_problems(call: Call, event: Event) -> Iterator[Problem]:

@@ -52,6 +52,7 @@ class Recorder:
         self._session_id = session_id
         self._owner_token = owner_token
         self._ahead = Ahead(database=database, session_id=session_id, owner_token=owner_token)
+        self._packing = asyncio.Lock()
         self.clock = clock
 
     def new_call_id(self) -> CallId:
@@ -249,7 +250,8 @@ class Recorder:
     async def _pack(self, call_id: CallId, recording: Recording) -> Packed | None:
         if recording.body_bytes < BLOB_BYTES_MIN:
             return None
-        return await self._ahead.answer(call_id, recording.attempt)
+        async with self._packing:  # one at a time: it takes several times an answer's size in memory
+            return await self._ahead.answer(call_id, recording.attempt)
 
     async def load_sent(self) -> list[tuple[Call, list[Chunk]]]:
         """The calls that an earlier node had sent and not answered, with what came of their answers."""

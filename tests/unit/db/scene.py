@@ -4,6 +4,7 @@ import json
 import random
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,8 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
-from torpor.db import calls, log, notes, requests, sessions
+from torpor.db import answers, calls, log, notes, requests, sessions
+from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import RequestHead
@@ -99,6 +101,15 @@ class Scene:
         """A note as it was written before its text was a block."""
         draft = EventDraft(kind=Kind.NOTE_ADDED, incarnation=0, call_id=self.intend(tx).call_id, data={"text": text})
         return log.append(tx, **self.owner, drafts=[draft], wall_ns=NOW)[0]
+
+    def with_chunks(self, tx: Transaction, *, has_row: bool) -> Packed:
+        """A whole answer whose chunks are still there, with or without the row that replaces them."""
+        call_id = self.send(tx)
+        self.add_chunks(tx, call_id, b"long", b"answer")
+        packed = replace(answers.pack(tx, call_id, 1), ahead=True)
+        ended = packed if has_row else replace(packed, stored=None)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={}, packed=ended, wall_ns=NOW)
+        return packed
 
     def checkpoint(self, number: int, seq: int, *open_calls: CallId) -> Checkpoint:
         streams = [

@@ -302,6 +302,19 @@ async def test_every_damaged_piece_of_one_request_is_listed(scene: BlobScene, tm
     assert [problem.code for problem in await problems(scene)] == ["request_damaged"] * 2
 
 
+async def test_damage_is_listed_of_what_came_of_an_answer_that_broke_off(scene: BlobScene, tmp_path: Path) -> None:
+    call_id = await scene.arriving(noise(2 * MIB))
+    packed = await scene.ahead.answer(call_id, 1)
+    await scene.write(
+        lambda tx: calls.fail(tx, **scene.owner, call_id=call_id, error="cut", packed=packed, wall_ns=NOW)
+    )
+    await scene.ahead.drop_chunks(call_id, 1)
+    assert await scene.answer_of(call_id) == noise(2 * MIB)
+    assert await problems(scene) == []
+    path_of(tmp_path, scene.objects[0]).unlink()
+    assert [problem.code for problem in await problems(scene)] == ["response_changed"]
+
+
 async def test_a_database_that_is_opened_without_its_store_says_so(scene: BlobScene, tmp_path: Path) -> None:
     call_id = await scene.answered(noise(2 * MIB))
     database = await open_database(f"sqlite://{tmp_path}/torpor.db", clock=FakeClock())
