@@ -5,6 +5,7 @@ chunks and notes are written before anything is delivered, which survives the de
 write takes them to the disk.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
