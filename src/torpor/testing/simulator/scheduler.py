@@ -72,7 +72,7 @@ class Plan:
             self.kills_while_held = 1 + int(apart() * 3)
             raises = [(int(apart() * HORIZON), "raise budget") for _ in range(int(apart() * 3))]
             self.happenings = sorted([*self.happenings, *raises], reverse=True)
-        self.budget = self.limit is not None or Random(f"budget {seed}").random() < 0.4
+        self.budget = self.limit is not None or Random(f"budget {seed}").random() < 0.5
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
         drawn = [(int(random() * HORIZON), kill(random)) for _ in range(int(random() * 3))]
