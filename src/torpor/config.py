@@ -291,6 +291,8 @@ def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
         raise _invalid(f"the store's url {url!r} names no store that Torpor knows", hint=hint)
     if url.startswith("file:") and (has_key or said.endpoint or said.region or said.key_id):
         raise _invalid("the store is a directory, and has an endpoint, a region or a key")
+    if re.search(r"[^!-~]", said.key_id + said.region):  # They go into headers.
+        raise _invalid("the store's key_id or region holds a character that can't be in one")
     if url.startswith("s3:") and has_key != bool(said.key_id):
         raise _invalid(
             "the store's key and key_id come together", hint="key_id is the access key's id; key its secret."

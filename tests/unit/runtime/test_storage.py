@@ -77,6 +77,8 @@ retry_seconds = 0
         'url = "s3://bucket"\nkey = "k"',
         'url = "s3://bucket"\nkey_id = "i"',
         'url = "s3://bucket"\nkey_id = "i"\nkey = "k"\nkey_env = "K"',
+        'url = "s3://bucket"\nkey_id = "i\\n"\nkey = "k"',
+        'url = "s3://bucket"\nregion = "eu west"',
         'url = "s3://bucket"\nendpoint = "127.0.0.1:80"',
         'url = "s3://bucket"\nendpoint = "http://user:pass@host"',
         'url = "s3://bucket"\nretry_seconds = -1',
@@ -135,7 +137,7 @@ def test_opening_an_object_store_asks_it_for_nothing(url: str) -> None:
 
 
 def test_key_of_the_wrong_kind_is_refused_and_not_quoted() -> None:
-    key = json.dumps({"private_key": "hush hush"})
+    key = json.dumps("hush hush")
     backend = open_backend(StoreSettings(url="gs://bucket"), lambda: Secret(key), clock=CLOCK)
     with pytest.raises(InvalidInput) as caught:
         backend.ready()
