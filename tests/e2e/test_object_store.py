@@ -19,7 +19,12 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.db import checkpoints, sessions
 from torpor.db.database import open_database
+from torpor.runtime.keyring import open_keyring
+from torpor.runtime.master_key import MasterKeys
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.cipher import Key
+from torpor.snapshots.content_ids import ContentIds
+from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SnapshotStore
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
@@ -64,18 +69,21 @@ def configure(home: Path, url: str, endpoint: str, *, key: str = 'key_env = "STO
 
 
 def check_every_checkpoint_is_whole(made: Stage, backend: Backend) -> int:
-    """Asked by who knows nothing of the session but names and digests; gives how many there are."""
+    """Asked by who knows nothing of the session but names, digests and its key; gives how many there are."""
 
-    async def committed() -> list[Checkpoint]:
+    async def committed() -> tuple[list[Checkpoint], SnapshotStore, Key]:
         database = await open_database(f"sqlite:///{made.home}/torpor.db", clock=SystemClock())
         session = await database.read(lambda tx: sessions.find(tx, "one"))
         found = await database.read(lambda tx: checkpoints.list_intact(tx, session.session_id))
+        keyring = await open_keyring(database, MasterKeys(made.home / "keys", made.environment))
+        key = await keyring.session_key(session.session_id)
         await database.close()
-        return found
+        return found, SnapshotStore(backend, ContentIds(keyring.tenant.secret)), key
 
-    points, store = asyncio.run(committed()), SnapshotStore(backend)
+    points, store, key = asyncio.run(committed())
     for point in points:
-        assert store.verify(point.snapshot_id, point.manifest_digest) == [], f"checkpoint {point.number}"
+        ref = SnapshotRef(id=point.snapshot_id, manifest_digest=point.manifest_digest, key=key)
+        assert store.verify(ref) == [], f"checkpoint {point.number}"
     told = [event for event in made.events("one") if event["kind"] == "checkpoint.committed"]
     assert len(points) == len(told)
     return len(points)
@@ -101,7 +109,7 @@ def test_a_killed_session_goes_on_from_the_object_store_alone(
     node.wait()
     remote.kill_sandbox()
     log.close()
-    # Another home, with the rows and nothing else: no store, no staged image, no workspace.
+    # Another home, with the rows and the master key and nothing else: no store, no staged image, no workspace.
     other = Stage(
         directory=scratch / "other", environment=remote.environment | {"TORPOR_HOME": f"{scratch}/other/home"}
     )
@@ -109,6 +117,7 @@ def test_a_killed_session_goes_on_from_the_object_store_alone(
     configure(other.home, direct.name.split(" ")[0], proxy.endpoint)
     for file in remote.home.glob("torpor.db*"):
         shutil.copy(file, other.home)
+    shutil.copytree(remote.home / "keys", other.home / "keys")
     proxy.requests.clear()
     try:
         resumed = other.node("resume", "one")

@@ -7,6 +7,7 @@ are durable, then the sandbox is made, then its streams are inherited. A kill -9
 that the next recovery finds: it adopts it if it came to life, else kills it and tries again under a new number.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -92,7 +93,12 @@ class Ladder:
             SandboxFailed: `session_lost`: none does.
             MachineUnfit: `storage_unreachable`: nobody can say.
         """
-        async with self._incarnations.lease():  # From before the rows are read: what they name stays until it is read.
+        async with contextlib.AsyncExitStack() as held:
+            try:  # From before the rows are read: what they name stays until it is read.
+                await held.enter_async_context(self._incarnations.lease())
+            except MachineUnfit as unfit:
+                await self._rejected("restore", None, (await self._records.session()).incarnation, str(unfit))
+                raise
             return await self._climb(calls, reason)
 
     async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:

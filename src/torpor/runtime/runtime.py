@@ -27,7 +27,7 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import Conflict, InvalidInput
+from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id
 from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
@@ -191,7 +191,8 @@ class Runtime:
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
-            await ahead.sweep(self.database, session_id)
+            with contextlib.suppress(MachineUnfit):  # A store that is down keeps what is left over for the next owner.
+                await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
             yield self._owner(records, seen, store, runsc, watcher, let_go=let_go)
             await records.release()
