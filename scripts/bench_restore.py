@@ -29,14 +29,16 @@ from tests.stage import stage  # noqa: E402
 from torpor.config import torpor_home  # noqa: E402
 from torpor.core.clock import SystemClock  # noqa: E402
 from torpor.core.ids import new_snapshot_id  # noqa: E402
-from torpor.runtime.image_cache import NOTHING, trim  # noqa: E402
-from torpor.runtime.staging import MEMORY_DIRECTORY, staging_directory  # noqa: E402
+from torpor.runtime.image_cache import MEMORY_DIRECTORY, NOTHING, staging_directory, trim  # noqa: E402
 from torpor.sandbox.tools import find_runsc  # noqa: E402
 from torpor.snapshots.backend import LocalDirectory  # noqa: E402
 from torpor.snapshots.capture import capture  # noqa: E402
+from torpor.snapshots.cipher import new_key  # noqa: E402
+from torpor.snapshots.content_ids import ContentIds  # noqa: E402
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore  # noqa: E402
 
 CLOCK = SystemClock()
+KEY = new_key()
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
 
 def measure_store(arguments: argparse.Namespace, runsc: Path) -> None:
     with scratch() as disk, scratch(MEMORY_DIRECTORY) as memory:
-        store, last = SnapshotStore(LocalDirectory(disk / "store")), None
+        store, last = SnapshotStore(LocalDirectory(disk / "store"), ContentIds(KEY.secret)), None
         original = memory / "original"
         with agent_images(runsc, memory / "agent", arguments.heap_mb, arguments.steps) as images:
             for image, workspace in images:
@@ -65,11 +67,11 @@ def measure_store(arguments: argparse.Namespace, runsc: Path) -> None:
         assert last is not None
         saved, target = last, memory / "target"
         size = (original / "pages.img").stat().st_size / 1e6
-        packs = len(store.read_manifest(saved.id, saved.manifest_digest).page_packs)
+        packs = len(store.read_manifest(saved.ref).page_packs)
         print(f"image of {size:.0f} MB, its pages in {packs} packs")
         rebuilt, copied = list[float](), list[float]()
         for _ in range(arguments.rounds):
-            rebuilt.append(timed(lambda: store.restore_image(saved.id, saved.manifest_digest, target)))
+            rebuilt.append(timed(lambda: store.restore_image(saved.ref, target)))
             for path in original.iterdir():
                 if path.read_bytes() != (target / path.name).read_bytes():
                     raise RuntimeError(f"{path.name} differs after a restore")
@@ -82,13 +84,16 @@ def measure_store(arguments: argparse.Namespace, runsc: Path) -> None:
 
 def save(store: SnapshotStore, image: Path, workspace: Path, parent: SavedSnapshot | None, disk: Path) -> SavedSnapshot:
     aside = Path(tempfile.mkdtemp(dir=disk))
-    return store.save(
-        image_dir=image,
-        workspace=capture(workspace, aside, parent and parent.tree),
-        parent=parent and parent.id,
-        pins={},
-        snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
-    )
+    with store.lease() as lease:
+        return store.save(
+            image_dir=image,
+            workspace=capture(workspace, aside, parent and parent.tree),
+            parent=parent and parent.ref,
+            pins={},
+            snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
+            key=KEY,
+            lease=lease,
+        )
 
 
 def measure_sessions(arguments: argparse.Namespace, runsc: Path) -> None:

@@ -34,9 +34,12 @@ from torpor.node import put_the_loop_first
 from torpor.sandbox.tools import find_runsc
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
+from torpor.snapshots.cipher import new_key
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
 CLOCK = SystemClock()
+KEY = new_key()
 T = TypeVar("T")
 STAMP = struct.Struct("<d")
 PINGER = """
@@ -62,7 +65,9 @@ def main() -> None:
     if not arguments.plain:
         put_the_loop_first()
     try:
-        asyncio.run(measure(arguments, runsc, memory, SnapshotStore(LocalDirectory(scratch / "store"))))
+        asyncio.run(
+            measure(arguments, runsc, memory, SnapshotStore(LocalDirectory(scratch / "store"), ContentIds(KEY.secret)))
+        )
     finally:
         shutil.rmtree(scratch)
         shutil.rmtree(memory)
@@ -80,15 +85,18 @@ async def measure(arguments: argparse.Namespace, runsc: Path, memory: Path, stor
             for step, (image, workspace) in enumerate(images):
                 staging = memory / "staging"
                 staging.mkdir()
-                save = partial(
-                    store.save,
-                    image_dir=image,
-                    workspace=capture(workspace, staging, last and last.tree),
-                    parent=last and last.id,
-                    pins={},
-                    snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
-                )
-                last = await gateway.beside("first save" if step == 0 else f"step {step}", save)
+                with store.lease() as lease:
+                    save = partial(
+                        store.save,
+                        image_dir=image,
+                        workspace=capture(workspace, staging, last and last.tree),
+                        parent=last and last.ref,
+                        pins={},
+                        snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
+                        key=KEY,
+                        lease=lease,
+                    )
+                    last = await gateway.beside("first save" if step == 0 else f"step {step}", save)
                 shutil.rmtree(staging)
                 shutil.rmtree(image)
         running.cancel()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.integration.guests import NativeInit, build_init, native_init, running
+from tests.unit.snapshots.making import IDS, KEY
 
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
@@ -25,22 +26,27 @@ from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
 from torpor.core.pacing import EVERY_TURN_PPM, SHARE_PPM
 from torpor.core.redo import RedoSet
+from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
 from torpor.db import checkpoints, log, sessions
 from torpor.db.database import Database, open_database
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.cutting import files_checkpoint
+from torpor.runtime.image_cache import MEMORY_DIRECTORY
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
-from torpor.runtime.staging import MEMORY_DIRECTORY, Staging
+from torpor.runtime.session_store import SessionStore
+from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import SandboxPlan
 from torpor.sandbox.frames import AgentSpec
 from torpor.sandbox.link import Link
 from torpor.sandbox.rootfs import directory_image
 from torpor.snapshots.backend import LocalDirectory
-from torpor.snapshots.capture import FRESH_NS, capture
+from torpor.snapshots.capture import capture
+from torpor.snapshots.scan import FRESH_NS
 from torpor.snapshots.store import SnapshotStore
+from torpor.snapshots.watch import open_watch
 
 CLOCK = SystemClock()
 MEGABYTE = 1 << 20
@@ -114,7 +120,8 @@ class Stage:
     life: Incarnation
     records: Records
     backend: HeldStore
-    store: SnapshotStore
+    store: SessionStore
+    snapshots: SnapshotStore
     staging: Staging
     first: Checkpoint
     tasks: asyncio.TaskGroup
@@ -158,8 +165,8 @@ class Stage:
         self._restored += 1
         target = self.directory / f"restored-{self._restored}"
         (target / "workspace").mkdir(parents=True)
-        self.store.restore_image(point.snapshot_id, point.manifest_digest, target / "image")
-        self.store.restore_workspace(point.snapshot_id, point.manifest_digest, target / "workspace")
+        self.store.restore_image(point, target / "image")
+        self.store.restore_workspace(point, target / "workspace")
         return (target / "image/pages.img").read_text(), (target / "workspace/state").read_text()
 
     async def turn(self, number: int, lost_seconds: float = 0.0) -> None:
@@ -178,7 +185,8 @@ async def stage(
     session_id = new_session_id(CLOCK.wall_ns())
     database = await open_database(f"sqlite://{directory / 'torpor.db'}", clock=CLOCK)
     backend = HeldStore(directory / "store")
-    store = SnapshotStore(backend)
+    snapshots = SnapshotStore(backend, IDS)
+    store = SessionStore(snapshots, KEY, session_id, ())
     staging = Staging(directory, session_id, memory)
     try:
         records, first = await begin_session(database, session_id, store, directory)
@@ -193,7 +201,14 @@ async def stage(
         )
         await gateway.begin_incarnation(1, RedoSet(), adopted=False)
         checkpointer = Checkpointer(
-            records=records, store=store, staging=staging, gateway=gateway, clock=CLOCK, pins={}, share_ppm=share_ppm
+            records=records,
+            store=store,
+            staging=staging,
+            gateway=gateway,
+            clock=CLOCK,
+            pins={},
+            share_ppm=share_ppm,
+            retention=RetentionPolicy(keep_last=100, keep_hourly=0, keep_daily=0),
         )
         (directory / "init").mkdir()
         with native_init(build_init(), directory / "init") as init:
@@ -209,7 +224,7 @@ async def stage(
                     init_directory=directory,
                 )
                 sandbox = OwnSandbox(plan, init)
-                life = Incarnation(number=1, sandbox=sandbox, link=link, tree=None)
+                life = Incarnation(number=1, sandbox=sandbox, link=link, tree=None, watch=open_watch())
                 committing = tasks.create_task(checkpointer.commit_forever())
                 await checkpointer.begin_life(life, first, next_number=1)
                 yield Stage(
@@ -219,6 +234,7 @@ async def stage(
                     records=records,
                     backend=backend,
                     store=store,
+                    snapshots=snapshots,
                     staging=staging,
                     first=first,
                     tasks=tasks,
@@ -233,7 +249,7 @@ async def stage(
 
 
 async def begin_session(
-    database: Database, session_id: SessionId, store: SnapshotStore, directory: Path
+    database: Database, session_id: SessionId, store: SessionStore, directory: Path
 ) -> tuple[Records, Checkpoint]:
     """A session that runs, with its checkpoint 0."""
     (directory / "workspace").mkdir()
@@ -250,13 +266,15 @@ async def begin_session(
     records = Records(database=database, session_id=session_id, owner_token=token, clock=CLOCK)
     aside = directory / "aside"
     aside.mkdir()
-    saved = store.save(
-        image_dir=directory / "empty",
-        workspace=capture(directory / "workspace", aside),
-        parent=None,
-        pins={},
-        snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
-    )
+    async with store.lease() as lease:
+        saved = store.save(
+            image_dir=directory / "empty",
+            workspace=capture(directory / "workspace", aside),
+            parent=None,
+            pins={},
+            snapshot_id=new_snapshot_id(CLOCK.wall_ns()),
+            lease=lease,
+        )
     seq, cursor_seq = await records.position()
     about: dict[str, Any] = {"session_id": session_id, "number": 0, "seq": seq, "cursor_seq": cursor_seq}
     point = files_checkpoint(saved, **about, incarnation=0, reason="start", wall_ns=CLOCK.wall_ns())
@@ -291,13 +309,13 @@ async def test_a_newer_cut_takes_the_place_of_the_one_that_waits_and_nothing_tha
         assert made.restored(three) == ("three", "three")
         assert (made.directory / "restored-2/workspace/early").exists()
         assert not (made.directory / "restored-1/workspace/early").exists()
-        assert made.store.verify(three.snapshot_id, three.manifest_digest) == []
+        assert made.snapshots.verify(made.store.ref(three)) == []
         assert made.staged == 1, "the newest image is kept for a restore"
         assert made.staging.cached(three.snapshot_id, three.raw_bytes) is not None
 
 
-async def test_a_file_that_only_the_dropped_cut_had_read_again_is_read_by_the_next(scratch: Path) -> None:
-    """Stores through a mapping move no time while the page is dirty; it was open at the dropped cut alone."""
+async def test_a_store_that_only_the_dropped_cut_had_seen_is_in_the_next(scratch: Path) -> None:
+    """Stores through a mapping move no time while the page is dirty, and the file is closed by then."""
     async with stage(scratch) as made:
         path = made.workspace / "mapped"
         path.write_bytes(bytes(4096))
@@ -306,10 +324,10 @@ async def test_a_file_that_only_the_dropped_cut_had_read_again_is_read_by_the_ne
             changed_ns = path.stat().st_ctime_ns
             while CLOCK.wall_ns() < changed_ns + 2 * FRESH_NS:
                 await asyncio.sleep(0.01)
+            made.sandbox.open_files = frozenset({path.stat().st_ino})
             assert await made.checkpointer.take_and_commit("manual") is not None
             await made.hold_a_commit()
             mapped[:3] = b"new"
-            made.sandbox.open_files = frozenset({path.stat().st_ino})
             await made.checkpointer.take("manual")
         made.sandbox.open_files = frozenset()
         await made.checkpointer.take("manual")

@@ -9,6 +9,10 @@ leaves:
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
+    now and then one transaction: rows that retention does not keep, event and head
+        `retention.forgotten`  snapshots that no row names: garbage for `collect`
+
+From before the parent's index is read until the commit a store lease keeps collectors away (docs/collecting.md).
 
 Instead of a cut, a turn may get an event alone:
 
@@ -19,8 +23,11 @@ The next cut does not wait for a commit, but for memory if its image does not fi
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+import shutil
+from collections import deque
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, holds_barrier
@@ -29,18 +36,24 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import CallId, SnapshotId, new_snapshot_id
 from torpor.core.pacing import Pace
+from torpor.core.retention import RetentionPolicy
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway
-from torpor.runtime.baseline import Baseline
 from torpor.runtime.commit_queue import CommitQueue
-from torpor.runtime.cutting import Cut, Cutter, files_checkpoint
+from torpor.runtime.cutting import Base, Cut, Cutter, files_checkpoint
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
+from torpor.runtime.session_store import SessionStore
 from torpor.runtime.staging import Staging
 from torpor.snapshots.capture import TreeCapture, capture
-from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.lease import Lease
+from torpor.snapshots.manifest import SnapshotRef
+from torpor.snapshots.store import SavedSnapshot
 
 logger = logging.getLogger(__name__)
+
+FORGOTTEN_AT_ONCE = 10
+"""Checkpoints are forgotten when there are so many to go: one event, and one look at the rows that stay, for all."""
 
 
 class Checkpointer:
@@ -50,21 +63,23 @@ class Checkpointer:
         self,
         *,
         records: Records,
-        store: SnapshotStore,
+        store: SessionStore,
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
         pins: dict[str, str],
         share_ppm: int,
+        retention: RetentionPolicy,
     ) -> None:
         self._records = records
         self._store = store
         self._staging = staging
         self._clock = clock
         self._pins = pins
+        self._retention = retention
         self._cutter = Cutter(records=records, staging=staging, gateway=gateway, clock=clock)
         self._pace = Pace(share_ppm, clock.monotonic())
-        self._baseline = Baseline()
+        self._base = Base()
         self._queue = CommitQueue[Cut]()
         self._cutting = asyncio.Lock()
         self._cuts_begun = 0
@@ -72,7 +87,10 @@ class Checkpointer:
         self._next_number = 0
         self._expected_bytes = 0
         self._kept: SnapshotId | None = None
-        self._parent: SnapshotId | None = None
+        # What the next snapshot is stored against comes last. A cut that waits, or is being made, was compared with one
+        # of these: while it was captured no more than two commits can have ended.
+        self._recent: deque[SnapshotRef] = deque(maxlen=3)
+        self._has_image = False
         self._committed: tuple[int, Checkpoint] | None = None
         self._first_commit = asyncio.Event()
         self.last_cut_at = clock.monotonic()
@@ -84,11 +102,14 @@ class Checkpointer:
         """
         # What is staged besides is of a node that died.
         await asyncio.to_thread(self._staging.keep_only, {checkpoint.snapshot_id})
+        await asyncio.to_thread(_remove, life.clones)
         self._life = life
         self._next_number = next_number
-        self._parent = self._kept = checkpoint.snapshot_id
+        self._kept = checkpoint.snapshot_id
+        self._has_image = checkpoint.has_memory
         self._expected_bytes = checkpoint.raw_bytes
-        self._baseline.begin(life.tree)
+        self._recent.append(self._store.ref(checkpoint))
+        self._base = Base(tree=life.tree, ref=self._recent[-1])
         self._pace.begin_life()
         self.last_cut_at = self._clock.monotonic()
 
@@ -97,6 +118,8 @@ class Checkpointer:
         await self._first_commit.wait()
 
     def end_life(self) -> None:
+        if self._life is not None and self._life.watch is not None:
+            self._life.watch.close()
         self._life = None
 
     async def take_turn(self, call_id: CallId, first_byte_at: FirstByteAt) -> None:
@@ -186,27 +209,31 @@ class Checkpointer:
             number, cut = await self._queue.next()
             try:
                 await self._commit(number, cut)
+                await self._forget_old()
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
                 # What the capture was compared with may be what is damaged: read the whole workspace next time.
-                self._baseline.lost()
-                await asyncio.to_thread(self._staging.discard, cut.checkpoint.snapshot_id)
+                self._base = Base()
+                await self._discard(cut.checkpoint.snapshot_id, cut.clones)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
             finally:
                 self._queue.done(number)
 
-    async def final_files(self, life: Incarnation) -> Checkpoint:
+    def lease(self) -> AbstractAsyncContextManager[Lease]:
+        """For `final_files`: hold it until that is committed."""
+        return self._store.lease()
+
+    async def final_files(self, life: Incarnation, lease: Lease) -> Checkpoint:
         """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
         wall_ns = self._clock.wall_ns()
         snapshot_id = new_snapshot_id(wall_ns)
         await asyncio.to_thread(self._staging.begin, snapshot_id, 0)
         seq, cursor_seq = await self._records.position()
-        tree, uncertain = self._baseline.compare(frozenset())
-        changes = self._staging.changes(snapshot_id)
-        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, tree, always_reread=uncertain)
-        saved = await self._save(snapshot_id, workspace)
+        changes, base = self._staging.changes(snapshot_id), self._base
+        workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, base.tree)
+        saved = await self._save(snapshot_id, workspace, base.ref, lease)
         await asyncio.to_thread(self._staging.discard, snapshot_id)
         return files_checkpoint(
             saved,
@@ -263,13 +290,13 @@ class Checkpointer:
         try:
             await self._stage(snapshot_id)
             cut = await self._cutter.cut(
-                life, snapshot_id, self._baseline, still, number=self._next_number, reason=reason, last=last
+                life, snapshot_id, self._base, still, number=self._next_number, reason=reason, last=last
             )
         except Superseded:
             raise
         except (TorporError, OSError) as error:
             await still.aclose()
-            await asyncio.to_thread(self._staging.discard, snapshot_id)
+            await self._discard(snapshot_id, life.clones / snapshot_id)
             logger.warning("no checkpoint: %s", error)
             await self._records.checkpoint_failed(life.number, reason, error)
         if reason != "call" or (cut is not None and cut.broke_into_an_answer):
@@ -282,13 +309,12 @@ class Checkpointer:
         self._expected_bytes = cut.checkpoint.raw_bytes
         self.last_cut_at = cut.ended_at
         overtaken = self._queue.put(cut)
-        self._baseline.cut(self._queue.newest, cut.open_files)
         if overtaken is not None:
             point = overtaken.checkpoint
             data = {"number": point.number, "reason": point.reason, "by": cut.checkpoint.number}
             await self._records.checkpoint_overtaken(point.incarnation, data)
             crash_point("checkpoint.overtaken")
-            await asyncio.to_thread(self._staging.discard, point.snapshot_id)
+            await self._discard(point.snapshot_id, overtaken.clones)
         # What is staged now is what a restore would want, once it is committed.
         await self._keep(None)
 
@@ -300,18 +326,9 @@ class Checkpointer:
 
     async def _commit(self, number: int, cut: Cut) -> None:
         snapshot_id = cut.checkpoint.snapshot_id
-        saved = await self._save(snapshot_id, cut.workspace)
-        self._baseline.committed(number, saved.tree)
-        crash_point("checkpoint.stored")
-        checkpoint = replace(
-            cut.checkpoint,
-            manifest_digest=saved.manifest_digest,
-            stored_bytes=saved.stored_bytes,
-            commit_ns=round((self._clock.monotonic() - cut.ended_at) * 1e9),
-        )
-        self._committed = number, await self._records.commit_checkpoint(checkpoint)
-        crash_point("checkpoint.committed")
-        self._parent = snapshot_id
+        async with self._store.lease() as lease:
+            await self._store_and_commit(number, cut, lease)
+        await asyncio.to_thread(_remove, cut.clones)
         if self._queue.newest == number:
             await asyncio.to_thread(self._staging.discard_changes, snapshot_id)
             await self._keep(snapshot_id)
@@ -319,18 +336,69 @@ class Checkpointer:
             await asyncio.to_thread(self._staging.discard, snapshot_id)
         self._first_commit.set()
 
-    async def _save(self, snapshot_id: SnapshotId, workspace: TreeCapture) -> SavedSnapshot:
+    async def _store_and_commit(self, number: int, cut: Cut, lease: Lease) -> None:
+        saved = await self._save(cut.checkpoint.snapshot_id, cut.workspace, cut.base.ref, lease)
+        self._base = Base(tree=saved.tree, ref=saved.ref)
+        crash_point("checkpoint.stored")
+        checkpoint = replace(
+            cut.checkpoint,
+            manifest_digest=saved.manifest_digest,
+            stored_bytes=saved.stored_bytes,
+            commit_ns=round((self._clock.monotonic() - cut.ended_at) * 1e9),
+        )
+        await asyncio.to_thread(lease.check)
+        self._committed = number, await self._records.commit_checkpoint(checkpoint)
+        crash_point("checkpoint.committed")
+        self._recent.append(saved.ref)
+        is_first, self._has_image = not self._has_image, True
+        if is_first:
+            await self._share(saved.ref)
+
+    async def _save(
+        self, snapshot_id: SnapshotId, workspace: TreeCapture, compared_with: SnapshotRef | None, lease: Lease
+    ) -> SavedSnapshot:
         return await asyncio.to_thread(
             self._store.save,
             image_dir=self._staging.image(snapshot_id),
             workspace=workspace,
-            parent=self._parent,
+            parent=self._recent[-1],
+            compared_with=compared_with,
             pins=self._pins,
             snapshot_id=snapshot_id,
+            lease=lease,
         )
+
+    async def _forget_old(self) -> None:
+        """Apply the retention policy; not to what the next snapshots are stored against or were compared with."""
+        in_use = {ref.id for ref in self._recent}
+        try:
+            forgotten = await self._records.retain(self._retention, in_use=in_use, at_least=FORGOTTEN_AT_ONCE)
+        except Superseded:
+            raise
+        except TorporError as error:
+            logger.warning("no checkpoint was forgotten: %s", error)
+        else:
+            if forgotten:
+                crash_point("retention.forgotten")
+
+    async def _share(self, ref: SnapshotRef) -> None:
+        """Others may refer to it from now on. Whether they can is no matter of this session's."""
+        try:
+            await asyncio.to_thread(self._store.share, ref)
+        except (TorporError, OSError) as error:
+            logger.warning("nothing shared: %s", error)
+
+    async def _discard(self, snapshot_id: SnapshotId, clones: Path) -> None:
+        await asyncio.to_thread(self._staging.discard, snapshot_id)
+        await asyncio.to_thread(_remove, clones)
 
     async def _keep(self, snapshot_id: SnapshotId | None) -> None:
         """The image that stays in memory for a restore; the one before is freed."""
         freed, self._kept = self._kept, snapshot_id
         if freed is not None and freed != snapshot_id:
             await asyncio.to_thread(self._staging.discard, freed)
+
+
+def _remove(clones: Path) -> None:
+    """Clones are of one cut. A kill -9 leaves them; the next life of their sandbox removes them."""
+    shutil.rmtree(clones, ignore_errors=True)

@@ -9,7 +9,7 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
     image to memory, workspace changes to staging
         `checkpoint.imaged`    as above; the staging directory is garbage
     resume, remove the mark, RELEASE
-        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+        `checkpoint.resumed`   the staging directory and the cut's clones are garbage, nothing else happened
 
 The last cut of a life leaves out the resume (RECOVERY section 8): what the agent did after it would be lost with the
 sandbox, so it does nothing. A kill -9 leaves the sandbox paused with its mark, as after a pause.
@@ -27,16 +27,29 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id
 from torpor.gateway.server import Gateway, OpenCall
-from torpor.runtime.baseline import Baseline, OpenFiles
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
 from torpor.runtime.staging import Staging
 from torpor.sandbox.frames import GuestStatus
 from torpor.snapshots.capture import TreeCapture, capture
+from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SavedSnapshot
+from torpor.snapshots.tree import TreeIndex
 
 CUT_DEADLINE_SECONDS = 20
 STDOUT, STDERR = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What a capture is compared with: the newest *committed* tree, and its snapshot; nothing reads everything.
+
+    Never a capture that only waits for its commit: that may be overtaken or fail, and what was left out as unchanged
+    would be nowhere.
+    """
+
+    tree: TreeIndex | None = None
+    ref: SnapshotRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +57,15 @@ class Cut:
     """A checkpoint that is taken but not committed: its image and changed files are staged in memory.
 
     Attributes:
-        open_files: what the sandbox had open for writing at the cut.
+        base: what `workspace` shares its unchanged files with.
+        clones: where big files of this cut were cloned to.
         ended_at: when the agent ran on, by the monotonic clock; of the last cut of a life, when all was staged.
     """
 
     checkpoint: Checkpoint
     workspace: TreeCapture
-    open_files: OpenFiles
+    base: Base
+    clones: Path
     ended_at: float
 
     @property
@@ -72,7 +87,7 @@ class Cutter:
         self,
         life: Incarnation,
         snapshot_id: SnapshotId,
-        baseline: Baseline,
+        base: Base,
         still: AsyncExitStack,
         *,
         number: int,
@@ -92,7 +107,7 @@ class Cutter:
             pending, joinable = self._gateway.pending_redo(), self._gateway.joinable()
         crash_point("checkpoint.cut")
         wall_ns, started = self._clock.wall_ns(), self._clock.monotonic()
-        workspace, open_files = await self._freeze(life, snapshot_id, baseline, still)
+        workspace = await self._freeze(life, snapshot_id, base, still)
         if not last:
             await still.aclose()
             crash_point("checkpoint.resumed")
@@ -123,11 +138,17 @@ class Cutter:
             pending_redo=pending,
             joinable=joinable,
         )
-        return Cut(checkpoint=checkpoint, workspace=workspace, open_files=open_files, ended_at=ended_at)
+        return Cut(
+            checkpoint=checkpoint,
+            workspace=workspace,
+            base=base,
+            clones=life.clones / snapshot_id,
+            ended_at=ended_at,
+        )
 
     async def _freeze(
-        self, life: Incarnation, snapshot_id: SnapshotId, baseline: Baseline, still: AsyncExitStack
-    ) -> tuple[TreeCapture, OpenFiles]:
+        self, life: Incarnation, snapshot_id: SnapshotId, base: Base, still: AsyncExitStack
+    ) -> TreeCapture:
         """Pause, image, workspace: until `still` is closed the agent stands still."""
         life.paused_mark.touch()
         await life.sandbox.pause()
@@ -135,14 +156,14 @@ class Cutter:
         crash_point("checkpoint.paused")
         await life.sandbox.save_image(self._staging.image(snapshot_id))
         crash_point("checkpoint.imaged")
-        return await asyncio.to_thread(_capture, life, self._staging.changes(snapshot_id), baseline)
+        changes, clones = self._staging.changes(snapshot_id), life.clones / snapshot_id
+        return await asyncio.to_thread(_capture, life, changes, clones, base)
 
 
-def _capture(life: Incarnation, changes: Path, baseline: Baseline) -> tuple[TreeCapture, OpenFiles]:
+def _capture(life: Incarnation, changes: Path, clones: Path, base: Base) -> TreeCapture:
     """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
     open_files = life.sandbox.open_for_writing()
-    tree, uncertain = baseline.compare(open_files)
-    return capture(life.plan.workspace, changes, tree, always_reread=uncertain), open_files
+    return capture(life.plan.workspace, changes, base.tree, always_reread=open_files, watch=life.watch, clones=clones)
 
 
 async def _thaw(life: Incarnation) -> None:

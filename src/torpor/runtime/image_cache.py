@@ -9,6 +9,7 @@ images of dead nodes are garbage.
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -16,8 +17,10 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torpor.config import read_image_cache
 from torpor.core.clock import Clock
 
+MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - private subdirectories, mode 0700, checked to be ours
 COMPLETE = "complete"
 """The mark of an image that is whole; its time is the image's."""
 TEND_SECONDS = 15
@@ -54,6 +57,21 @@ class ImageCache:
         while True:
             await self.tend()
             await asyncio.sleep(TEND_SECONDS)
+
+
+def staging_directory(home: Path, memory_directory: Path = MEMORY_DIRECTORY) -> Path:
+    """Where all sessions of a TORPOR_HOME stage their images."""
+    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]
+    return memory_directory / f"torpor-{os.geteuid()}-{name}"
+
+
+def open_image_cache(home: Path, clock: Clock) -> ImageCache:
+    """With the limits that the user says.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return ImageCache(staging_directory(home), CacheLimits(*read_image_cache(home)), clock)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

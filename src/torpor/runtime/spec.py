@@ -1,5 +1,6 @@
 """What a session is to run, fixed at its creation and stored with it: every later sandbox is made from this alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -73,3 +74,13 @@ def sandbox_plan(home: Home, session_id: SessionId, spec: SessionSpec, incarnati
         workspace=directory / "workspace",
         init_directory=Path(spec.init_directory),
     )
+
+
+def visible_command(command: str, environments: Sequence[Path]) -> str:
+    """A command given by a path into a Python environment is found there inside, not in the workspace."""
+    path = Path(command)
+    if "/" in command and not path.is_absolute():
+        absolute = Path.cwd() / path
+        if any(absolute.is_relative_to(environment) for environment in environments):
+            return str(absolute)
+    return command

@@ -7,7 +7,6 @@ others. Freeing an image takes the kernel some milliseconds: callers on an event
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import stat
@@ -18,8 +17,8 @@ from pathlib import Path
 from torpor.core.errors import MachineUnfit
 from torpor.core.ids import SessionId, SnapshotId
 from torpor.runtime import image_cache
+from torpor.runtime.image_cache import MEMORY_DIRECTORY, staging_directory
 
-MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - private subdirectories, mode 0700, checked to be ours
 SPARE_BYTES = 32 << 20
 
 
@@ -131,12 +130,6 @@ class Staging:
             raise MachineUnfit(
                 "staging_not_ours", f"cannot stage an image: {directory} belongs to somebody else", hint="Remove it."
             )
-
-
-def staging_directory(home: Path, memory_directory: Path = MEMORY_DIRECTORY) -> Path:
-    """Where all sessions of a TORPOR_HOME stage."""
-    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]
-    return memory_directory / f"torpor-{os.geteuid()}-{name}"
 
 
 def available_memory() -> int:

@@ -8,8 +8,8 @@ import pytest
 
 from torpor.core.ids import SessionId, SnapshotId
 from torpor.runtime import image_cache
-from torpor.runtime.image_cache import NOTHING, CacheLimits, memory_is_short, trim
-from torpor.runtime.staging import Staging, staging_directory
+from torpor.runtime.image_cache import NOTHING, CacheLimits, memory_is_short, staging_directory, trim
+from torpor.runtime.staging import Staging
 
 NOW_NS = 2_000_000_000_000_000_000
 MEGABYTE = 1_000_000
