@@ -112,6 +112,7 @@ class StoreSettings:
         key_id, key: of an object store; without a key, what the cloud's own tools find in the environment.
         request_seconds: how long one request may take.
         retry_seconds: for how long in all a request that fails for now is made again.
+        cache_bytes_max: what of an object store's packs is kept on this machine's disk.
     """
 
     url: str
@@ -121,6 +122,7 @@ class StoreSettings:
     key: KeySource = KeySource()
     request_seconds: float = 60.0
     retry_seconds: float = 90.0
+    cache_bytes_max: int = 2_000_000_000
 
 
 class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -165,6 +167,7 @@ class _StoreFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     key_command: list[str] | None = None
     request_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 90.0
+    cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 2_000_000_000
 
 
 class _RetentionFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -303,6 +306,7 @@ def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
         key=key,
         request_seconds=said.request_seconds,
         retry_seconds=said.retry_seconds,
+        cache_bytes_max=said.cache_bytes_max,
     )
 
 

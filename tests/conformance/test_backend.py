@@ -25,6 +25,7 @@ from torpor.core.errors import MachineUnfit, NotFound
 from torpor.snapshots.backend import Backend, LocalDirectory
 from torpor.snapshots.object_store import ObjectStore
 from torpor.snapshots.object_store_clients import Clients
+from torpor.snapshots.pack_cache import PackCache
 from torpor.snapshots.probe import probe
 
 KEY = "packs/" + "ab" * 32
@@ -37,6 +38,10 @@ def local_directory(request: pytest.FixtureRequest) -> Backend:
 def memory(_: pytest.FixtureRequest) -> Backend:
     store = MemoryStore()
     return ObjectStore(lambda: Clients(store, store), name="memory", clock=SystemClock(), retry_seconds=1)
+
+
+def cached(request: pytest.FixtureRequest) -> Backend:
+    return PackCache(memory(request), request.getfixturevalue("tmp_path") / "cache", bytes_max=1 << 40)
 
 
 def s3(request: pytest.FixtureRequest) -> Backend:
@@ -58,7 +63,13 @@ def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
         pytest.skip(str(error))
 
 
-IMPLEMENTATIONS = {"local directory": local_directory, "obstore in memory": memory, "SeaweedFS": s3, "Azurite": azure}
+IMPLEMENTATIONS = {
+    "local directory": local_directory,
+    "obstore in memory": memory,
+    "behind a cache": cached,
+    "SeaweedFS": s3,
+    "Azurite": azure,
+}
 
 
 @pytest.fixture(

@@ -33,7 +33,7 @@ def test_turns_that_were_skipped_are_answered_from_the_log_after_a_crash(scratch
         assert shown["crash_calls_from_log"] >= sum(event["call"] in answered for event in undone) >= 3
         assert shown["crash_undoes_seconds"] >= 0
         assert f"crash goes back to  {newest['number']}\n" in made.torpor("show", "one").stdout
-        assert made.torpor("log", "one").stdout.count("no checkpoint of its own") == 4
+        assert shown["turns_skipped"] == made.torpor("log", "one").stdout.count("no checkpoint of its own") == 4
         assert made.node("resume", "one").wait(300) == 0
         counted = check_attempts(made, made.events("one"), node_kills=1)
         assert counted["calls"] == 6
@@ -57,6 +57,10 @@ def test_a_node_that_dies_when_a_cut_was_dropped_for_a_newer_one_goes_on_from_th
         assert dropped["number"] < dropped["by"]
         committed = [point["number"] for point in made.rows("checkpoints", "one")]
         assert dropped["by"] not in committed
+        shown = made.rows("show", "one")[0]
+        assert shown["checkpoints_overtaken"] == 1
+        assert shown["waiting_for_the_store"] == 0, "what is left in memory of a dead node waits for nothing"
+        assert shown["in_memory_bytes"] > 0
         assert made.node("resume", "one").wait(600) == 0
         check_attempts(made, made.events("one"), node_kills=1)
         numbers = [point["number"] for point in made.rows("checkpoints", "one")]

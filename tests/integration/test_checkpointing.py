@@ -23,7 +23,7 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit
 from torpor.core.events import Event, Kind
-from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.ids import CallId, NodeId, SessionId, SnapshotId, new_session_id, new_snapshot_id
 from torpor.core.pacing import EVERY_TURN_PPM, SHARE_PPM
 from torpor.core.redo import RedoSet
 from torpor.core.retention import RetentionPolicy
@@ -474,6 +474,26 @@ async def test_a_cut_that_does_not_fit_into_memory_waits_if_it_was_asked_for_and
             assert await made.numbers() == [0, 1, 2]
             assert made.staged == 1, "the image that was kept for a restore made room for it"
             assert await made.events(Kind.CHECKPOINT_FAILED) == []
+
+
+async def test_images_of_sleeping_sessions_go_before_a_turn_is_skipped(scratch: Path) -> None:
+    """150 MiB hold two images of 40 and no third, as 32 are always left free."""
+    with small_memory(scratch / "memory", 150) as memory:
+        async with stage(scratch, memory=memory) as made:
+            asleep, old = Staging(scratch, SessionId("ses_asleep"), memory), SnapshotId("snp_old")
+            asleep.begin(old, 0)
+            (asleep.image(old) / "pages.img").write_bytes(os.urandom(40 * MEGABYTE))
+            asleep.complete(old)
+            made.sandbox.memory = os.urandom(40 * MEGABYTE)
+            await made.hold_a_commit()
+            assert list(asleep.images().values()) == [40 * MEGABYTE]
+            assert not made.staging.has_room(40 * MEGABYTE)
+            await made.turn(1)
+            assert await made.events(Kind.CHECKPOINT_SKIPPED) == []
+            assert asleep.images() == {}
+            made.backend.open.set()
+            await made.checkpointer.settle()
+            assert await made.numbers() == [0, 1, 2]
 
 
 async def test_a_cut_that_will_never_fit_fails_and_the_agent_runs_on(scratch: Path) -> None:

@@ -27,11 +27,12 @@ from torpor.core.call import Call, CallState
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
+from torpor.core.events import Kind
 from torpor.core.ids import CallId
 from torpor.core.money import dollars_text
 from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.core.way_back import way_back
-from torpor.db import budgets, calls, checkpoints, outputs, sessions
+from torpor.db import budgets, calls, checkpoints, log, outputs, sessions
 from torpor.runtime.leasing import is_held, read_holder
 from torpor.runtime.runtime import Runtime, open_runtime
 from torpor.runtime.staging import Staging
@@ -86,6 +87,7 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         newest = max(points, key=lambda point: point.seq, default=None)
         spent = await runtime.database.read(budgets.costs)
         state = await runtime.database.read(lambda tx: standing(tx, found.session_id))
+        counts = await runtime.database.read(lambda tx: log.counts(tx, found.session_id))
         return _row(runtime, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
@@ -96,6 +98,9 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             **_crash(runtime, found, points, made),
+            "turns_skipped": counts[Kind.CHECKPOINT_SKIPPED],
+            "checkpoints_overtaken": counts[Kind.CHECKPOINT_OVERTAKEN],
+            **_in_memory(runtime, found, points),
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
             "workspace_source": found.spec.get("workspace_source"),
@@ -228,7 +233,7 @@ def _tier(runtime: Runtime, session: sessions.Session) -> str | None:
         return None
     if session.status in MAY_HOLD_SANDBOX:
         return "sandbox"
-    return "memory" if Staging(runtime.home.root, session.session_id).has_image else "store"
+    return "memory" if Staging(runtime.home.root, session.session_id).images() else "store"
 
 
 def _crash(
@@ -248,6 +253,17 @@ def _crash(
         "crash_undoes_turns": back.turns if back else None,
         "crash_undoes_seconds": seconds,
         "crash_calls_from_log": back.calls_from_log if back else None,
+    }
+
+
+def _in_memory(runtime: Runtime, session: sessions.Session, points: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The session's images in memory; those that no checkpoint names wait for the store, as long as a node is there."""
+    images = Staging(runtime.home.root, session.session_id).images()
+    stored = {point.snapshot_id for point in points}
+    has_node = is_held(runtime.home.lock(session.session_id))
+    return {
+        "waiting_for_the_store": len(images.keys() - stored) if has_node else 0,
+        "in_memory_bytes": sum(images.values()),
     }
 
 

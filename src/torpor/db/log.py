@@ -4,6 +4,7 @@ An append holds the session's head first, then adds its events behind it, then m
 three check the owner token, so a superseded node can do none of them.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torpor.core.errors import Conflict
@@ -60,6 +61,12 @@ def last_of_kind(tx: Transaction, session_id: SessionId, kind: Kind) -> Event | 
     """The newest event of a kind."""
     row = tx.one("log/find_last_of_kind", session_id=session_id, kind=kind.value)
     return None if row is None else event_of(row)
+
+
+def counts(tx: Transaction, session_id: SessionId) -> Counter[Kind]:
+    """How many events of each kind there are."""
+    rows = tx.all("log/count_by_kind", session_id=session_id)
+    return Counter({Kind(row["kind"]): row["events"] for row in rows})
 
 
 def event_of(row: Row) -> Event:

@@ -258,7 +258,7 @@ class Checkpointer:
             return
         if not self._pace.due(self._clock.monotonic()):
             await self._skip(call_id, "share")
-        elif not self._queue.idle and not self._staging.has_room(self._expected_bytes):
+        elif not self._queue.idle and not await self._has_room():
             await self._skip(call_id, "memory")
         else:
             self._pace.begun()
@@ -273,12 +273,16 @@ class Checkpointer:
 
     async def _wait_for_room(self) -> None:
         """A checkpoint that was asked for waits until those before it have left the memory that it needs."""
-        while not self._queue.idle and not self._staging.has_room(self._expected_bytes):
+        while not self._queue.idle and not await self._has_room():
             await self._queue.progress()
 
+    async def _has_room(self) -> bool:
+        """Whether an image fits; for it, those of sleeping sessions go."""
+        return await asyncio.to_thread(self._staging.make_room, self._expected_bytes)
+
     async def _stage(self, snapshot_id: SnapshotId) -> None:
-        """Make room for an image; the one that is kept for a restore goes if it has to."""
-        if not self._staging.has_room(self._expected_bytes):
+        """Make room for an image; the one that is kept for a restore goes too if it has to."""
+        if not await self._has_room():
             await self._keep(None)
         await asyncio.to_thread(self._staging.begin, snapshot_id, self._expected_bytes)
 

@@ -46,6 +46,10 @@ class Home:
         return self.root / "cache/shared"
 
     @property
+    def cached_packs(self) -> Path:
+        return self.root / "cache/packs"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

@@ -471,7 +471,7 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     settings, retention = read_store(home.root, environment), read_retention(home.root)
     home.prepare()
-    backend = open_configured(settings, clock)
+    backend = open_configured(settings, clock, cached_packs=home.cached_packs)
     database = await open_database(home.database_url, clock=clock, blobs=backend)
     try:
         yield Runtime(

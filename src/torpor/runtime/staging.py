@@ -60,15 +60,19 @@ class Staging:
         free = shutil.disk_usage(self._memory).free if self._memory.is_dir() else 0
         return min(free, available_memory()) >= expected_bytes + SPARE_BYTES
 
+    def make_room(self, expected_bytes: int) -> bool:
+        """As `has_room`; the images of sleeping sessions go for it."""
+        if not self.has_room(expected_bytes):
+            image_cache.trim(self.root.parent, image_cache.NOTHING, 0)
+        return self.has_room(expected_bytes)
+
     def begin(self, snapshot_id: SnapshotId, expected_bytes: int) -> None:
-        """Make room for a new image; for it, the images of sleeping sessions go.
+        """Make room for a new image, and the directories that it is written to.
 
         Raises:
             MachineUnfit: `no_staging_space`: there is too little left for an image of that size.
         """
-        if not self.has_room(expected_bytes):
-            image_cache.trim(self.root.parent, image_cache.NOTHING, 0)
-        if not self.has_room(expected_bytes):
+        if not self.make_room(expected_bytes):
             needed = (expected_bytes + SPARE_BYTES) >> 20
             raise MachineUnfit(
                 "no_staging_space",
@@ -90,10 +94,14 @@ class Staging:
             return None
         return image if sum(file.stat().st_size for file in image.iterdir()) == raw_bytes else None
 
-    @property
-    def has_image(self) -> bool:
-        """Whether some whole image of the session is in memory."""
-        return any(self.root.glob(f"*/{image_cache.COMPLETE}"))
+    def images(self) -> dict[SnapshotId, int]:
+        """The whole images that are in memory now, with their bytes; others may free some meanwhile."""
+        found: dict[SnapshotId, int] = {}
+        for mark in self.root.glob(f"*/{image_cache.COMPLETE}"):
+            with contextlib.suppress(FileNotFoundError):
+                files = (mark.parent / "image").iterdir()
+                found[SnapshotId(mark.parent.name)] = sum(file.stat().st_size for file in files)
+        return found
 
     def discard(self, snapshot_id: SnapshotId) -> None:
         shutil.rmtree(self.root / snapshot_id, ignore_errors=True)

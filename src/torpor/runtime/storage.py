@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
@@ -9,14 +10,18 @@ from torpor.core.errors import MachineUnfit, TorporError
 from torpor.gateway.keys import NoKeyError, read_key_blocking
 from torpor.sandbox.selftest import Finding
 from torpor.snapshots.backend import Backend, open_backend
+from torpor.snapshots.pack_cache import PackCache
 from torpor.snapshots.probe import probe
 
 SPARE_BYTES = 4 << 20
 """Left free by snapshots for the event log, which is on the same disk."""
 
 
-def open_configured(settings: StoreSettings, clock: Clock) -> Backend:
+def open_configured(settings: StoreSettings, clock: Clock, *, cached_packs: Path | None = None) -> Backend:
     """The backend. Its key is read when something is first asked of it: most commands only read rows.
+
+    Args:
+        cached_packs: a directory of this machine for what was fetched of an object store's packs.
 
     Raises:
         MachineUnfit: `storage_failed`; later, from the backend's methods, `store_key_missing`.
@@ -29,7 +34,10 @@ def open_configured(settings: StoreSettings, clock: Clock) -> Backend:
             hint = "It is named by key_env or key_command of [store] in config.toml."
             raise MachineUnfit("store_key_missing", f"cannot open {settings.url}: {error}", hint=hint) from error
 
-    return open_backend(settings, read_key, clock=clock, spare_bytes=SPARE_BYTES)
+    backend = open_backend(settings, read_key, clock=clock, spare_bytes=SPARE_BYTES)
+    if cached_packs is None or settings.url.startswith("file:") or settings.cache_bytes_max == 0:
+        return backend
+    return PackCache(backend, cached_packs, bytes_max=settings.cache_bytes_max)
 
 
 async def ready_or_down(backend: Backend, notice: Callable[[str], None]) -> None:

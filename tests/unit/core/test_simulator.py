@@ -48,6 +48,7 @@ def test_every_invariant_was_checked(report: Report):
         *("kill node", "kill sandbox", "kill both", "power cut", "silence node", "damage"),
         *("adopted", "restored: newest", "restored: older", "streams reset"),
         *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person", "refused"),
+        "overtaken",
         *("held", "raise budget", "node died while a call was held"),
     ],
 )

@@ -43,12 +43,14 @@ class Node:
         serving: the incarnation is connected; before that nothing of it is served.
         holding: delivery is held for a cut; `held` is what would have been sent.
         cutting: number of the cut under way, 0 for none.
-        uncommitted: how many cuts are still to be committed.
+        waiting: the newest cut whose commit has not begun; committing: one is being committed, or about to be.
+        settled: number of the newest cut whose fate is known, and with it that of all before.
     """
 
     __slots__ = (
         "_all_tasks",
         "control",
+        "committing",
         "cut_count",
         "cutting",
         "db",
@@ -66,9 +68,10 @@ class Node:
         "restored_from",
         "sandbox",
         "serving",
+        "settled",
         "token",
         "tree",
-        "uncommitted",
+        "waiting",
         "world",
     )
 
@@ -88,7 +91,9 @@ class Node:
         self._all_tasks = (self.life, self.lasting, self.control)
         self.cut_count = 0
         self.restored_from = 0
-        self.uncommitted = 0
+        self.waiting: tuple[int, Cut, Guest, int] | None = None
+        self.committing = False
+        self.settled = 0
         self.forget_incarnation()
 
     def forget_incarnation(self) -> None:
@@ -105,7 +110,7 @@ class Node:
         if not self.world.rules.pump_outlives_sandbox:
             self.lasting.clear()
             self.pumps.clear()
-            self.uncommitted = 0
+            self.waiting, self.committing = None, False
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -229,8 +234,17 @@ class Node:
             return
         number = self._begin_cut()
         cut, guest, workspace = yield from self._cut(number)
-        self.uncommitted += 1
-        self.lasting.add(self._commit_behind(number, cut, guest, workspace))
+        self.cutting = 0
+        self._queue_up(number, cut, guest, workspace)
+
+    def _queue_up(self, number: int, cut: Cut, guest: Guest, workspace: int) -> None:
+        """For its commit, in the place of one that waits for its own."""
+        if self.waiting is not None:
+            self.world.count("overtaken")
+        self.waiting = number, cut, guest, workspace
+        if not self.committing:
+            self.committing = True
+            self.lasting.add(self._commit_behind())
 
     def _begin_cut(self) -> int:
         self.cut_count += 1
@@ -307,17 +321,23 @@ class Node:
             joinable=tuple(call_id for call_id in self.redo.joinable if all_calls or call_id in self.db.calls),
         )
 
-    def _commit_behind(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
-        yield from self._commit(number, cut, guest, workspace)
-        self.uncommitted -= 1
+    def _commit_behind(self) -> Task:
+        """One cut after the other; `waiting` may be another one each time."""
+        while self.waiting is not None:
+            yield
+            taken, self.waiting = self.waiting, None
+            yield from self._commit(*taken)
+            self.settled = taken[0]
+            self.wake(ON_SETTLED)
+        self.committing = False
         self.wake(ON_SETTLED)
 
     def settle(self) -> Task:
         """Wait until every cut is committed: amid the next life its output would not be what the log shows by then."""
-        while self.uncommitted and self.world.rules.settle_before_restore:
+        while self.committing and self.world.rules.settle_before_restore:
             yield ON_SETTLED
 
-    def _commit(self, number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
+    def _commit(self, _number: int, cut: Cut, guest: Guest, workspace: int) -> Task:
         """Packs first, then the one transaction that makes the snapshot a checkpoint."""
         snapshot = self.world.store.stage(guest, workspace)
         yield
@@ -329,8 +349,6 @@ class Node:
         self.write((kinds.CHECKPOINT_COMMITTED, cut.incarnation, None, None, cut.committed(self.db, snapshot.name)))
         self.db.fsync()
         self.world.committed()
-        if self.cutting == number:
-            self.cutting = 0
         self.wake(ON_COMMIT)
         if not snapshot.synced:
             yield
@@ -354,7 +372,9 @@ class Node:
         self.set_status(SessionStatus.HIBERNATING)
         yield
         cut, guest, workspace = yield from self._cut(number, stay_paused=True)
-        yield from self._commit(number, cut, guest, workspace)
+        self._queue_up(number, cut, guest, workspace)
+        while self.settled < number:
+            yield ON_SETTLED
         yield
         if self._may_sleep(cut, guest):
             self.set_status(SessionStatus.ASLEEP)
@@ -367,6 +387,7 @@ class Node:
         else:
             self.set_status(SessionStatus.RUNNING)
             self.resume(number)
+            self.cutting = 0
 
     def _may_sleep(self, cut: Cut, guest: Guest) -> bool:
         """Every thread waits, and every stream waits for something that has not happened.

@@ -1,0 +1,3 @@
+SELECT kind, COUNT(*) AS events FROM event
+WHERE session_id = :session_id
+GROUP BY kind
