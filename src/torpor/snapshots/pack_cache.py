@@ -136,7 +136,8 @@ class PackCache:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = path.with_name(f"partial-{secrets.token_hex(8)}")
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            with partial.open("xb") as file:
+                partial.chmod(0o600)
                 file.write(sha256(block).digest())
                 file.write(block)
             partial.rename(path)

@@ -49,8 +49,8 @@ class Node:
 
     __slots__ = (
         "_all_tasks",
-        "control",
         "committing",
+        "control",
         "cut_count",
         "cutting",
         "db",
