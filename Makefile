@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup demo test check fuzz test-crash test-matrix test-simulator bench bench-gateway bench-log clean
+.PHONY: help setup demo test check fuzz test-crash test-matrix test-simulator bench bench-gateway bench-log bench-store clean
 
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -39,6 +39,9 @@ bench-gateway: setup ## latency that the gateway adds, beside LiteLLM's proxy (w
 
 bench-log: setup ## bytes per turn of a session of 1,000 turns, and the time to read one
 	@$(PY) scripts/bench_log.py
+
+bench-store: setup ## the snapshot store beside raw runsc, zstd and restic, on 50 images of three agents
+	@$(PY) scripts/bench_store.py
 
 clean: ## remove what was built
 	rm -rf .venv build dist native/init/build src/torpor/sandbox/torpor-init .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""Real successive images for the store's benchmark: a Python agent in runsc that does one step of work per
-line on stdin.
+"""Real successive images for the store's benchmark: an agent in runsc, in Python or for Node, that does one step of
+work per line on stdin.
 
-Owns the agent's program, its bundle and the checkpoints; knows nothing of the store. Each step replaces 200
+Owns the agents' programs, their bundle and the checkpoints; knows nothing of the store. Each step replaces 200
 dict entries and 100 strings, appends 10 KB of history and serialises it all, writes a 30 KB file and runs one
 subprocess.
 """
@@ -41,10 +41,39 @@ for line in sys.stdin:
     print("done", len(body), flush=True)
 """
 
+NODE_AGENT = r"""
+const fs = require("fs"), {spawnSync} = require("child_process"), {randomBytes} = require("crypto");
+const heapMb = Number(process.argv[1]);
+let state = 7;
+const random = () => (state = (state * 1103515245 + 12345) % 2147483648) / 2147483648;
+const below = (n) => Math.floor(random() * n);
+const letters = () => Array.from({length: 2 + below(8)}, () => String.fromCharCode(97 + below(26))).join("");
+const words = Array.from({length: 4000}, letters);
+const text = (n) => Array.from({length: Math.ceil(n / 6)}, () => words[below(words.length)]).join(" ").slice(0, n);
+const entry = (i) => ({id: i, name: text(40), score: random(), tags: Array.from({length: 8}, random)});
+const table = new Map(), strings = [], history = [];
+for (let i = 0; i < heapMb * 1000000 / 2600; i++) {
+  table.set(i, entry(i));
+  strings.push(i % 8 ? text(700) : randomBytes(700));
+}
+console.log("ready");
+require("readline").createInterface({input: process.stdin}).on("line", () => {
+  for (let n = 0; n < 200; n++) { const i = below(table.size); table.set(i, entry(i)); }
+  for (let n = 0; n < 100; n++) strings[below(strings.length)] = text(700);
+  history.push({role: "user", content: text(10000)});
+  const body = JSON.stringify(history);
+  fs.writeFileSync("/workspace/out.txt", text(30000));
+  spawnSync("/bin/true");
+  console.log("done", body.length);
+});
+"""
+
+COMMANDS = {"python": ["/usr/bin/python3", "-c", AGENT], "node": ["/usr/bin/node", "-e", NODE_AGENT]}
+
 BINDS = ("/usr", "/bin", "/lib", "/lib64")
 
 
-def _config(heap_mb: int, workspace: Path) -> dict[str, object]:
+def _config(heap_mb: int, workspace: Path, language: str) -> dict[str, object]:
     mounts = [
         {"destination": path, "type": "bind", "source": str(Path(path).resolve()), "options": ["rbind", "ro"]}
         for path in BINDS
@@ -59,7 +88,7 @@ def _config(heap_mb: int, workspace: Path) -> dict[str, object]:
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
-            "args": ["/usr/bin/python3", "-c", AGENT, str(heap_mb)],
+            "args": [*COMMANDS[language], str(heap_mb)],
             "env": ["PATH=/usr/bin:/bin", "HOME=/tmp"],
             "cwd": "/",
         },
@@ -71,13 +100,15 @@ def _config(heap_mb: int, workspace: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def agent_images(runsc: Path, scratch: Path, heap_mb: int, steps: int) -> Iterator[Iterator[tuple[Path, Path]]]:
+def agent_images(
+    runsc: Path, scratch: Path, heap_mb: int, steps: int, language: str = "python"
+) -> Iterator[Iterator[tuple[Path, Path]]]:
     """Yield an iterator of (image directory, workspace) after each step; the caller may delete the image."""
     bundle, workspace, state = scratch / "bundle", scratch / "workspace", scratch / "state"
     for path in (bundle / "rootfs", workspace, state):
         path.mkdir(parents=True)
-    (bundle / "config.json").write_text(json.dumps(_config(heap_mb, workspace)))
-    name = f"bench-{heap_mb}"
+    (bundle / "config.json").write_text(json.dumps(_config(heap_mb, workspace, language)))
+    name = f"bench-{language}-{heap_mb}"
     common = [
         str(runsc), "--root", str(state), "--platform", "systrap", "--network", "none",
         "--overlay2=root:memory", "--ignore-cgroups", "--host-uds=none",
