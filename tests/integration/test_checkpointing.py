@@ -21,7 +21,7 @@ from tests.unit.snapshots.making import IDS, KEY
 
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
-from torpor.core.errors import MachineUnfit
+from torpor.core.errors import Conflict, MachineUnfit
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, SnapshotId, new_session_id, new_snapshot_id
 from torpor.core.pacing import EVERY_TURN_PPM, SHARE_PPM
@@ -188,6 +188,7 @@ async def stage(
     snapshots = SnapshotStore(backend, IDS)
     store = SessionStore(snapshots, KEY, session_id, ())
     staging = Staging(directory, session_id, memory)
+    staging.hold()
     try:
         records, first = await begin_session(database, session_id, store, directory)
         gateway = Gateway(
@@ -244,6 +245,7 @@ async def stage(
                 committing.cancel()
     finally:
         backend.open.set()
+        staging.let_go()
         staging.clear()
         await database.close()
 
@@ -429,6 +431,38 @@ async def test_a_turn_whose_answer_was_not_there_before_costs_nothing(scratch: P
             await made.checkpointer.take_turn(CallId(f"call_{number}"), lambda: None)
         await made.checkpointer.settle()
         assert await made.events(Kind.CHECKPOINT_SKIPPED) == []
+
+
+async def test_a_cut_is_never_compared_with_what_is_stored_and_then_not_committed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collector may take that, when its lease is lost."""
+    async with stage(scratch) as made:
+        made.be("one")
+        committed = await made.checkpointer.take_and_commit("manual")
+        assert committed is not None
+        stored, go_on = asyncio.Event(), asyncio.Event()
+
+        async def refuse(_: Checkpoint) -> Checkpoint:
+            stored.set()
+            await go_on.wait()
+            raise Conflict("lease_lost", "cannot commit: the test says so")
+
+        made.be("two")
+        with monkeypatch.context() as patched:
+            patched.setattr(made.records, "commit_checkpoint", refuse)
+            await made.checkpointer.take("manual")
+            await stored.wait()
+            await made.checkpointer.take("manual")
+            waiting = made.checkpointer._queue._waiting
+            assert waiting is not None
+            base = waiting[1].base.ref
+            assert base is not None
+            assert base.id == committed.snapshot_id
+        go_on.set()
+        await made.checkpointer.settle()
+        assert await made.numbers() == [0, 1, 3]
+        assert made.restored((await made.records.checkpoints())[-1]) == ("two", "two")
 
 
 async def test_with_a_share_of_always_no_turn_is_skipped(scratch: Path) -> None:

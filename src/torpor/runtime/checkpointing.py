@@ -342,7 +342,6 @@ class Checkpointer:
 
     async def _store_and_commit(self, number: int, cut: Cut, lease: Lease) -> None:
         saved = await self._save(cut.checkpoint.snapshot_id, cut.workspace, cut.base.ref, lease)
-        self._base = Base(tree=saved.tree, ref=saved.ref)
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
@@ -353,6 +352,7 @@ class Checkpointer:
         await asyncio.to_thread(lease.check)
         self._committed = number, await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
+        self._base = Base(tree=saved.tree, ref=saved.ref)
         self._recent.append(saved.ref)
         is_first, self._has_image = not self._has_image, True
         if is_first:
