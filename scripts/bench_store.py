@@ -48,6 +48,9 @@ IDS = ContentIds(KEY.secret)
 SHARES = ("the agent of this benchmark",)
 
 
+FIRST = "packs on disk, the first image instead of the last"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
     """One series. `goal_mb` is what a turn may store."""
@@ -74,6 +77,7 @@ class Series:
     saves: dict[str, list[Cost]] = field(default_factory=dict[str, list[Cost]])
     rebuilds: dict[str, list[Cost]] = field(default_factory=dict[str, list[Cost]])
     profile: list[str] = field(default_factory=list[str])
+    packs: tuple[int, int] = (0, 0)
 
     def turn_mb(self, program: str) -> float:
         return statistics.median(cost.stored_bytes for cost in self.saves[program][1:]) / 1e6
@@ -113,7 +117,7 @@ def run_series(agent: Agent, runsc: Path, options: argparse.Namespace) -> Series
     series = Series()
     with scratch(options.disk) as disk, scratch(Path("/dev/shm")) as memory:
         backend = LocalDirectory(disk / "store")
-        store, last = SnapshotStore(backend, IDS), None
+        store, first, last = SnapshotStore(backend, IDS), None, None
         image = memory / "image"
         zstd, restic = Zstd(disk), Restic(disk, image)
         with agent_images(runsc, memory / "agent", agent.heap_mb, options.steps, agent.language) as images:
@@ -123,6 +127,7 @@ def run_series(agent: Agent, runsc: Path, options: argparse.Namespace) -> Series
                 series.raw_mb.append(sum(path.stat().st_size for path in image.iterdir()) / 1e6)
                 profile = cProfile.Profile() if number == options.steps else None
                 last, cost = save(store, image, workspace, last, disk, profile=profile)
+                first = first or last
                 if profile is None:  # A profile's own time is none of the save's.
                     series.saves.setdefault("Torpor", []).append(cost)
                 else:
@@ -130,8 +135,10 @@ def run_series(agent: Agent, runsc: Path, options: argparse.Namespace) -> Series
                 series.saves.setdefault(zstd.name, []).append(zstd.save(image))
                 series.saves.setdefault(restic.name, []).append(restic.save())
                 progress(agent, number, options.steps)
+        assert first is not None
         assert last is not None
-        rebuild(series, last, image, backend, disk, memory, zstd, restic, options.rounds)
+        series.packs = len(store.read_manifest(first.ref).packs), len(store.read_manifest(last.ref).packs)
+        rebuild(series, first, last, image, backend, disk, memory, zstd, restic, options.rounds)
     return series
 
 
@@ -175,6 +182,7 @@ def save(
 
 def rebuild(
     series: Series,
+    first: SavedSnapshot,
     saved: SavedSnapshot,
     image: Path,
     backend: LocalDirectory,
@@ -198,8 +206,8 @@ def rebuild(
         series.rebuilds.setdefault(what, []).append(cost)
         shutil.rmtree(target, ignore_errors=True)
 
-    def from_store(where: Backend) -> Cost:
-        return measured(lambda: SnapshotStore(where, IDS).restore_image(saved.ref, target) or 0)
+    def from_store(where: Backend, snapshot: SavedSnapshot = saved) -> Cost:
+        return measured(lambda: SnapshotStore(where, IDS).restore_image(snapshot.ref, target) or 0)
 
     def from_memory() -> int:
         assert staging.cached(SnapshotId(cached), size) is not None
@@ -208,6 +216,8 @@ def rebuild(
     for _ in range(rounds):
         note("cached raw image", measured(from_memory), staging.image(cached))
         note("packs on disk", from_store(backend), target)
+        series.rebuilds.setdefault(FIRST, []).append(from_store(backend, first))
+        shutil.rmtree(target)
         note("zstd -d", zstd.restore(target), target)
         note("cp", copy(image, target), target)
         cost = restic.restore(target)
@@ -332,6 +342,9 @@ def show_rebuilds(series: dict[str, Series]) -> None:
                     f"{statistics.median(cost.cpu_seconds for cost in costs):.3f}",
                 ]
             )
+    print()
+    for name, one in series.items():
+        print(f"{AGENTS[name].name}: the first image needs {one.packs[0]} packs, the last one {one.packs[1]}")
     columns = ["agent", "from", "elapsed s", "best s", "processor s"]
     table("To rebuild an image (goals, big agent: 0.25 s cached, 0.6 s from packs)", columns, rows)
 
