@@ -32,6 +32,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.core.pins import Pins
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
@@ -55,6 +56,7 @@ class Cut:
 
     checkpoint: Checkpoint
     workspace: TreeCapture
+    pins: Pins
 
 
 class Checkpointer:
@@ -68,14 +70,12 @@ class Checkpointer:
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
-        pins: dict[str, str],
     ) -> None:
         self._records = records
         self._store = store
         self._staging = staging
         self._gateway = gateway
         self._clock = clock
-        self._pins = pins
         self._first_commit = asyncio.Event()
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
@@ -198,7 +198,7 @@ class Checkpointer:
             image_dir=image,
             workspace=workspace,
             parent=self._base,
-            pins=self._pins,
+            pins=life.pins,
             snapshot_id=snapshot_id,
         )
         self._discard(snapshot_id)
@@ -289,7 +289,7 @@ class Checkpointer:
         )
         self._newest = checkpoint
         self._next_number += 1
-        return Cut(checkpoint=checkpoint, workspace=workspace)
+        return Cut(checkpoint=checkpoint, workspace=workspace, pins=life.pins)
 
     async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
         """Pause, image, workspace: until `still` is closed the agent stands still."""
@@ -316,7 +316,7 @@ class Checkpointer:
             image_dir=self._staging.image(snapshot_id),
             workspace=cut.workspace,
             parent=self._base,
-            pins=self._pins,
+            pins=cut.pins,
             snapshot_id=snapshot_id,
         )
         self._tree, self._base = saved.tree, saved.ref
