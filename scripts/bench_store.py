@@ -1,6 +1,8 @@
 """Measure the snapshot store on real successive images of a Python agent in runsc.
 
-    PYTHONPATH=src python scripts/bench_store.py --runsc /usr/bin/runsc --heap-mb 118 --steps 10
+    PYTHONPATH=src:. python scripts/bench_store.py --runsc /usr/bin/runsc --heap-mb 118 --steps 10
+
+With --s3 the objects go to an S3 server on loopback, which is started for it, instead of a directory.
 
 Prints for each step what was new, what was stored, and the milliseconds (elapsed/processor) of capture, save,
 rebuilding the parent's index, and restore. Each restore is compared byte for byte.
@@ -8,6 +10,7 @@ Images and restores go to --memory (a tmpfs), the store and the workspace to --d
 """
 
 import argparse
+import contextlib
 import shutil
 import tempfile
 import time
@@ -16,10 +19,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from bench_images import agent_images
+from tests.seaweedfs import seaweedfs
 
 from torpor.core.clock import SystemClock
 from torpor.core.ids import new_snapshot_id
-from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.backend import Backend, LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.cipher import new_key
 from torpor.snapshots.content_ids import ContentIds
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--heap-mb", type=int, default=118, help="118 gives images of 78 MB, 400 of 250 MB")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--restore-every", type=int, default=1)
+    parser.add_argument("--s3", action="store_true", help="keep the objects in SeaweedFS")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
@@ -48,9 +53,17 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, memory: Path, disk: Path) -> None:
-    bench = Bench(memory, LocalDirectory(disk / "store"))
     show(COLUMNS.split("|"))
-    with agent_images(arguments.runsc, memory / "agent", arguments.heap_mb, arguments.steps) as images:
+    with contextlib.ExitStack() as open_now:
+        if arguments.s3:
+            backend = open_now.enter_context(seaweedfs(disk / "seaweedfs")).backend("bench/store")
+            backend.ready()
+        else:
+            backend = LocalDirectory(disk / "store")
+        bench = Bench(memory, backend)
+        images = open_now.enter_context(
+            agent_images(arguments.runsc, memory / "agent", arguments.heap_mb, arguments.steps)
+        )
         for step, (image, workspace) in enumerate(images):
             cells = bench.step(image, workspace, restores=step % arguments.restore_every == 0)
             show([step, *cells])
@@ -60,7 +73,7 @@ def measure(arguments: argparse.Namespace, memory: Path, disk: Path) -> None:
 class Bench:
     """A store and the newest snapshot in it."""
 
-    def __init__(self, memory: Path, backend: LocalDirectory) -> None:
+    def __init__(self, memory: Path, backend: Backend) -> None:
         self.memory = memory
         self.backend = backend
         self.ids, self.key = ContentIds(new_key().secret), new_key()
@@ -81,6 +94,7 @@ class Bench:
                 pins={},
                 snapshot_id=new_snapshot_id(SystemClock().wall_ns()),
                 key=self.key,
+                lease=self.store.lease(),
             )
         )
         shutil.rmtree(staging)

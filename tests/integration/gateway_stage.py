@@ -74,8 +74,8 @@ class WatchedDatabase:
         self.close = database.close
         self._database = database
 
-    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        result = await self._database.write(work, durable=durable)
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool, brief: bool = False) -> T:
+        result = await self._database.write(work, durable=durable, brief=brief)
         self.writes += 1
         self.written.fire()
         return result

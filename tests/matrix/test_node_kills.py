@@ -26,6 +26,13 @@ PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.3", "--chunk-seconds",
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(300)]
 
 
+def under_a_budget(made: Stage) -> list[str]:
+    """Options that keep a call's intent and its sending apart, and never hold it."""
+    made.home.mkdir(mode=0o700)
+    (made.home / "config.toml").write_text('[prices."*"]\ninput = "1"\noutput = "1"\n')
+    return ["--budget", "1000000"]
+
+
 def refuse_once(made: Stage) -> None:
     """The provider refuses the second call for now."""
     rule = FaultRule(fault=Fault.STATUS_429, times=1, contains="tool_call_id", retry_after="0")
@@ -51,7 +58,8 @@ def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
         # The second call, so that there is a checkpoint of the first; a call has one piece for each event it got.
         at_pass = {"call.retried": 1, "call.received": 20}.get(point, 2)
         variables = {"TORPOR_CRASH_POINT": f"{point}:{at_pass}"}
-        node = made.node("run", "--name", NAME, "--", sys.executable, "agent.py", **variables)
+        options = under_a_budget(made) if point == "call.intended" else []
+        node = made.node("run", "--name", NAME, *options, "--", sys.executable, "agent.py", **variables)
         assert node.wait(PATIENCE_SECONDS) == -9, (made.directory / "node.log").read_text()
         if also_sandbox:
             made.kill_sandbox()

@@ -182,7 +182,12 @@ def test_every_configuration_field_is_documented() -> None:
     upstream_fields = set(config._UpstreamFields.__struct_fields__)
     assert upstream_fields <= table
     others = rows(section(page("docs/configuration.md"), "Other settings of config.toml"))
-    assert set(config._FileFields.__struct_fields__) - {"upstreams", "prices"} == others
+    assert (
+        set(config._FileFields.__struct_fields__) - {"upstreams", "prices", "store", "retention", "collect"} == others
+    )
+    assert set(config._RetentionFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Retention"))
+    assert set(config._CollectFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Collecting"))
+    assert set(config._StoreFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Snapshot store"))
     assert {field.name for field in fields(config.Upstream)} - {"name", "key"} <= table
     prices = rows(section(page("docs/configuration.md"), "Prices"))
     assert set(config._PriceFields.__struct_fields__) <= prices

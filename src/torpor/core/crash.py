@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 
 CRASH_POINTS: dict[str, str] = {
-    "call.intended": "a call that was never sent: the restored or adopted stream sends it",
+    "call.intended": "a call under a budget, or for Torpor itself, never sent: the restored or adopted stream sends it",
     "call.sent": "a sent call that the upstream may never have seen: torn, and sent as the next attempt",
     "call.retried": "a call that the provider refused for now: torn, and sent as the next attempt",
     "call.received": "part of an answer, written and not delivered: torn, and sent as the next attempt",
@@ -28,6 +28,11 @@ CRASH_POINTS: dict[str, str] = {
     "checkpoint.resumed": "an image in memory that nobody names",
     "checkpoint.stored": "a whole snapshot that no checkpoint names",
     "checkpoint.committed": "a checkpoint; its image is still staged in memory",
+    "retention.forgotten": "snapshots that no row names: garbage for a collection",
+    "collect.condemned": "a list of garbage that no save shares any more; the next collection goes on from it",
+    "collect.manifests_deleted": "packs on that list, which no manifest names; the next collection deletes them",
+    "collect.pack_deleted": "the same, with some packs gone",
+    "collect.swept": "a list of what is gone; the next collection removes it",
     "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "session.asleep": "a paused sandbox of a session that sleeps; the next node kills it and restores",
@@ -38,6 +43,7 @@ CRASH_POINTS: dict[str, str] = {
     "backend.partial_created": "an empty partial file, invisible, removed when the store is opened again",
     "backend.partial_written": "a partial file with bytes, invisible, removed when the store is opened again",
     "backend.linked": "a whole object that nobody was told of, and its partial name",
+    "store.probe_created": "the object that a store was tried with, which nothing refers to",
     "snapshot.pack_written": "a pack that no manifest names",
     "snapshot.packs_durable": "packs that no manifest names",
     "snapshot.manifest_written": "a whole snapshot that no checkpoint names",

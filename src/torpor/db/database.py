@@ -1,4 +1,4 @@
-"""The seam between Torpor and a database: transactions are plain functions that run on the database's own thread.
+"""The seam between Torpor and a database: transactions are plain functions, mostly run on the database's own thread.
 
 A function that fails is rolled back; one that returns is committed. It is atomic against cancellation too: a task that
 is cancelled before its function started leaves no trace, afterwards the function runs to its end before the
@@ -77,10 +77,14 @@ class Database(Protocol):
     @property
     def blobs(self) -> BlobStore | None: ...
 
-    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        """Run `work` alone among all writers. Its rows survive the death of every process.
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool, brief: bool = False) -> T:
+        """Run `work` alone among all writers, after those that came before it.
 
-        With `durable`, they and those of every earlier write have also reached the disk when this returns.
+        Its rows survive the death of every process.
+
+        Args:
+            durable: they and those of every earlier write have also reached the disk when this returns.
+            brief: it is a few statements on little data, and may run on the caller's thread.
         """
         ...
 

@@ -3,33 +3,39 @@
 Other processes may use the same file; SQLite's own locks keep the writers apart. Writes that wait together are
 committed together, each in a savepoint of its own, so that many streams share one sync. A commit that must be durable
 runs with synchronous=FULL, which syncs the WAL with all earlier commits in it; the others run with NORMAL, which syncs
-nothing. After a failed sync nothing can be promised any more (the kernel may have dropped the pages): all later writes
-are refused.
+nothing, and a brief one of these runs where it is asked for if nobody else is writing: two changes of threads would
+take longer. The WAL is copied into the file between commits, not within one. After a failed sync nothing can be
+promised any more (the kernel may have dropped the pages): all later writes are refused.
 """
 
 import asyncio
+import logging
 import os
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from torpor.core.clock import Clock
-from torpor.core.errors import Conflict, MachineUnfit, NotFound
+from torpor.core.errors import Conflict, MachineUnfit, NotFound, TorporError
 from torpor.db.database import BlobStore, Database, Row, Transaction, Value
 from torpor.db.migrations import migrate
 from torpor.db.sqlite_errors import SYNC_FAILURES, translated
 from torpor.db.statements import statements
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_SECONDS = 10.0
 READERS = 2
 WRITES_PER_COMMIT_MAX = 64
+COMMITS_PER_CHECKPOINT = 64
+"""The WAL is copied into the file after so many: SQLite would do it within the commit that comes to 1000 pages."""
 
 
 class SqliteTransaction:
@@ -55,21 +61,21 @@ class SqliteTransaction:
         return self._blobs.get(key)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Write:
-    """One caller's transaction, waiting for its turn."""
+    """One caller's transaction, waiting for its turn. `told` and `waiting` belong to the caller's loop."""
 
     work: Callable[[Transaction], Any]
     durable: bool
-    outcome: Future[Any] = field(default_factory=Future[Any])
+    waiting: asyncio.Future[None]
+    told: bool = False
     result: Any = None
     failure: BaseException | None = None
 
-    def tell(self) -> None:
+    def outcome(self) -> Any:
         if self.failure is not None:
-            self.outcome.set_exception(self.failure)
-        else:
-            self.outcome.set_result(self.result)
+            raise self.failure
+        return self.result
 
 
 class SqliteDatabase:
@@ -82,15 +88,25 @@ class SqliteDatabase:
         self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="torpor-db-reader")
         self._idle_readers: list[sqlite3.Connection] = []
         self._queued: deque[_Write] = deque()
+        self._using_writer = Lock()
         self._writer: sqlite3.Connection | None = None
-        self._synchronous = ""
+        self._settings: dict[str, str | int] = {}
+        self._commits = 0
         self._sync_failed = False
 
-    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool) -> T:
-        write = _Write(work, durable)
+    async def write(self, work: Callable[[Transaction], T], /, *, durable: bool, brief: bool = False) -> T:
+        write = _Write(work, durable, asyncio.get_running_loop().create_future())
+        if brief and not durable and self._commit_here(write):
+            return write.outcome()
         self._queued.append(write)
-        self._submit(self._writer_thread, self._commit_queued)
-        return await _outcome(write.outcome)
+        if len(self._queued) == 1:
+            try:
+                self._submit(self._writer_thread, self._commit_queued)
+            except Conflict:
+                self._queued.remove(write)
+                raise
+        await self._told(write)
+        return write.outcome()
 
     async def read(self, work: Callable[[Transaction], T], /) -> T:
         return await self._on(self._reader_threads, lambda: self._read(work))
@@ -115,25 +131,60 @@ class SqliteDatabase:
         except RuntimeError as error:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed") from error
 
-    def _commit_queued(self) -> None:
-        """Commit what waits by now; whoever comes meanwhile has submitted a turn of his own."""
-        batch: list[_Write] = []
-        while self._queued and len(batch) < WRITES_PER_COMMIT_MAX:
-            write = self._queued.popleft()
-            if write.outcome.set_running_or_notify_cancel():
-                batch.append(write)
-        if not batch:
-            return
+    async def _told(self, write: _Write) -> None:
+        """Wait until a write is done; a cancelled caller takes it back, or waits if it began."""
         try:
-            self._commit(batch)
-        except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
-            for write in batch:
-                write.failure = error
-        for write in batch:
-            write.tell()
+            await write.waiting
+        except asyncio.CancelledError:
+            try:
+                self._queued.remove(write)
+            except ValueError:
+                while not write.told:
+                    write.waiting = asyncio.get_running_loop().create_future()
+                    with suppress(asyncio.CancelledError):
+                        await write.waiting
+            raise
 
-    def _commit(self, batch: Sequence[_Write]) -> None:
-        """One transaction. A write that fails is undone alone; an error from here is the whole batch's."""
+    def _commit_queued(self) -> None:
+        """Commit what waits, together; who comes to an empty queue has submitted a turn of his own."""
+        while self._queued:
+            with self._using_writer:
+                batch: list[_Write] = []
+                with suppress(IndexError):
+                    while len(batch) < WRITES_PER_COMMIT_MAX:
+                        batch.append(self._queued.popleft())
+                if not batch:
+                    return
+                try:
+                    self._commit(batch)
+                except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
+                    for write in batch:
+                        write.failure = error
+                with suppress(RuntimeError):  # their loop was closed: nobody waits any more
+                    batch[0].waiting.get_loop().call_soon_threadsafe(_tell, batch)
+                if self._commits >= COMMITS_PER_CHECKPOINT:
+                    self._copy_wal()
+
+    def _commit_here(self, write: _Write) -> bool:
+        """Commit a brief write on the caller's thread; False if its turn has not come."""
+        if self._queued or self._commits >= COMMITS_PER_CHECKPOINT or not self._using_writer.acquire(blocking=False):
+            return False
+        try:
+            self._commit([write], wait=False)
+        except _Locked:
+            return False
+        except BaseException as error:  # noqa: BLE001 - `outcome` raises it
+            write.failure = error
+        finally:
+            self._using_writer.release()
+        return True
+
+    def _commit(self, batch: Sequence[_Write], *, wait: bool = True) -> None:
+        """One transaction. A write that fails is undone alone; an error from here is the whole batch's.
+
+        Raises:
+            _Locked: with `wait` false, another process is writing.
+        """
         connection = self._writer
         if connection is None:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
@@ -145,18 +196,43 @@ class SqliteDatabase:
             )
         durable = any(write.durable for write in batch)
         with self._translating():
-            self._set_synchronous(connection, "FULL" if durable else "NORMAL")
-            with _transaction(connection, "BEGIN IMMEDIATE"):
+            self._set(connection, "synchronous", "FULL" if durable else "NORMAL")
+            self._set(connection, "busy_timeout", int(BUSY_TIMEOUT_SECONDS * 1000) if wait else 0)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if not wait and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                    raise _Locked from error
+                raise
+            with _transaction(connection):
                 before = connection.total_changes
-                for write in batch:
-                    try:
-                        write.result = self._in_savepoint(connection, write.work)
-                    except BaseException as error:
-                        if not connection.in_transaction:  # SQLite has rolled back everything: the disk is full
-                            raise
-                        write.failure = error
+                if len(batch) == 1:
+                    batch[0].result = batch[0].work(SqliteTransaction(connection, self.blobs))
+                else:
+                    self._run_each(connection, batch)
                 if durable and connection.total_changes == before:
                     connection.execute("UPDATE durability SET mark = mark + 1")
+        self._commits += 1
+
+    def _run_each(self, connection: sqlite3.Connection, batch: Sequence[_Write]) -> None:
+        for write in batch:
+            try:
+                write.result = self._in_savepoint(connection, write.work)
+            except BaseException as error:
+                if not connection.in_transaction:  # SQLite has rolled back everything: the disk is full
+                    raise
+                write.failure = error
+
+    def _copy_wal(self) -> None:
+        """Copy the WAL into the file, as far as readers allow; the next writes begin it anew if that was all of it."""
+        connection, self._commits = self._writer, 0
+        if connection is None or self._sync_failed:
+            return
+        try:
+            with self._translating():
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except TorporError as error:
+            logger.warning("the WAL is not copied: %s", error)
 
     def _in_savepoint(self, connection: sqlite3.Connection, work: Callable[[Transaction], T]) -> T:
         connection.execute("SAVEPOINT work")
@@ -178,7 +254,8 @@ class SqliteDatabase:
             except IndexError:
                 connection = _connect(self._path, read_only=True)
             try:
-                with _transaction(connection, "BEGIN"):
+                connection.execute("BEGIN")
+                with _transaction(connection):
                     return work(SqliteTransaction(connection, self.blobs))
             finally:
                 self._idle_readers.append(connection)
@@ -187,7 +264,8 @@ class SqliteDatabase:
         """Deleted bytes are zeros in the file already (secure_delete); the WAL is emptied into it."""
         if self._writer is None:
             raise Conflict("database_closed", f"cannot use database {self._path}: it was closed")
-        with self._translating():
+        with self._using_writer, self._translating():
+            self._set(self._writer, "busy_timeout", int(BUSY_TIMEOUT_SECONDS * 1000))
             busy = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]
         if busy:
             raise Conflict(
@@ -196,10 +274,10 @@ class SqliteDatabase:
                 hint="What was erased is in the -wal file until the last process that uses the database ends.",
             )
 
-    def _set_synchronous(self, connection: sqlite3.Connection, level: str) -> None:
-        if level != self._synchronous:
-            connection.execute(f"PRAGMA synchronous = {level}")
-            self._synchronous = level
+    def _set(self, connection: sqlite3.Connection, name: str, value: str | int) -> None:
+        if self._settings.get(name) != value:
+            connection.execute(f"PRAGMA {name} = {value}")
+            self._settings[name] = value
 
     @contextmanager
     def _translating(self) -> Generator[None]:
@@ -211,12 +289,13 @@ class SqliteDatabase:
             raise translated(error, self._path) from error
 
     def _open(self, clock: Clock, schema: str) -> None:
-        with self._translating():
+        with self._using_writer, self._translating():
             _create_file(self._path)
             connection = _connect(self._path, read_only=False)
             try:
-                self._set_synchronous(connection, "FULL")
+                self._set(connection, "synchronous", "FULL")
                 migrate(connection, self._path, clock, schema)
+                self._set(connection, "wal_autocheckpoint", 0)
             except BaseException:
                 connection.close()
                 raise
@@ -226,9 +305,22 @@ class SqliteDatabase:
         self._reader_threads.shutdown(wait=True)
         while self._idle_readers:
             self._idle_readers.pop().close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        with self._using_writer:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+
+class _Locked(Exception):
+    """Another process is writing."""
+
+
+def _tell(batch: Sequence[_Write]) -> None:
+    """On the callers' loop: their writes are done."""
+    for write in batch:
+        write.told = True
+        if not write.waiting.done():
+            write.waiting.set_result(None)
 
 
 async def _outcome(running: Future[T]) -> T:
@@ -258,8 +350,8 @@ async def open_sqlite(path: str, *, clock: Clock, schema: str = "sqlite", blobs:
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection, begin: str) -> Generator[None]:
-    connection.execute(begin)
+def _transaction(connection: sqlite3.Connection) -> Generator[None]:
+    """The rest of a transaction that was begun."""
     try:
         yield
         connection.execute("COMMIT")

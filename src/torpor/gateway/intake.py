@@ -12,7 +12,7 @@ from torpor.core.ids import CallId, StreamId
 from torpor.core.match import request_key
 from torpor.core.usage import Edit, asks_for_usage, usage_edit
 from torpor.db.calls import NewCall
-from torpor.db.requests import RequestHead
+from torpor.db.requests import PreparedBody, RequestHead, prepare
 from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
 from torpor.gateway.claim import Claim
 from torpor.gateway.dialects import OWN, dialect_named
@@ -34,6 +34,8 @@ from torpor.gateway.telling import with_note
 from torpor.gateway.upstream import Outgoing, target_without_key, without_credentials
 from torpor.sandbox.streams import Stream
 
+AT_ONCE_BYTES_MAX = 32 << 10
+"""A body up to this is taken apart on the loop: a thread would take longer to begin."""
 VERSION_FIELD = ":version"
 """A field that no client can send keeps HTTP/1.0 with a request in the log."""
 
@@ -58,12 +60,19 @@ class Intake:
     model: str | None
     shape: Shape
     """How its client wants the answer."""
+    prepared: PreparedBody
+    """The body as the log takes it."""
     hide_usage: bool = False
     """It asks for a stream that has token counts only if asked for, and does not ask for them."""
     options: Any = msgspec.UNSET
     """Its `stream_options`."""
     usage_edit: Edit | None = None
     """What would make it ask for token counts."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether it goes upstream as soon as it is recorded, if no budget stands between."""
+        return self.destination.dialect is not OWN
 
     @property
     def head(self) -> RequestHead:
@@ -167,7 +176,9 @@ async def take_in(
         return refuse_unreadable(request)
     if destination.dialect is OWN and (answer := answer_here(request)) is not None:
         return answer
-    # Keys of a long conversation take a while: the loop goes on meanwhile.
+    if len(request.body) <= AT_ONCE_BYTES_MAX:
+        return _intake(request, destination)
+    # Taking a long conversation apart takes a while: the loop goes on meanwhile.
     return await asyncio.to_thread(_intake, request, destination)
 
 
@@ -206,6 +217,7 @@ def _intake(request: Request, destination: Destination) -> Intake:
         plain_body=body,
         model=route.model or facts.model,
         shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
+        prepared=prepare(request.body),
         hide_usage=hide_usage,
         options=facts.stream_options,
         usage_edit=_edit_of(body, facts.stream_options) if may_ask else None,

@@ -9,24 +9,24 @@ failure can still be told in words, which clients retry, where a broken connecti
 """
 
 import asyncio
-from contextlib import suppress
 from dataclasses import replace
 
 from torpor.config import Upstream
-from torpor.core.call import Call, ResponseHead
+from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.usage import refuses_usage
 from torpor.db.calls import Chunk
 from torpor.gateway.admission import error_answer
 from torpor.gateway.answer import AnswerReader
 from torpor.gateway.backoff import Backoff
 from torpor.gateway.billing import Billing
+from torpor.gateway.connections import Lease
 from torpor.gateway.delivery import Recording
 from torpor.gateway.failure import NoAnswer
-from torpor.gateway.intake import Intake
 from torpor.gateway.record import Recorder
 from torpor.gateway.routing import choose
 from torpor.gateway.scrub import Scrubber
-from torpor.gateway.upstream import Outgoing, UpstreamAnswer, UpstreamClient
+from torpor.gateway.sending import Sending
+from torpor.gateway.upstream import UpstreamAnswer, UpstreamClient
 
 ANSWER_BYTES_MAX = 256 << 20
 REFUSAL_BYTES_MAX = 64 << 10
@@ -42,40 +42,41 @@ class Pump:
         failed: it ended without an answer.
 
     Args:
-        note: goes to the model with the request (`agent.told`).
+        call: with its attempt opened, if that was recorded together with the call.
+        sending: what goes upstream.
+        reached: a connection that is on its way, for the first sending.
     """
 
     def __init__(
         self,
         *,
         call: Call,
-        intake: Intake,
+        sending: Sending,
         recorder: Recorder,
         billing: Billing,
         upstreams: UpstreamClient,
-        note: str | None = None,
+        reached: Lease | None = None,
     ) -> None:
         self.call = call
-        self.recording = Recording(len(call.attempts) + 1)
+        self._is_open = call.state is CallState.SENT
+        self.recording = Recording(len(call.attempts) + (0 if self._is_open else 1))
         self.under_way = asyncio.Event()
         self.failed = False
-        noted = intake.outgoing_with(note) if note is not None else None
-        self._body = noted.body if noted is not None else intake.plain_body
-        self._intake = intake
-        self._line = intake.request.line
-        self._destination = intake.destination
-        self._outgoing = noted or intake.outgoing
-        self._asking: Outgoing | None = None
+        self._sending = sending
+        self._line = sending.intake.request.line
+        self._destination = sending.intake.destination
+        self._asking = sending.asking
         self._recorder = recorder
         self._billing = billing
         self._upstreams = upstreams
+        self._reached = reached
         self._scrubber = Scrubber(None)
         self._reader: AnswerReader | None = None
         self._sent_ns = 0
 
     @property
     def request_bytes(self) -> int:
-        return len(self._outgoing.body)
+        return len(self._sending.outgoing.body)
 
     async def run(self) -> None:
         """Carry the attempt to its end.
@@ -84,10 +85,13 @@ class Pump:
             Superseded: this node lost the session.
         """
         try:
-            self._asking = self._with_usage_asked()
-            asked = self._asking is not None
-            opening = self._billing.open_attempt(self.call, self._body, on_hold=self.under_way.set, usage_asked=asked)
-            self.recording.attempt = await opening
+            if not self._is_open:
+                self.recording.attempt = await self._billing.open_attempt(
+                    self.call,
+                    self._sending.plain_body,
+                    on_hold=self.under_way.set,
+                    usage_asked=self._sending.usage_asked,
+                )
             self._sent_ns = self._recorder.wall_ns()
             self.under_way.set()
             await self._send()
@@ -95,23 +99,20 @@ class Pump:
             self.under_way.set()
             await self._fail(failure)
         finally:
+            if self._reached is not None:
+                self._reached.end()
             self._billing.look_again()
-
-    def _with_usage_asked(self) -> Outgoing | None:
-        """The request as it is sent to learn what it costs, if its client does not ask for that; else None."""
-        with suppress(NoAnswer):  # what no upstream takes fails when it is sent, and the log says that it was
-            if self._upstreams.counts_when_asked(choose(self._destination, self._outgoing.model)):
-                return self._intake.asking_for_usage(self._outgoing)
-        return None
 
     async def _send(self) -> None:
         """Send the request until it is taken, or refused for good."""
-        upstream = choose(self._destination, self._outgoing.model)
+        upstream = choose(self._destination, self._sending.outgoing.model)
         key = await self._upstreams.key_for(upstream)
         self._scrubber = Scrubber(key.reveal() if key is not None else None)
         backoff = Backoff(upstream, self._recorder.clock, repeatable=self.call.may_be_sent_again)
         while True:
-            async with self._upstreams.send(self._asking or self._outgoing, upstream) as answer:
+            reached, self._reached = self._reached, None
+            outgoing = self._asking or self._sending.outgoing
+            async with self._upstreams.send(outgoing, upstream, reached=reached) as answer:
                 if await self._was_wrong_to_ask(answer, upstream):
                     continue
                 # What is sent at most once is not sent again, whatever the provider says.
@@ -138,7 +139,7 @@ class Pump:
 
     async def _receive(self, answer: UpstreamAnswer, upstream: str) -> None:
         headers = tuple((name, self._scrubber.text(value)) for name, value in answer.headers)
-        asked = self._asking is not None or self._intake.asks_for_usage
+        asked = self._asking is not None or self._sending.intake.asks_for_usage
         head = replace(self._line.shape(answer.status, answer.reason, headers), usage_asked=asked)
         self._reader = reader = AnswerReader(
             self._destination.dialect,

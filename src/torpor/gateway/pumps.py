@@ -7,20 +7,24 @@ answer before it is done with that: the agent is blocked anyway, so it is the mo
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torpor.core.call import Call, ResponseHead
+from torpor.core.call import Call, CallState, ResponseHead
 from torpor.core.errors import Conflict, Damaged, TorporError
 from torpor.core.ids import CallId
 from torpor.gateway.billing import Billing
+from torpor.gateway.connections import Lease
 from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects import OWN
+from torpor.gateway.failure import NoAnswer
 from torpor.gateway.intake import Intake, from_log
 from torpor.gateway.own import CheckpointFor, OwnPump
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
-from torpor.gateway.routing import Routing
+from torpor.gateway.routing import Routing, choose
+from torpor.gateway.sending import Sending, sending_of
 from torpor.gateway.upstream import UpstreamClient
 from torpor.sandbox.fifos import Pulse
 
@@ -33,6 +37,8 @@ _UNREAD = frozenset({"block_redacted", "block_damaged", "request_damaged"})
 """Why a logged request can't be sent again."""
 
 OnCall = Callable[[CallId], Awaitable[None]]
+Intend = Callable[[bool], Awaitable[Call]]
+"""Records a call; told whether what is sent asks for token counts that its client does not ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,25 +124,73 @@ class Pumps:
         """Wait until `run` runs."""
         await self._running.wait()
 
-    def start(self, call: Call, intake: Intake, *, announce: bool, note: str | None = None) -> Answer:
-        """Send a call, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
-        pump = self._pump(call, intake, note)
-        self._pumps[call.call_id] = pump
+    async def begin(self, intake: Intake, intend: Intend, *, note: str | None) -> Answer:
+        """Record a new call, and send it; `note` goes with it (`agent.told`).
+
+        Both belong to a task of its own: if the stream that asked goes away meanwhile, a call that the log has as sent
+        is sent all the same. This returns, or lets itself be cancelled, only when the log has it.
+        """
+        begun: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        task = self._spawn(self._begin(intake, intend, note, begun))
+        task.add_done_callback(lambda _: begun.cancel())  # it may end before it began
+        return await _settled(begun)
+
+    async def _begin(self, intake: Intake, intend: Intend, note: str | None, begun: asyncio.Future[Answer]) -> None:
+        # A connection takes as long as the disk, and carries nothing of the request before it may leave.
+        reached = self._reach(intake)
+        try:
+            sending = sending_of(intake, note, self._upstreams)
+            call = await intend(sending.usage_asked)
+        except BaseException as error:
+            if reached is not None:
+                reached.end()
+            if isinstance(error, Exception):
+                begun.set_exception(error)
+                return
+            raise
+        if reached is not None and call.state is not CallState.SENT:
+            reached.end()
+            reached = None
+        pump = self._enter(call, sending, announce=True, reached=reached)
+        begun.set_result(self._answer(call, pump.recording))
+        await self._run(pump)
+
+    def _reach(self, intake: Intake) -> Lease | None:
+        if not intake.at_once:
+            return None
+        try:
+            return self._upstreams.reach(choose(intake.destination, intake.model))
+        except NoAnswer:
+            return None  # The pump will say so.
+
+    def _start(self, call: Call, intake: Intake, *, announce: bool, note: str | None) -> Answer:
+        """Send a call that is in the log, or send it again, as its next attempt; `note` goes with it (`agent.told`)."""
+        pump = self._enter(call, sending_of(intake, note, self._upstreams), announce=announce)
         self._spawn(self._run(pump))
+        return self._answer(call, pump.recording)
+
+    def _enter(self, call: Call, sending: Sending, *, announce: bool, reached: Lease | None = None) -> Pump | OwnPump:
+        pump = self._pump(call, sending, reached)
+        self._pumps[call.call_id] = pump
         if call.is_llm and not self._warm:
             self._warm = True
             self._spawn(self._billing.warm(call))
         if announce and call.is_llm and isinstance(pump, Pump):
             self._held[call.call_id] = asyncio.Event()
             self._spawn(self._announce(pump))
-        return self._answer(call, pump.recording)
+        return pump
 
-    def _pump(self, call: Call, intake: Intake, note: str | None) -> Pump | OwnPump:
-        recorder = self._recorder
+    def _pump(self, call: Call, sending: Sending, reached: Lease | None) -> Pump | OwnPump:
+        recorder, intake = self._recorder, sending.intake
         if intake.destination.dialect is OWN:
             return OwnPump(call=call, request=intake.request, recorder=recorder, checkpoint_for=self._checkpoint_for)
         return Pump(
-            call=call, intake=intake, recorder=recorder, billing=self._billing, upstreams=self._upstreams, note=note
+            call=call,
+            sending=sending,
+            recorder=recorder,
+            billing=self._billing,
+            upstreams=self._upstreams,
+            reached=reached,
         )
 
     async def revive(self, call_id: CallId, *, announce: bool) -> Answer | None:
@@ -155,7 +209,7 @@ class Pumps:
                 code = "request_redacted" if unread.code == "block_redacted" else "request_damaged"
                 return await self._fail_unread(call, code, unread)
             intake = from_log(head, body, self._routing, dialect=call.dialect, is_llm=call.is_llm)
-            return self.start(call, intake, announce=announce, note=note)
+            return self._start(call, intake, announce=announce, note=note)
         try:
             return self._answer(call, await self._recorder.replay(call))
         except Damaged as damaged:
@@ -180,11 +234,12 @@ class Pumps:
             released.set()
         return Answer(call=call, recording=recording, released=released)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._group is not None, "`ready` was awaited"
         task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _run(self, pump: Pump | OwnPump) -> None:
         await pump.run()
@@ -198,3 +253,16 @@ class Pumps:
         await pump.under_way.wait()
         await self._on_call(pump.call.call_id)
         self._held.pop(pump.call.call_id).set()
+
+
+async def _settled(begun: "asyncio.Future[Answer]") -> Answer:
+    """The result; a cancelled caller waits for it too."""
+    try:
+        return await asyncio.shield(begun)
+    except asyncio.CancelledError:
+        while not begun.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([begun])
+        if not begun.cancelled():
+            begun.exception()  # seen: what counts for the caller is that it was cancelled
+        raise

@@ -1,7 +1,8 @@
 """The gateway's writes: every step of a call goes to the log through here, durably where something depends on it.
 
-`intend`, `send`, `complete` and `fail` reach the disk before they return. Heads, chunks and notes are written before
-anything is delivered, which survives the death of every process; the next durable write takes them to the disk.
+`intend` (which mostly is the sending as well), `send`, `complete` and `fail` reach the disk before they return. Heads,
+chunks and notes are written before anything is delivered, which survives the death of every process; the next durable
+write takes them to the disk.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from torpor.db.answers import Packed
 from torpor.db.blobs import BLOB_BYTES_MIN
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
-from torpor.db.requests import RequestHead
+from torpor.db.requests import PreparedBody, RequestHead
 from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.claim import Claim, attached, claim_of, form_of
 from torpor.gateway.delivery import Recording
@@ -66,30 +67,33 @@ class Recorder:
         call: NewCall,
         *,
         head: RequestHead,
-        body: bytes,
+        body: PreparedBody,
+        at_once: bool,
+        usage_asked: bool,
         left: Departure | None = None,
         note: str | None = None,
     ) -> Call:
-        """Record that a call will be made; with it, if so, that the agent left the log's path, and what it is told."""
-        prepared = await self._ahead.request(await asyncio.to_thread(requests.prepare, body))
+        """Record that a call will be made; with it, if so, that the agent left the log's path, and what it is told.
+
+        With `at_once` its first attempt is opened in the same transaction, unless a budget has to be asked: nothing
+        stands between the two then, and a kill -9 before it leaves the request to init, as one before call.intended.
+        """
+        prepared = await self._ahead.request(body)
 
         def work(tx: Transaction) -> Call:
+            wall_ns = self.clock.wall_ns()
             if left is not None:
                 self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
             if note is not None:
                 self._append_note(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, note)
-            return calls.intend(
-                tx,
-                session_id=self._session_id,
-                owner_token=self._owner_token,
-                call=call,
-                head=head,
-                body=prepared,
-                wall_ns=self.clock.wall_ns(),
-            )
+            made = calls.intend(tx, **self._fence, call=call, head=head, body=prepared, wall_ns=wall_ns)
+            if not at_once or (call.is_llm and sessions.get(tx, self._session_id).budget_nanousd is not None):
+                return made
+            calls.mark_sent(tx, **self._fence, call_id=call.call_id, wall_ns=wall_ns, usage_asked=usage_asked)
+            return calls.load_call(tx, call.call_id)
 
         call_made = await self._database.write(work, durable=True)
-        crash_point("call.intended")
+        crash_point("call.sent" if call_made.state is CallState.SENT else "call.intended")
         return call_made
 
     async def send(
@@ -130,7 +134,7 @@ class Recorder:
         def work(tx: Transaction) -> Event:
             return calls.note_retry(tx, **self._fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
 
-        await self._database.write(work, durable=False)
+        await self._database.write(work, durable=False, brief=True)
         crash_point("call.retried")
 
     async def receive(
@@ -144,7 +148,7 @@ class Recorder:
                 calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
             calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
-        await self._database.write(work, durable=False)
+        await self._database.write(work, durable=False, brief=True)
         crash_point("call.received")
 
     async def complete(
@@ -276,7 +280,7 @@ class Recorder:
             if kind is Kind.CALL_REPEATED:
                 redo.consume(tx, **self._fence, incarnation=claim.incarnation, call_id=claim.call_id)
 
-        await self._database.write(work, durable=False)
+        await self._database.write(work, durable=False, brief=True)
 
     async def inherit(self, claim: Claim, *, attempt: int) -> None:
         """A stream of an earlier incarnation, or node, goes on with its call."""
@@ -285,7 +289,11 @@ class Recorder:
 
     async def note(self, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]) -> None:
         """Append a bookkeeping event that nothing outside depends on."""
-        await self._database.write(lambda tx: self._append(tx, kind, incarnation, call_id, data), durable=False)
+
+        def work(tx: Transaction) -> int:
+            return self._append(tx, kind, incarnation, call_id, data)
+
+        await self._database.write(work, durable=False, brief=True)
 
     async def deliver(self, incarnation: int, call_id: CallId, data: Mapping[str, Any]) -> None:
         """Record how a call's stream ended; durably, for init tells it to the next node until it may forget it.

@@ -6,12 +6,13 @@ Pumps belong to `run` and outlive every stream and every sandbox.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from torpor.config import PriceRule, Upstream
 from torpor.core.branch import ContextTree
+from torpor.core.call import Call
 from torpor.core.checkpoint import OpenStream, StreamFate
 from torpor.core.clock import Clock
 from torpor.core.delivery import untouched_bytes
@@ -318,18 +319,23 @@ class Gateway:
             if policy is OnDivergence.TELL:
                 self._to_tell = await self._recorder.note_about(left.orphaned)
         note = self._to_tell if intake.may_carry(self._to_tell) else None
-        call = await self._recorder.intend(
-            intake.new_call(call_id, stream_id(stream), incarnation),
-            head=intake.head,
-            body=intake.request.body,
-            left=left,
-            note=note,
-        )
+
+        def intend(usage_asked: bool) -> Awaitable[Call]:
+            return self._recorder.intend(
+                intake.new_call(call_id, stream_id(stream), incarnation),
+                head=intake.head,
+                body=intake.prepared,
+                at_once=intake.at_once,
+                usage_asked=usage_asked,
+                left=left,
+                note=note,
+            )
+
+        answer = await self._pumps.begin(intake, intend, note=note)
         if note is not None:
             self._to_tell = None
-        self._tree.hang(call.intended_seq)
-        self._redo.attach(entry_of(call))
-        answer = self._pumps.start(call, intake, announce=True, note=note)
+        self._tree.hang(answer.call.intended_seq)
+        self._redo.attach(entry_of(answer.call))
         claim = intake.claim(call_id, stream_id(stream), incarnation)
         return _Attachment(stream=stream, claim=claim, answer=answer)
 

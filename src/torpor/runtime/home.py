@@ -38,10 +38,6 @@ class Home:
         return self.root / "images"
 
     @property
-    def store(self) -> Path:
-        return self.root / "store"
-
-    @property
     def keys(self) -> Path:
         return self.root / "keys"
 

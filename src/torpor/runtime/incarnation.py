@@ -22,7 +22,10 @@ from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
 from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import Driver, Drivers, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
+from torpor.snapshots.capture import watch_tree
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.tree import TreeIndex
+from torpor.snapshots.watch import DirectoryWatch, open_watch
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
@@ -37,6 +40,8 @@ class Incarnation:
     link: Link
     tree: TreeIndex | None
     """What the workspace held at the beginning, so that the first capture reads only what changed; None: unknown."""
+    watch: DirectoryWatch | None
+    """Spares captures from looking at all files; None: the machine has no more."""
 
     @property
     def plan(self) -> SandboxPlan:
@@ -51,6 +56,11 @@ class Incarnation:
     def paused_mark(self) -> Path:
         """There while this node may have the sandbox paused."""
         return paused_mark(self.plan)
+
+    @property
+    def clones(self) -> Path:
+        """Where captures put clones of big files, on the workspace's file system; outside of the sandbox's sight."""
+        return self.plan.directory / "clones"
 
 
 def paused_mark(plan: SandboxPlan) -> Path:
@@ -81,13 +91,17 @@ class Incarnations:
         self._slot: Sandbox | None = None
         self._slot_number = 0
 
+    def lease(self) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Hold it around `boot` and `restore`, from before the rows of their checkpoints are read."""
+        return self._store.lease()
+
     async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
         sandbox = await self._empty_sandbox(number, self._drivers.present)
         async with self._undone_on_failure(sandbox):
-            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.start()
-            return await self._connect(number, sandbox, tree)
+            return await self._connect(number, sandbox, tree, watch)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
@@ -104,9 +118,9 @@ class Incarnations:
             made = both.create_task(self._empty_sandbox(number, driver))
         sandbox = made.result()
         async with self._undone_on_failure(sandbox):
-            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
-            return await self._connect(number, sandbox, tree)
+            return await self._connect(number, sandbox, tree, watch)
 
     def _driver_for(self, checkpoint: Checkpoint) -> Driver:
         """The driver that can restore an image, which is bound to what wrote it and to the machine's kind."""
@@ -122,17 +136,18 @@ class Incarnations:
         if sandbox is None or not await asyncio.to_thread(sandbox.alive):
             return None
         mark = paused_mark(sandbox.plan)
+        watch = open_watch()
         try:
             if not mark.exists():
-                return await self._connect(number, sandbox, None)
+                return await self._connect(number, sandbox, None, watch)
             # The last node died around a pause. Resuming a kernel that is not paused would crash it, so ask first.
             with contextlib.suppress(SandboxFailed):
-                found = await self._connect(number, sandbox, None, PAUSED_HELLO_DEADLINE_SECONDS)
+                found = await self._connect(number, sandbox, None, watch, PAUSED_HELLO_DEADLINE_SECONDS)
                 mark.unlink()
                 return found
             await sandbox.resume()
             mark.unlink()
-            return await self._connect(number, sandbox, None)
+            return await self._connect(number, sandbox, None, watch)
         except SandboxFailed:
             return None
 
@@ -165,8 +180,15 @@ class Incarnations:
         plan.workspace.mkdir(parents=True, mode=0o700)
         return await driver.create(plan)
 
-    async def _fill_workspace(self, plan: SandboxPlan, checkpoint: Checkpoint) -> TreeIndex:
-        return await asyncio.to_thread(self._store.restore_workspace, checkpoint, plan.workspace)
+    async def _fill_workspace(
+        self, plan: SandboxPlan, checkpoint: Checkpoint
+    ) -> tuple[TreeIndex, DirectoryWatch | None]:
+        """Write the workspace's files, and watch them from before anything runs."""
+        tree = await asyncio.to_thread(self._store.restore_workspace, checkpoint, plan.workspace)
+        watch = open_watch()
+        if watch is not None:
+            tree = await asyncio.to_thread(watch_tree, plan.workspace, tree, watch)
+        return tree, watch
 
     async def _rebuild(self, checkpoint: Checkpoint) -> Path:
         """Write the image from the store into memory; kept there for the next restore."""
@@ -180,7 +202,12 @@ class Incarnations:
         return target
 
     async def _connect(
-        self, number: int, sandbox: Sandbox, tree: TreeIndex | None, deadline_seconds: float = HELLO_DEADLINE_SECONDS
+        self,
+        number: int,
+        sandbox: Sandbox,
+        tree: TreeIndex | None,
+        watch: DirectoryWatch | None,
+        deadline_seconds: float = HELLO_DEADLINE_SECONDS,
     ) -> Incarnation:
         link = await Link.open(
             to_guest=sandbox.plan.to_guest,
@@ -188,7 +215,7 @@ class Incarnations:
             clock=self._clock,
             deadline_seconds=deadline_seconds,
         )
-        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree)
+        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree, watch=watch)
 
     @contextlib.asynccontextmanager
     async def _undone_on_failure(self, sandbox: Sandbox):

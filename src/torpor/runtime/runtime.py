@@ -16,6 +16,8 @@ from torpor.config import (
     Upstream,
     guest_environment,
     read_prices,
+    read_retention,
+    read_store,
     read_upstreams,
     read_workspace_bytes_max,
     torpor_home,
@@ -25,25 +27,27 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import Conflict, InvalidInput
-from torpor.core.ids import CallId, NodeId, SessionId, new_session_id, new_snapshot_id
+from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
+from torpor.core.ids import CallId, NodeId, SessionId, new_session_id
 from torpor.core.money import Account
+from torpor.core.retention import RetentionPolicy
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import ahead, checkpoints, keys, redaction, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction, open_database
-from torpor.runtime import leasing, redacting, transfer, workspaces
+from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
 from torpor.runtime.home import Home
+from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
+from torpor.runtime.storage import open_configured, ready_or_down
 from torpor.sandbox import rootfs
 from torpor.sandbox.drivers import GvisorDrivers
 from torpor.sandbox.gvisor import Runsc
 from torpor.sandbox.tools import find_runsc, keep_runsc
-from torpor.snapshots.backend import LocalDirectory
-from torpor.snapshots.capture import capture
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.shared import drop_shared
@@ -83,15 +87,19 @@ class Runtime:
         home: Home,
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
+        retention: RetentionPolicy,
         database: Database,
+        backend: Backend,
         stores: SessionStores,
         clock: Clock,
     ) -> None:
         self.home = home
         self.upstreams = upstreams
         self.prices = prices
+        self.retention = retention
         self.database = database
         self.clock = clock
+        self.backend = backend
         self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
@@ -111,6 +119,7 @@ class Runtime:
             bytes_max = read_workspace_bytes_max(self.home.root)
             await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
         spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
+        await asyncio.to_thread(self.backend.ready)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
         key, kept = (await self.stores.keyring(anew=True)).new_session_key(session_id)
@@ -128,17 +137,19 @@ class Runtime:
             return created
 
         session = await self.database.write(record, durable=True)
-        seed = await asyncio.to_thread(self._seed, session, source, inside, await self.stores.with_key(session, key))
-        await self.database.write(
-            lambda tx: checkpoints.commit(
-                tx,
-                session_id=session_id,
-                owner_token=session.owner_token,
-                checkpoint=seed,
-                wall_ns=self.clock.wall_ns(),
-            ),
-            durable=True,
-        )
+        store = await self.stores.with_key(session, key)
+        async with store.lease() as lease:
+            point = await asyncio.to_thread(seeding.seed, self.home, session, source, inside, store, lease, self.clock)
+            await self.database.write(
+                lambda tx: checkpoints.commit(
+                    tx,
+                    session_id=session_id,
+                    owner_token=session.owner_token,
+                    checkpoint=point,
+                    wall_ns=self.clock.wall_ns(),
+                ),
+                durable=True,
+            )
         return session
 
     @contextlib.asynccontextmanager
@@ -178,11 +189,13 @@ class Runtime:
         store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
         await asyncio.to_thread(keep_runsc, runsc, self.home.tools)
+        await ready_or_down(self.backend, watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             seen = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, seen, me), durable=True)
-            await ahead.sweep(self.database, session_id)
+            with contextlib.suppress(MachineUnfit):  # A store that is down keeps what is left over for the next owner.
+                await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
             yield self._owner(records, seen, store, runsc, watcher, let_go=let_go, boot=boot)
             await records.release()
@@ -206,17 +219,20 @@ class Runtime:
 
     async def pull(self, session_id: SessionId, destination: Path) -> ExportReport:
         """Lay the session's newest checkpointed workspace over a directory."""
-        point = await self.newest_checkpoint(session_id)
         destination.mkdir(parents=True, exist_ok=True)
         store = await self.stores.of(await self.session(session_id))
-        return await asyncio.to_thread(store.export_workspace, point, destination)
+        async with store.lease():
+            point = await self.newest_checkpoint(session_id)
+            return await asyncio.to_thread(store.export_workspace, point, destination)
 
     async def diff(self, session_id: SessionId) -> list[Change]:
         """What the session changed in its workspace, from the seed to its newest checkpoint."""
-        found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
-        first, last = min(found, key=lambda point: point.seq), await self.newest_checkpoint(session_id)
         store = await self.stores.of(await self.session(session_id))
-        return await asyncio.to_thread(store.diff, first, last)
+        async with store.lease():
+            last = await self.newest_checkpoint(session_id)
+            found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
+            first = min(found, key=lambda point: point.seq)
+            return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """Forget a session: rows and key, blobs, directories, sandboxes. Its snapshots become garbage for `collect`."""
@@ -394,6 +410,7 @@ class Runtime:
             staging=staging,
             gateway=gateway,
             clock=self.clock,
+            retention=self.retention,
         )
         return Owner(
             spec=spec,
@@ -438,37 +455,6 @@ class Runtime:
             on_divergence=request.on_divergence,
         )
 
-    def _seed(
-        self, session: sessions.Session, source: Path, environments: tuple[bytes, ...], store: SessionStore
-    ) -> Checkpoint:
-        """Store the user's directory, as it is, as the workspace of checkpoint 0. Nothing in it is changed."""
-        from torpor.runtime.checkpointing import files_checkpoint
-
-        snapshot_id = new_snapshot_id(self.clock.wall_ns())
-        scratch = self.home.session(session.session_id) / "seed"
-        for name in ("image", "changes"):
-            (scratch / name).mkdir(parents=True, mode=0o700)
-        workspace = capture(
-            source,
-            scratch / "changes",
-            leave_out=lambda path: workspaces.left_out(path, environments),
-            clock=self.clock,
-        )
-        saved = store.save(
-            image_dir=scratch / "image", workspace=workspace, parent=None, pins={}, snapshot_id=snapshot_id
-        )
-        shutil.rmtree(scratch)
-        return files_checkpoint(
-            saved,
-            session_id=session.session_id,
-            number=0,
-            seq=session.head_seq,
-            cursor_seq=session.cursor_seq,
-            incarnation=0,
-            reason="start",
-            wall_ns=self.clock.wall_ns(),
-        )
-
 
 def _visible_command(command: str, environments: Sequence[Path]) -> str:
     """A command given by a path into a Python environment is found there inside, not in the workspace."""
@@ -485,13 +471,23 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     """Open TORPOR_HOME, making it if need be."""
     home = Home(torpor_home(environment))
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
+    settings, retention = read_store(home.root, environment), read_retention(home.root)
     home.prepare()
-    backend = LocalDirectory(home.store, spare_bytes=SPARE_BYTES)
+    backend = open_configured(settings, clock)
     database = await open_database(home.database_url, clock=clock, blobs=backend)
     try:
-        stores = SessionStores(home, database, backend, environment, clock)
-        yield Runtime(home=home, upstreams=upstreams, prices=prices, database=database, stores=stores, clock=clock)
+        yield Runtime(
+            home=home,
+            upstreams=upstreams,
+            prices=prices,
+            retention=retention,
+            database=database,
+            backend=backend,
+            stores=SessionStores(home, backend, database, MasterKeys(home.keys, environment), clock),
+            clock=clock,
+        )
     finally:
+        backend.close()
         await database.close()
 
 

@@ -4,8 +4,10 @@ Joins the store, which knows no session, to the keys, which are read when the fi
 look at the event log alone, and work without a master key.
 """
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,6 +26,7 @@ from torpor.snapshots.capture import TreeCapture
 from torpor.snapshots.cipher import Key
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.materialize import ExportReport
 from torpor.snapshots.shared import SharedIndexes
@@ -43,6 +46,15 @@ class SessionStore:
         self._session_id = session_id
         self._shares = shares
 
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncGenerator[Lease]:
+        """Hold it from before a row is read that names what will be read, and until what was saved is committed."""
+        held = await asyncio.to_thread(self._store.lease)
+        try:
+            yield held
+        finally:
+            await asyncio.to_thread(held.release)
+
     def ref(self, checkpoint: Checkpoint) -> SnapshotRef:
         return SnapshotRef(id=checkpoint.snapshot_id, manifest_digest=checkpoint.manifest_digest, key=self._key)
 
@@ -54,6 +66,7 @@ class SessionStore:
         parent: SnapshotRef | None,
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
+        lease: Lease,
     ) -> SavedSnapshot:
         return self._store.save(
             image_dir=image_dir,
@@ -62,6 +75,7 @@ class SessionStore:
             pins=pins,
             snapshot_id=snapshot_id,
             key=self._key,
+            lease=lease,
             shares=self._shares,
         )
 
@@ -89,16 +103,14 @@ class SessionStore:
 class SessionStores:
     """Every session's store of one TORPOR_HOME."""
 
-    def __init__(
-        self, home: Home, database: Database, backend: Backend, environment: Mapping[str, str], clock: Clock
-    ) -> None:
+    def __init__(self, home: Home, backend: Backend, database: Database, masters: MasterKeys, clock: Clock) -> None:
         self._home = home
-        self._database = database
         self._backend = backend
+        self._database = database
         self._clock = clock
         self._keyring: Keyring | None = None
         self._store: SnapshotStore | None = None
-        self.masters = MasterKeys(home.keys, environment)
+        self.masters = masters
 
     async def keyring(self, *, anew: bool = False) -> Keyring:
         """The keys, opened once; `anew` after somebody has changed the master key.

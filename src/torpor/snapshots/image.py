@@ -16,10 +16,11 @@ from pathlib import Path
 
 from torpor.core.crash import crash_point
 from torpor.snapshots.backend import Backend, storage_errors
-from torpor.snapshots.beneath import write_at, write_block
+from torpor.snapshots.beneath import write_at
+from torpor.snapshots.chunks import write_content
 from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
 from torpor.snapshots.manifest import PagedFile, WholeFile, decode_extents, encode_extents
-from torpor.snapshots.objects import Objects, block_numbers
+from torpor.snapshots.objects import Objects
 from torpor.snapshots.pack import Frame, PackBuilder, PackIndex, damaged, read_object
 from torpor.snapshots.pages import (
     PAGES_PER_FRAME,
@@ -189,9 +190,7 @@ def restore_whole(file: WholeFile, objects: Objects, directory: Path) -> None:
     path = directory / file.name
     with storage_errors(f"write image file {path}"), path.open("xb", buffering=0) as target:
         path.chmod(0o600)
-        for number, digest in block_numbers(file.content, objects):
-            write_block(target.fileno(), number, objects.get(digest))
-        target.truncate(file.size)
+        write_content(target.fileno(), file.content, file.size, objects)
 
 
 def page_index(files: Sequence[PagedFile], packs: Sequence[PackIndex]) -> PageIndex:

@@ -21,10 +21,12 @@ from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.cipher import Key
+from torpor.snapshots.condemned import read_condemned
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
 from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
     PagedFile,
@@ -134,6 +136,7 @@ class SnapshotStore:
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
         key: Key,
+        lease: Lease,
         shares: Sequence[str] = (),
         paged_files: AbstractSet[str] = PAGED_FILES,
     ) -> SavedSnapshot:
@@ -143,18 +146,20 @@ class SnapshotStore:
             parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
                 result says so.
             key: what opens the snapshot from now on.
+            lease: hold it until the snapshot's row is committed.
             shares: names of shared indexes; the first that there is takes the place of pages that the parent has not.
             paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
             Damaged: the capture shares files with a parent that can't be read: capture without `previous`.
-            Conflict: snapshot_exists.
+            Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
         _check_parent(workspace, parent and parent.id, snapshot_id)
-        before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
-        written = self._write_packs(image_dir, paged_files, workspace, before, shares)
+        condemned = read_condemned(self._backend)
+        before, problem = self._indexes_of_parent(parent, condemned, must_have=workspace.based_on is not None)
+        written = self._write_packs(image_dir, paged_files, workspace, before, shares, condemned)
         crash_point("snapshot.packs_durable")
         manifest = Manifest(
             snapshot_id=snapshot_id,
@@ -166,6 +171,7 @@ class SnapshotStore:
             tree_root=written.tree.digest,
             tree_bytes=written.tree.file_bytes,
         )
+        lease.check()
         data = self._publish(manifest, key)
         ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
         self._remember(ref, written.indexes)
@@ -175,7 +181,7 @@ class SnapshotStore:
             stored_bytes=written.stored_bytes + len(data),
             new_pages=written.new_pages,
             total_pages=written.total_pages,
-            tree=TreeIndex(root=written.tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
+            tree=workspace.index(written.tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )
@@ -198,7 +204,14 @@ class SnapshotStore:
     def _is_shared(self, name: str) -> bool:
         """By a snapshot whose packs are still there."""
         found = self._shared.find([name]) if self._shared else NOTHING_SHARED
-        return found is not NOTHING_SHARED and all(self._backend.exists(ref.key) for ref in found.pages.packs)
+        return found is not NOTHING_SHARED and not self._backend.absent(ref.key for ref in found.pages.packs)
+
+    def lease(self) -> Lease:
+        """Whoever reads a snapshot holds one from before it reads the row that names it, whoever saves one from
+        before the save until the commit: nothing that either may need is collected meanwhile.
+        """
+        with storage_errors("take a lease on the snapshot store"):
+            return self._backend.leases.hold()
 
     def read_manifest(self, ref: SnapshotRef) -> Manifest:
         """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""
@@ -270,14 +283,16 @@ class SnapshotStore:
             return [str(error)]
         return problems_of(manifest, self._backend, self._ids)
 
-    def _indexes_of_parent(self, parent: SnapshotRef | None, *, must_have: bool) -> tuple[_Indexes, str]:
+    def _indexes_of_parent(
+        self, parent: SnapshotRef | None, condemned: AbstractSet[str], *, must_have: bool
+    ) -> tuple[_Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
-            for pack in indexes.object_packs:
-                if not self._backend.exists(pack.ref.key):
-                    raise missing(pack.ref.key)
+            packs = [pack.ref.key for pack in indexes.object_packs]
+            for key in [*(condemned & set(packs)), *self._backend.absent(packs)]:
+                raise missing(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
@@ -292,9 +307,11 @@ class SnapshotStore:
         workspace: TreeCapture,
         before: _Indexes,
         shares: Sequence[str],
+        condemned: AbstractSet[str],
     ) -> _Written:
-        known, shared_packs = self._known(before, shares)
-        present = [self._backend.exists(ref.key) for ref in known.packs]
+        known, shared_packs = self._known(before, shares, condemned)
+        absent = condemned | self._backend.absent(ref.key for ref in known.packs)
+        present = [ref.key not in absent for ref in known.packs]
         stored = places_of_objects((*before.object_packs, *shared_packs))
         pages = PageWriter(self._backend, self._ids, known, present)
         objects = ObjectWriter(self._backend, self._ids, stored)
@@ -321,12 +338,16 @@ class SnapshotStore:
             total_pages=pages.total_pages,
         )
 
-    def _known(self, before: _Indexes, shares: Sequence[str]) -> tuple[PageIndex, list[PackIndex]]:
+    def _known(
+        self, before: _Indexes, shares: Sequence[str], condemned: AbstractSet[str]
+    ) -> tuple[PageIndex, list[PackIndex]]:
         """The pages that a save may refer to, and shared object packs that can be read."""
         if before.pages.pages or self._shared is None:
             return before.pages, []
         shared, found = self._shared.find(shares), list[PackIndex]()
         for ref in shared.object_packs:
+            if ref.key in condemned:
+                continue
             with contextlib.suppress(Damaged):
                 found.append(read_pack_index(self._backend, ref))
         return shared.pages, found

@@ -9,7 +9,7 @@ from torpor.core.errors import Damaged, NotFound
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.manifest import Manifest, PagedFile, decode_extents
-from torpor.snapshots.objects import ObjectReader, Objects, block_numbers
+from torpor.snapshots.objects import ObjectReader, Objects, chunks_of, read_chunk
 from torpor.snapshots.pack import PackIndex, PackRef, damaged, missing
 from torpor.snapshots.tree import DIRECTORY, FILE, decode_directory
 
@@ -31,7 +31,7 @@ def problems_of(manifest: Manifest, backend: Backend, ids: ContentIds) -> list[s
             if isinstance(file, PagedFile):
                 _verify_paged(file, [packs[ref] for ref in manifest.page_packs])
             else:
-                _verify_content(file.content, objects)
+                _verify_content(file.content, file.size, objects)
         except Damaged as error:
             problems.append(str(error))
     return problems + list(_problems_of_tree(manifest.tree_root, objects, "workspace"))
@@ -54,9 +54,9 @@ def _verify_paged(file: PagedFile, packs: list[PackIndex]) -> None:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
 
 
-def _verify_content(encoded: bytes, objects: Objects) -> None:
-    for _, digest in block_numbers(encoded, objects):
-        objects.get(digest)
+def _verify_content(encoded: bytes, size: int, objects: Objects) -> None:
+    for chunk in chunks_of(encoded, size, objects):
+        read_chunk(chunk, objects)
 
 
 def _problems_of_tree(digest: bytes, objects: Objects, path: str) -> Iterator[str]:
@@ -71,6 +71,6 @@ def _problems_of_tree(digest: bytes, objects: Objects, path: str) -> Iterator[st
             yield from _problems_of_tree(entry.digest, objects, below)
         elif entry.kind == FILE:
             try:
-                _verify_content(entry.content, objects)
+                _verify_content(entry.content, entry.size, objects)
             except Damaged as error:
                 yield f"{below}: {error}"

@@ -34,14 +34,15 @@ async def delivered(made: Recording, *, start: int = 0, hide_usage: bool = True)
     """The bytes from an offset on."""
     tape = Tape(start)
     sent = b""
-    async for row in rows_in_shape(made, OPENAI_CHAT, Shape.AS_SENT, hide_usage=hide_usage):
-        match row:
-            case None:
-                sent += tape.finish()
-            case ResponseHead():
-                sent += tape.head(row)
-            case _:
-                sent += tape.chunk(row)
+    async for rows in rows_in_shape(made, OPENAI_CHAT, Shape.AS_SENT, hide_usage=hide_usage):
+        for row in rows:
+            match row:
+                case None:
+                    sent += tape.finish()
+                case ResponseHead():
+                    sent += tape.head(row)
+                case _:
+                    sent += tape.chunk(row)
     return sent
 
 

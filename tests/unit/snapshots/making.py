@@ -14,11 +14,11 @@ import pytest
 
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
-from torpor.snapshots.capture import capture
+from torpor.snapshots.capture import TreeCapture, capture, store_tree
 from torpor.snapshots.cipher import Key, key_of
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
-from torpor.snapshots.tree import DirNode, Node, Stamp, TreeIndex
+from torpor.snapshots.tree import DirNode, FileNode, Node, Stamp, TreeIndex, directory_node
 
 SETTLED_NS = 10_000_000_000
 KEY = key_of(b"the key of the tests' sessions..")
@@ -85,14 +85,17 @@ class World:
     ) -> SavedSnapshot:
         staging = self.fresh("staging")
         captured = capture(self.workspace, staging, index)
-        saved = (store or self.store).save(
-            image_dir=self.image,
-            workspace=captured,
-            parent=parent and parent.ref,
-            pins=pins or {},
-            snapshot_id=SnapshotId(f"snp_{name}"),
-            key=key,
-        )
+        store = store or self.store
+        with store.lease() as lease:
+            saved = store.save(
+                image_dir=self.image,
+                workspace=captured,
+                parent=parent and parent.ref,
+                pins=pins or {},
+                snapshot_id=SnapshotId(f"snp_{name}"),
+                key=key,
+                lease=lease,
+            )
         shutil.rmtree(staging)
         return saved
 
@@ -145,4 +148,41 @@ def _restamped(node: DirNode, directory: Path) -> DirNode:
             children[name] = _restamped(child, path)
         else:
             children[name] = replace(child, stamp=Stamp.of(path.lstat()))
-    return replace(node, children=children)
+    stamp = Stamp.of(directory.lstat())
+    return directory_node(node.meta, stamp, children, node.digest, attributes=node.attributes, left_out=node.left_out)
+
+
+def time_stamps_move(directory: Path) -> None:
+    """Return when a change in the file system gets another time than those so far; some count in milliseconds."""
+    probe = directory / "time-stamps"
+    probe.touch()
+    before = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == before:
+        os.utime(probe)
+
+
+class HashingWriter:
+    """Stores nothing."""
+
+    def put(self, data: bytes) -> bytes:
+        return IDS.of_object(data)
+
+
+def flat(captured: TreeCapture) -> dict[bytes, object]:
+    """All that a capture found, by path; hard links by the first of their names."""
+    found: dict[bytes, object] = {}
+    groups: dict[int, bytes] = {}
+
+    def add(node: Node, path: bytes) -> None:
+        if isinstance(node, DirNode):
+            found[path] = (node.meta, node.attributes, node.left_out)
+            for name, child in sorted(node.children.items()):
+                add(child, path + b"/" + name)
+        elif isinstance(node, FileNode):
+            group = groups.setdefault(node.link, path) if node.link else None
+            found[path] = (node.meta, node.attributes, node.size, node.content.encoded, group)
+        else:
+            found[path] = (node.meta, node.target)
+
+    add(store_tree(captured, HashingWriter()), b"")  # type: ignore[arg-type]
+    return found

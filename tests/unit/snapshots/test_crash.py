@@ -33,13 +33,15 @@ from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SnapshotStore
 root, parent_digest = Path(sys.argv[1]), sys.argv[2]
 (root / "staging").mkdir(exist_ok=True)
-saved = SnapshotStore(LocalDirectory(root / "store"), IDS).save(
+store = SnapshotStore(LocalDirectory(root / "store"), IDS)
+saved = store.save(
     image_dir=root / "image",
     workspace=capture(root / "workspace", root / "staging"),
     parent=SnapshotRef(id=SnapshotId("snp_parent"), manifest_digest=parent_digest, key=KEY),
     pins={},
     snapshot_id=SnapshotId("snp_child"),
     key=KEY,
+    lease=store.lease(),
 )
 print(saved.manifest_digest)
 """

@@ -28,15 +28,17 @@ class Session:
         self.store = SnapshotStore(world.backend, IDS, shared=self.indexes)
 
     def save(self, number: int = 0, parent: SavedSnapshot | None = None) -> SavedSnapshot:
-        return self.store.save(
-            image_dir=self.world.image,
-            workspace=capture(self.world.workspace, self.world.fresh("staging"), parent and parent.tree),
-            parent=parent and parent.ref,
-            pins={},
-            snapshot_id=SnapshotId(f"snp_{self.name}_{number}"),
-            key=self.key,
-            shares=self.names,
-        )
+        with self.store.lease() as lease:
+            return self.store.save(
+                image_dir=self.world.image,
+                workspace=capture(self.world.workspace, self.world.fresh("staging"), parent and parent.tree),
+                parent=parent and parent.ref,
+                pins={},
+                snapshot_id=SnapshotId(f"snp_{self.name}_{number}"),
+                key=self.key,
+                lease=lease,
+                shares=self.names,
+            )
 
     def share(self, saved: SavedSnapshot) -> None:
         self.store.share(saved.ref, self.names, f"session {self.name}")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torpor.core.call import CallState
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
+from torpor.core.money import Verdict
 from torpor.core.output import OutputTrack
 from torpor.testing.simulator import kinds
-from torpor.testing.simulator.store import CallRow, Row, new_entry
+from torpor.testing.simulator.store import WORST_CASE, CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
 from torpor.testing.simulator.tasks import Task
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torpor.testing.simulator.node import Node
 
 ON_RESOLVED = "resolved"
+ON_BUDGET = "budget"
 ON_COMMIT = "committed"
 ON_SETTLED = "settled"
 ON_LOGGED = "logged"
@@ -157,12 +159,23 @@ class Gateway:
             rows.append((kinds.CALL_DIVERGED, node.incarnation, None, None, None))
             node.world.count("diverged")
         stream.logged = True
+        call_id = stream.call_id
+        assert stream.ask is not None
+        assert call_id is not None
         parent = node.tree.hang(node.db.head + len(rows) + 1)
         data = (stream.ask, stream.spelling, stream.sid, None)
-        rows.append((kinds.CALL_INTENDED, node.incarnation, stream.call_id, parent, data))
-        node.write(*rows)
-        node.db.fsync()
-        node.world.witness.intended(node, node.db.calls[rows[-1][2]])  # pyright: ignore[reportArgumentType]
+        rows.append((kinds.CALL_INTENDED, node.incarnation, call_id, parent, data))
+        # Nothing stands between a call's intent and its sending unless a budget or a checkpoint has to be asked.
+        at_once = stream.ask.kind in _SENT_AT_ONCE and not node.world.plan.budget
+        if at_once:
+            rows.append((kinds.CALL_SENT, node.incarnation, call_id, None, None))
+        written = node.write(*rows)
+        if node.world.rules.fsync_before_send or not at_once:
+            node.db.fsync()
+        row = node.db.calls[call_id]
+        node.world.witness.intended(node, row)
+        if at_once:
+            self.start_pump(row, written)
 
     def bind(self, stream: HostStream) -> None:
         """The stream has its call: see that the call has a pump if it needs one, and deliver from the log."""
@@ -193,9 +206,10 @@ class Gateway:
             self.start_pump(row)
         return number
 
-    def start_pump(self, row: CallRow) -> None:
-        self.node.pumps[row.call_id] = len(row.attempts) + 1
-        self.node.lasting.add(self.pump(row))
+    def start_pump(self, row: CallRow, sent: int | None = None) -> None:
+        """Send a call; `sent` is the transaction that says so, if there is one already."""
+        self.node.pumps[row.call_id] = len(row.attempts) + (1 if sent is None else 0)
+        self.node.lasting.add(self.pump(row, sent))
 
     # --- upstream ------------------------------------------------------------------------------------------------
 
@@ -203,21 +217,24 @@ class Gateway:
         """A barrier call waits until a committed checkpoint holds its stream with nothing answered (RECOVERY 7)."""
         node = self.node
         while not node.is_covered(row.call_id):
-            while node.db.status is not kinds.RUNNING:
+            while not node.runs:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
         if row.call_id not in node.pumps and row.state in _TO_BE_SENT:
             self.start_pump(row)
 
-    def pump(self, row: CallRow) -> Task:
+    def pump(self, row: CallRow, sent: int | None) -> Task:
         """Send one attempt and write what comes. Detached from the client: it outlives streams and sandboxes."""
         node = self.node
         world = node.world
-        sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
-        if world.rules.fsync_before_send:
-            node.db.fsync()
-        yield
+        if sent is None:
+            if world.plan.limit is not None and row.ask.is_llm:
+                yield from self.admit(row)
+            sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
+            if world.rules.fsync_before_send:
+                node.db.fsync()
+            yield
         served = world.upstream.request(node, row, sent)
         while served is None or (served.truncated and not world.rules.only_refusals_are_sent_again):
             node.append((kinds.CALL_RETRIED, node.incarnation, row.call_id, None, None))
@@ -238,6 +255,38 @@ class Gateway:
         node.db.fsync()
         del node.pumps[row.call_id]
         node.wake(row.call_id)
+        node.wake(ON_BUDGET)
+
+    def admit(self, row: CallRow) -> Task:
+        """Under a budget: return when the call's worst case fits, to be reserved in the transaction that sends it.
+
+        A call that does not fit beside what is reserved waits for an end; one that does not fit at all is held until a
+        person raises the budget, and then asks again. What is held is in the log, so whoever comes next asks as well.
+        """
+        node = self.node
+        rules = node.world.rules
+        while rules.held_call_asks_again or not row.held:
+            verdict = rules.decide(node.db.account(), WORST_CASE)
+            if verdict is Verdict.SEND:
+                if not rules.reserved_with_the_sending:
+                    yield
+                return
+            if verdict is Verdict.HOLD:
+                self._hold(row)
+            yield ON_BUDGET
+
+    def _hold(self, row: CallRow) -> None:
+        """One transaction: the waitpoint, unless the call has one, and the status."""
+        node = self.node
+        rows: list[Row] = []
+        if not row.held:
+            rows.append((kinds.WAITPOINT_CREATED, node.incarnation, row.call_id, None, None))
+        if node.db.status is kinds.RUNNING:
+            rows.append((kinds.SESSION_STATUS, node.incarnation, None, None, kinds.WAITING))
+        if rows:
+            node.append(*rows)
+            node.db.fsync()
+            node.world.held()
 
     def answer_with_message(self, row: CallRow) -> Task:
         """A call that receives a message waits for one; its answer and the inbox's cursor are one transaction."""
@@ -316,5 +365,6 @@ class Gateway:
         node.send("RESET", stream.sid)
 
 
+_SENT_AT_ONCE = frozenset({"llm", "effect", "read"})
 _TO_BE_SENT = frozenset({CallState.INTENDED, CallState.TORN})
 _SETTLED = frozenset({CallState.ANSWERED, CallState.FAILED, CallState.SENT})
