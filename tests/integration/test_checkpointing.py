@@ -84,6 +84,10 @@ class OwnSandbox:
         self.is_paused = False
         self._init = init
 
+    @property
+    def pins(self) -> dict[str, str]:
+        return {"driver": "own"}
+
     async def start(self) -> None: ...
 
     async def restore(self, image_directory: Path) -> None:
@@ -207,7 +211,6 @@ async def stage(
             staging=staging,
             gateway=gateway,
             clock=CLOCK,
-            pins={},
             share_ppm=share_ppm,
             retention=RetentionPolicy(keep_last=100, keep_hourly=0, keep_daily=0),
         )

@@ -36,6 +36,7 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import CallId, SnapshotId, new_snapshot_id
 from torpor.core.pacing import Pace
+from torpor.core.pins import Pins
 from torpor.core.retention import RetentionPolicy
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway
@@ -67,7 +68,6 @@ class Checkpointer:
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
-        pins: dict[str, str],
         share_ppm: int,
         retention: RetentionPolicy,
     ) -> None:
@@ -75,7 +75,6 @@ class Checkpointer:
         self._store = store
         self._staging = staging
         self._clock = clock
-        self._pins = pins
         self._retention = retention
         self._cutter = Cutter(records=records, staging=staging, gateway=gateway, clock=clock)
         self._pace = Pace(share_ppm, clock.monotonic())
@@ -233,7 +232,7 @@ class Checkpointer:
         seq, cursor_seq = await self._records.position()
         changes, base = self._staging.changes(snapshot_id), self._base
         workspace = await asyncio.to_thread(capture, life.plan.workspace, changes, base.tree)
-        saved = await self._save(snapshot_id, workspace, base.ref, lease)
+        saved = await self._save(snapshot_id, workspace, base.ref, life.pins, lease)
         await asyncio.to_thread(self._staging.discard, snapshot_id)
         return files_checkpoint(
             saved,
@@ -341,7 +340,7 @@ class Checkpointer:
         self._first_commit.set()
 
     async def _store_and_commit(self, number: int, cut: Cut, lease: Lease) -> None:
-        saved = await self._save(cut.checkpoint.snapshot_id, cut.workspace, cut.base.ref, lease)
+        saved = await self._save(cut.checkpoint.snapshot_id, cut.workspace, cut.base.ref, cut.pins, lease)
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
@@ -359,7 +358,12 @@ class Checkpointer:
             await self._share(saved.ref)
 
     async def _save(
-        self, snapshot_id: SnapshotId, workspace: TreeCapture, compared_with: SnapshotRef | None, lease: Lease
+        self,
+        snapshot_id: SnapshotId,
+        workspace: TreeCapture,
+        compared_with: SnapshotRef | None,
+        pins: Pins,
+        lease: Lease,
     ) -> SavedSnapshot:
         return await asyncio.to_thread(
             self._store.save,
@@ -367,7 +371,7 @@ class Checkpointer:
             workspace=workspace,
             parent=self._recent[-1],
             compared_with=compared_with,
-            pins=self._pins,
+            pins=pins,
             snapshot_id=snapshot_id,
             lease=lease,
         )

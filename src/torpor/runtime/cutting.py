@@ -26,6 +26,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id
+from torpor.core.pins import Pins
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
@@ -58,6 +59,7 @@ class Cut:
 
     Attributes:
         base: what `workspace` shares its unchanged files with.
+        pins: what the image needs to be restored.
         clones: where big files of this cut were cloned to.
         ended_at: when the agent ran on, by the monotonic clock; of the last cut of a life, when all was staged.
     """
@@ -65,6 +67,7 @@ class Cut:
     checkpoint: Checkpoint
     workspace: TreeCapture
     base: Base
+    pins: Pins
     clones: Path
     ended_at: float
 
@@ -142,6 +145,7 @@ class Cutter:
             checkpoint=checkpoint,
             workspace=workspace,
             base=base,
+            pins=life.pins,
             clones=life.clones / snapshot_id,
             ended_at=ended_at,
         )

@@ -50,6 +50,11 @@ class Home:
         return self.root / "cache/packs"
 
     @property
+    def store(self) -> Path:
+        """Large bodies of the log; and the snapshots, unless they are kept elsewhere."""
+        return self.root / "store"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

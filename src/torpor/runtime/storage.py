@@ -9,7 +9,7 @@ from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, TorporError
 from torpor.gateway.keys import NoKeyError, read_key_blocking
 from torpor.sandbox.selftest import Finding
-from torpor.snapshots.backend import Backend, open_backend
+from torpor.snapshots.backend import Backend, LocalDirectory, open_backend
 from torpor.snapshots.pack_cache import PackCache
 from torpor.snapshots.probe import probe
 
@@ -38,6 +38,17 @@ def open_configured(settings: StoreSettings, clock: Clock, *, cached_packs: Path
     if cached_packs is None or settings.url.startswith("file:") or settings.cache_bytes_max == 0:
         return backend
     return PackCache(backend, cached_packs, bytes_max=settings.cache_bytes_max)
+
+
+def open_blobs(directory: Path) -> LocalDirectory:
+    """Where the large bodies of the event log are: beside the log, wherever its snapshots may be.
+
+    A call must not wait for another machine before it is sent, and a session whose store is down goes on.
+
+    Raises:
+        MachineUnfit: `storage_failed`.
+    """
+    return LocalDirectory(directory, spare_bytes=SPARE_BYTES)
 
 
 async def ready_or_down(backend: Backend, notice: Callable[[str], None]) -> None:
