@@ -13,3 +13,5 @@ CREATE TABLE message (
     call_id      TEXT,                                      -- in: the call that handled it, null while none did; out: that sent it
     PRIMARY KEY (session_id, box, number)
 ) STRICT, WITHOUT ROWID;
+
+CREATE INDEX waitpoint_open ON waitpoint (created_ns) WHERE resolved_ns IS NULL;
