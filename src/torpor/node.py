@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torpor import wire
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
-from torpor.core.ids import SessionId, new_node_id
+from torpor.core.ids import SessionId, WaitpointId, new_node_id
 from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Node:
                 "ping": _ping,
                 "checkpoint": lambda: _checkpoint(owner),
                 "budget": partial(_budget, owner),
+                "resolve": partial(_resolve, owner),
+                "send": partial(_send, owner),
                 "continue": lambda: _let_go(owner),
                 "kill": lambda: _kill(owner, ended),
                 "stop": lambda: _stop(owner, ended),
@@ -148,6 +150,15 @@ async def _checkpoint(owner: "Owner") -> dict[str, Any]:
 
 async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
     return asdict(await owner.add_to_budget(add))
+
+
+async def _resolve(owner: "Owner", waitpoint: str, answer: str | None) -> dict[str, Any]:
+    point = await owner.resolve(WaitpointId(waitpoint), answer)
+    return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
+
+
+async def _send(owner: "Owner", text: str) -> dict[str, Any]:
+    return {"number": await owner.deliver(text)}
 
 
 async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torpor.core.errors import Conflict, TorporError
 
-LINE_BYTES_MAX = 1 << 20
+LINE_BYTES_MAX = 400 << 20
+"""A message to a session is one; JSON may take six bytes for one of its text."""
 LAST_ANSWERS_SECONDS = 5
 Verb = Callable[..., Awaitable[dict[str, Any]]]
 

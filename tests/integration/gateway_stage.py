@@ -20,7 +20,7 @@ from typing import TypeVar
 from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, PriceRule, Secret, Upstream, guest_environment
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate
-from torpor.core.clock import SystemClock
+from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
@@ -32,6 +32,7 @@ from torpor.db.database import Database, Transaction, open_database
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway, OpenCall
+from torpor.gateway.waits import OnWait
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
 from torpor.sandbox.link import Link
@@ -323,6 +324,8 @@ class Stage:
         redo: RedoSet | None = None,
         cut: Mapping[StreamId, OpenCall] | None = None,
         crossroads: Crossroads | None = None,
+        clock: Clock = CLOCK,
+        on_wait: OnWait = print,
     ) -> AsyncGenerator[Node]:
         """A node that takes the session, adopts the sandbox, and dies without a word at the end."""
         database = WatchedDatabase(await self.open_database())
@@ -332,10 +335,11 @@ class Stage:
                 database=database,
                 session_id=self.session_id,
                 owner_token=token,
-                clock=CLOCK,
+                clock=clock,
                 upstreams=self.upstreams,
                 on_call=self.on_call,
                 checkpoint_for=self.checkpoint_for,
+                on_wait=on_wait,
                 crossroads=crossroads,
                 prices=self.prices,
             )

@@ -92,7 +92,8 @@ async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
         if amount_nanousd is not None:
             socket = socket_of(runtime.home.lock(session_id))
             if socket is None:
-                await runtime.add_to_budget(session_id, amount_nanousd, node.holder, wire.answers)
+                async with runtime.borrow(session_id, node.holder, wire.answers) as records:
+                    await records.add_to_budget(amount_nanousd)
             else:
                 await wire.ask(socket, "budget", deadline_seconds=NODE_DEADLINE_SECONDS, add=amount_nanousd)
         return await runtime.database.read(lambda tx: standing(tx, session_id))

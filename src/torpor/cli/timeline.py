@@ -18,6 +18,7 @@ from torpor.db import notes
 from torpor.db.database import Transaction
 from torpor.db.notes import Note
 from torpor.db.verify import count_redacted, verify_chain
+from torpor.db.waitpoints import question_from
 from torpor.runtime.runtime import Runtime, open_runtime
 
 FOLLOW_SECONDS = 0.25
@@ -68,7 +69,7 @@ async def _log(text: str, as_json: bool, follow: bool, verify: bool, after: int)
 def _read(tx: Transaction, session_id: SessionId, after_seq: int) -> tuple[list[Event], dict[int, Note]]:
     """Events, and of those that are notes the texts by seq."""
     events = event_log.events(tx, session_id, after_seq=after_seq)
-    return events, {event.seq: notes.read(tx, event) for event in events if event.kind in notes.NOTE_KINDS}
+    return events, {event.seq: notes.read(tx, event) for event in events if notes.has_text(event)}
 
 
 async def _verify(runtime: Runtime, session_id: Any, as_json: bool) -> None:
@@ -128,9 +129,17 @@ def told(event: Event, calls: CallNumbers, note: Note | None = None) -> str:
     """What the timeline says of an event besides its kind."""
     number = calls.of(event)
     tell = _TELLING.get(event.kind)
-    said = _shortened(note.text) if note is not None else tell(event.data) if tell else ""
+    said = _shortened(_written(event, note.text)) if note is not None else tell(event.data) if tell else ""
     words = [f"call {number}:" if number else "", said]
     return " ".join(word for word in words if word).strip().removesuffix(":")
+
+
+def _written(event: Event, text: str) -> str:
+    """A text as people want it: of a question, which is kept with its choices, the words."""
+    if event.kind is not Kind.WAITPOINT_CREATED:
+        return text
+    question = question_from(text)
+    return question.text + (f" ({', '.join(question.choices)})" if question.choices else "")
 
 
 def _shortened(text: str) -> str:
@@ -235,6 +244,19 @@ def _recovered(data: Any) -> str:
     return f"{what.get(str(data.get('mode')), '')} in {milliseconds(data.get('took_ns', 0))}"
 
 
+def _waits(data: Any) -> str:
+    if data.get("needed") is not None:
+        return f"{data.get('kind')}: the call is held, it may cost ${data.get('needed')}"
+    return f"{data.get('kind')}{'' if data.get('due_ns') is None else ', until its time comes at the latest'}"
+
+
+def _resolved(data: Any) -> str:
+    if data.get("limit") is not None:
+        return f"{data.get('kind')}: the limit is ${data.get('limit')}"
+    number = f": message {data.get('number')}" if data.get("number") is not None else ""
+    return f"{data.get('kind')}{': its time came' if data.get('timed_out') else number}"
+
+
 def _rejected(data: Any) -> str:
     number = data.get("checkpoint")
     return f"{data.get('mode')}{'' if number is None else f' of checkpoint #{number}'}: {data.get('reason')}"
@@ -253,8 +275,10 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.CALL_COMPLETED: _completed,
     Kind.CALL_FAILED: lambda data: str(data.get("error", "")),
     Kind.CALL_TORN: lambda data: f"attempt {data.get('attempt')} was cut short: its node died",
-    Kind.WAITPOINT_CREATED: lambda data: f"{data.get('kind')}: the call is held, it may cost ${data.get('needed')}",
-    Kind.WAITPOINT_RESOLVED: lambda data: f"{data.get('kind')}: the limit is ${data.get('limit')}",
+    Kind.WAITPOINT_CREATED: _waits,
+    Kind.WAITPOINT_RESOLVED: _resolved,
+    Kind.MESSAGE_RECEIVED: lambda data: f"message {data.get('number')}",
+    Kind.MESSAGE_SENT: lambda data: f"message {data.get('number')}",
     Kind.BUDGET_CHANGED: lambda data: f"from ${data.get('from')} to ${data.get('to')}",
     Kind.CALL_UNKNOWN: lambda _data: "sent, and nobody knows what came of it",
     Kind.CALL_REPEATED: _repeated,

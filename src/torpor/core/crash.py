@@ -21,6 +21,7 @@ CRASH_POINTS: dict[str, str] = {
     "call.completed": "a whole answer that was not delivered: delivered from the log",
     "waitpoint.created": "a call that is intended and held: its stream finds the waitpoint again, nothing was sent",
     "waitpoint.resolved": "a resolution that nobody was told of: who waited asks again when a node runs it",
+    "message.received": "a message that nobody was told of: who waited looks again when a node runs it",
     "call.delivered": "a stream whose end is logged and that init still knows: the next node lets it go",
     "checkpoint.cut": "a sandbox that waits at the barrier; the next HELLO ends it",
     "checkpoint.paused": "a paused sandbox with its mark; the next node resumes it",

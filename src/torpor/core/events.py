@@ -67,6 +67,10 @@ class Kind(StrEnum):
     OUTPUT_DIFFERED = "output.differed"
     WAITPOINT_CREATED = "waitpoint.created"
     WAITPOINT_RESOLVED = "waitpoint.resolved"
+    MESSAGE_RECEIVED = "message.received"
+    """Somebody sent the session a message; data: number, bytes; refs: the text."""
+    MESSAGE_SENT = "message.sent"
+    """The agent sent a message out; data: number, bytes; refs: the text."""
     BUDGET_CHANGED = "budget.changed"
     AGENT_EXITED = "agent.exited"
 

@@ -27,6 +27,8 @@ VOLATILE: Mapping[str, Fields] = {
             "x-codex-ws-stream-request-start-ms": None,
         }
     },
+    # How long a client is still ready to wait. (A tool call of MCP has an id of its own, so it is never equal.)
+    "torpor": {"timeout_seconds": None},
 }
 """By dialect: what a client fills in anew each time that it builds the same request. Other HTTP has none."""
 

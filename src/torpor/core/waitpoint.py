@@ -1,19 +1,31 @@
 """A waitpoint: a durable promise that a session waits on. It is resolved once; the first resolution wins.
 
-What is asked and what was answered are small JSON objects, whose fields go by the kind.
+What is asked and what was answered are small JSON objects, whose fields go by the kind; what people or the agent wrote
+is in blocks that they name, so that it can be redacted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from torpor.core.errors import InvalidInput
 from torpor.core.ids import CallId, SessionId, WaitpointId
 
 
 class WaitpointKind(StrEnum):
     BUDGET = "budget"
     """A call does not fit the budget; data: needed (dollars); resolution: limit (dollars)."""
+    ASK = "ask"
+    """A question to a person; data: question (a block's digest); resolution: answer (a block's digest)."""
+    TIMER = "timer"
+    """A time, which is when it is due; resolution: nothing."""
+    MESSAGE = "message"
+    """The next message of the inbox; resolution: number (of the message)."""
+
+
+TIMED_OUT: Mapping[str, Any] = {"timed_out": True}
+"""How a waitpoint resolves that came to its time; a timer resolves so as well, and it is no failure there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +33,8 @@ class Waitpoint:
     """One row of the waitpoint table.
 
     Attributes:
-        call_id: the call that it holds: safe to send, not sent.
+        call_id: the call that made it, or that it holds: safe to send, not sent.
+        due_ns: wall time at which it resolves by itself; None: never.
         resolution: None while it is open.
     """
 
@@ -31,9 +44,48 @@ class Waitpoint:
     call_id: CallId | None
     data: Mapping[str, Any]
     created_ns: int
+    due_ns: int | None
     resolved_ns: int | None
     resolution: Mapping[str, Any] | None
 
     @property
     def is_open(self) -> bool:
         return self.resolved_ns is None
+
+    @property
+    def timed_out(self) -> bool:
+        """It came to its time before anybody resolved it."""
+        return self.resolution is not None and bool(self.resolution.get("timed_out"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What an agent asks a person.
+
+    Attributes:
+        choices: the answers that it offers; none: any text.
+        free_text: any text will do although there are choices.
+    """
+
+    text: str
+    choices: Sequence[str] = ()
+    free_text: bool = False
+
+    def check_answer(self, answer: str) -> str:
+        """The answer as the agent gets it: a choice in the agent's own spelling, or the text.
+
+        Raises:
+            InvalidInput: `answer_not_a_choice`.
+        """
+        meant = [choice for choice in self.choices if choice == answer] or [
+            choice for choice in self.choices if choice.casefold() == answer.strip().casefold()
+        ]
+        if len(meant) == 1:
+            return meant[0]
+        if self.choices and not self.free_text:
+            raise InvalidInput(
+                "answer_not_a_choice",
+                f"cannot answer {answer[:200]!r}: it is none of the choices",
+                hint=f"The choices: {', '.join(self.choices)}.",
+            )
+        return answer

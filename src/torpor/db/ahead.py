@@ -45,6 +45,19 @@ class Ahead:
         new = await self.database.read(find_new)
         return replace(body, stored={digest: await self._store(large[digest]) for digest in new})
 
+    async def text(self, text: str) -> Stored | None:
+        """Store a text that is large, for the transaction that makes it a block; None: it is small.
+
+        Raises:
+            MachineUnfit: `no_space`, `storage_failed`.
+        """
+        content = text.encode("utf-8", "surrogatepass")
+        if len(content) < BLOB_BYTES_MIN:
+            return None
+        digest = blocks.digest_of(content)
+        is_there = await self.database.read(lambda tx: blocks.is_there(tx, self.session_id, digest))
+        return None if is_there else await self._store(content)
+
     async def answer(self, call_id: CallId, attempt: int) -> Packed | None:
         """Read and store an answer to which nothing is added any more, for the transaction that closes its attempt.
 

@@ -1,4 +1,5 @@
-"""Texts of notes, the agent's and Torpor's own: each is a block, which its event names, so that it can be erased.
+"""Texts of events: notes (the agent's and Torpor's own), questions, answers, messages. Each is a block, which its
+event names, so that it can be erased.
 
 The block and the event are one transaction of the caller's. Events from before notes were blocks hold the text in
 `data`, for good.
@@ -14,6 +15,12 @@ from torpor.db.database import Transaction
 from torpor.db.log import append
 
 NOTE_KINDS = frozenset({Kind.NOTE_ADDED, Kind.AGENT_TOLD})
+TEXT_KINDS = NOTE_KINDS | {
+    Kind.WAITPOINT_CREATED,
+    Kind.WAITPOINT_RESOLVED,
+    Kind.MESSAGE_RECEIVED,
+    Kind.MESSAGE_SENT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +52,18 @@ def add(
     return append(tx, **owner, drafts=[draft], wall_ns=wall_ns)[0]
 
 
+def has_text(event: Event) -> bool:
+    """Whether somebody wrote something that the event is about."""
+    return event.kind in NOTE_KINDS or block_of(event) is not None
+
+
 def block_of(event: Event) -> bytes | None:
-    """The digest of the block that a note's text is; None for another event, and for a note from before."""
-    return bytes.fromhex(event.refs[0]) if event.kind in NOTE_KINDS and event.refs else None
+    """The digest of the block that an event's text is; None for an event without one, and for a note from before."""
+    return bytes.fromhex(event.refs[0]) if event.kind in TEXT_KINDS and event.refs else None
 
 
 def read(tx: Transaction, event: Event) -> Note:
-    """The text of a note's event.
+    """The text of an event that has one.
 
     Raises:
         Damaged: `block_damaged`.

@@ -263,6 +263,7 @@ def set_cursor(tx: Transaction, *, session_id: SessionId, owner_token: int, curs
 
 
 _ROWS_OF_A_SESSION = (
+    "message/delete_of_session_fenced",
     "waitpoint/delete_of_session_fenced",
     "redo/delete_of_session_fenced",
     "output/delete_of_session_fenced",

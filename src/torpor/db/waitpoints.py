@@ -7,15 +7,18 @@ on. A session that does not run (asleep, recovering) keeps its status: what it w
 from collections.abc import Mapping
 from typing import Any
 
+from torpor.core.errors import Conflict, InvalidInput, NotFound
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, WaitpointId, new_waitpoint_id
 from torpor.core.session import SessionStatus
-from torpor.core.waitpoint import Waitpoint, WaitpointKind
-from torpor.db import sessions
+from torpor.core.waitpoint import Question, Waitpoint, WaitpointKind
+from torpor.db import blocks, sessions
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
 from torpor.db.fence import held_row, refusal
 from torpor.db.log import append
+
+_HINT = "`torpor waitpoints SESSION` lists what it waits on."
 
 
 def wait_on(
@@ -29,10 +32,181 @@ def wait_on(
     wall_ns: int,
 ) -> None:
     """Let the session wait, on the waitpoint that this call has already if it is open. Commit it durably."""
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
     waiting = [point for point in open_waitpoints(tx, session_id) if point.call_id == call_id and point.kind is kind]
     if not waiting:
-        _create(tx, session_id, owner_token, kind, call_id, data, wall_ns)
+        create(tx, **owner, kind=kind, call_id=call_id, data=data, wall_ns=wall_ns)
+    wait(tx, **owner, kind=kind, wall_ns=wall_ns)
+
+
+def create(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    kind: WaitpointKind,
+    call_id: CallId | None,
+    wall_ns: int,
+    data: Mapping[str, Any] | None = None,
+    due_ns: int | None = None,
+    text: str | None = None,
+) -> Waitpoint:
+    """Make a waitpoint, which nobody waits on yet. Commit it durably.
+
+    Args:
+        due_ns: wall time at which it resolves by itself.
+        text: what somebody wrote for it, which becomes a block; `data` names it as `text`.
+    """
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    waitpoint_id = new_waitpoint_id(wall_ns)
+    refs = () if text is None else (_put(tx, owner, text),)
+    kept = {**(data or {}), **({"text": refs[0]} if refs else {})}
+    if not tx.run(
+        "waitpoint/insert_fenced",
+        **owner,
+        waitpoint_id=waitpoint_id,
+        kind=kind.value,
+        call_id=call_id,
+        data=encode_json(kept),
+        created_ns=wall_ns,
+        due_ns=due_ns,
+    ):
+        raise refusal(tx, session_id, owner_token, sessions.changed(session_id))
+    due = {} if due_ns is None else {"due_ns": due_ns}
+    event = {"waitpoint": waitpoint_id, "kind": kind.value, **(data or {}), **due}
+    _note(tx, owner, Kind.WAITPOINT_CREATED, call_id, event, refs, wall_ns)
+    made = find(tx, session_id, waitpoint_id)
+    assert made is not None
+    return made
+
+
+def wait(tx: Transaction, *, session_id: SessionId, owner_token: int, kind: WaitpointKind, wall_ns: int) -> None:
+    """A session that runs waits from now on."""
     _move(tx, session_id, owner_token, SessionStatus.RUNNING, SessionStatus.WAITING, f"it waits: {kind}", wall_ns)
+
+
+def ask(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    call_id: CallId,
+    question: Question,
+    due_ns: int | None,
+    wall_ns: int,
+) -> Waitpoint:
+    """Make the waitpoint of a question. Commit it durably."""
+    asked = {"question": question.text, "choices": list(question.choices), "free_text": question.free_text}
+    return create(
+        tx,
+        session_id=session_id,
+        owner_token=owner_token,
+        kind=WaitpointKind.ASK,
+        call_id=call_id,
+        due_ns=due_ns,
+        text=encode_json(asked),
+        wall_ns=wall_ns,
+    )
+
+
+def question_of(tx: Transaction, point: Waitpoint) -> Question:
+    """What was asked, or what redaction left of it.
+
+    Raises:
+        Damaged: `block_damaged`.
+    """
+    return question_from(_text(tx, point, point.data["text"]))
+
+
+def question_from(text: str) -> Question:
+    """A question as `ask` keeps it, or what redaction left of it."""
+    try:
+        asked = decode_json(text)
+        return Question(text=asked["question"], choices=tuple(asked["choices"]), free_text=asked["free_text"])
+    except (ValueError, KeyError, TypeError):
+        return Question(text=text)
+
+
+def answer_of(tx: Transaction, point: Waitpoint) -> str | None:
+    """What a person said to a question; None: nothing yet.
+
+    Raises:
+        Damaged: `block_damaged`.
+    """
+    digest = None if point.resolution is None else point.resolution.get("text")
+    return None if digest is None else _text(tx, point, digest)
+
+
+def answer(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    waitpoint_id: WaitpointId,
+    text: str | None,
+    wall_ns: int,
+) -> Waitpoint:
+    """Resolve a waitpoint as a person wants it: a question with an answer, a timer before its time. Commit it durably.
+
+    Raises:
+        NotFound: `waitpoint_not_found`.
+        Conflict: `waitpoint_resolved`, somebody was first, or its time had come.
+        InvalidInput: `answer_missing`; `answer_not_a_choice`; `answer_refused`, it waits for something else.
+    """
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    point = find(tx, session_id, waitpoint_id)
+    if point is None:
+        raise NotFound("waitpoint_not_found", f"cannot resolve waitpoint {waitpoint_id}: there is none", hint=_HINT)
+    if point.kind is WaitpointKind.BUDGET or point.kind is WaitpointKind.MESSAGE:
+        command = "budget SESSION --add DOLLARS" if point.kind is WaitpointKind.BUDGET else "send SESSION TEXT"
+        reason = f"cannot resolve waitpoint {waitpoint_id}: it waits for a {point.kind}"
+        raise InvalidInput("answer_refused", reason, hint=f"torpor {command}")
+    if point.kind is WaitpointKind.ASK:
+        if text is None:
+            raise InvalidInput("answer_missing", f"cannot resolve waitpoint {waitpoint_id}: a question wants an answer")
+        text = question_of(tx, point).check_answer(text)
+    elif text is not None:
+        raise InvalidInput("answer_refused", f"cannot resolve waitpoint {waitpoint_id}: a timer takes no answer")
+    is_late = point.due_ns is not None and point.due_ns <= wall_ns
+    if is_late or not resolve(tx, **owner, point=point, resolution={}, text=text, wall_ns=wall_ns):
+        reason = f"cannot resolve waitpoint {waitpoint_id}: it was resolved before, or its time has come"
+        raise Conflict("waitpoint_resolved", reason, hint=_HINT)
+    return point
+
+
+def resolve(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    point: Waitpoint,
+    resolution: Mapping[str, Any],
+    wall_ns: int,
+    text: str | None = None,
+) -> bool:
+    """Resolve a waitpoint; False if it was resolved before. Commit it durably.
+
+    Args:
+        text: what somebody wrote, which becomes a block; the resolution names it as `text`.
+    """
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    refs = () if text is None else (_put(tx, owner, text),)
+    kept = {**resolution, **({"text": refs[0]} if refs else {})}
+    if not tx.run(
+        "waitpoint/resolve_fenced",
+        **owner,
+        waitpoint_id=point.waitpoint_id,
+        resolution=encode_json(kept),
+        wall_ns=wall_ns,
+    ):
+        held_row(tx, session_id, owner_token)
+        return False
+    data = {"waitpoint": point.waitpoint_id, "kind": point.kind.value, **resolution}
+    _note(tx, owner, Kind.WAITPOINT_RESOLVED, point.call_id, data, refs, wall_ns)
+    if not open_waitpoints(tx, session_id):
+        reason = f"resolved: {point.kind}"
+        _move(tx, session_id, owner_token, SessionStatus.WAITING, SessionStatus.RUNNING, reason, wall_ns)
+    return True
 
 
 def resolve_all(
@@ -45,22 +219,27 @@ def resolve_all(
     wall_ns: int,
 ) -> list[Waitpoint]:
     """Resolve every open waitpoint of a kind; who waited on them looks again. Commit it durably."""
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
     held_row(tx, session_id, owner_token)
     points = [point for point in open_waitpoints(tx, session_id) if point.kind is kind]
     for point in points:
-        tx.run(
-            "waitpoint/resolve_fenced",
-            session_id=session_id,
-            owner_token=owner_token,
-            waitpoint_id=point.waitpoint_id,
-            resolution=encode_json(dict(resolution)),
-            wall_ns=wall_ns,
-        )
-        data = {"waitpoint": point.waitpoint_id, "kind": kind.value, **resolution}
-        _note(tx, session_id, owner_token, Kind.WAITPOINT_RESOLVED, point.call_id, data, wall_ns)
-    if not open_waitpoints(tx, session_id):
-        _move(tx, session_id, owner_token, SessionStatus.WAITING, SessionStatus.RUNNING, f"resolved: {kind}", wall_ns)
+        resolve(tx, **owner, point=point, resolution=resolution, wall_ns=wall_ns)
     return points
+
+
+def find(tx: Transaction, session_id: SessionId, waitpoint_id: WaitpointId) -> Waitpoint | None:
+    row = tx.one("waitpoint/find_by_id", session_id=session_id, waitpoint_id=waitpoint_id)
+    return None if row is None else _waitpoint_of(row)
+
+
+def list_of_call(tx: Transaction, session_id: SessionId, call_id: CallId) -> list[Waitpoint]:
+    """What a call made, or holds on to, oldest first."""
+    return [_waitpoint_of(row) for row in tx.all("waitpoint/list_of_call", session_id=session_id, call_id=call_id)]
+
+
+def list_open(tx: Transaction) -> list[Waitpoint]:
+    """What all sessions that have not ended wait on, oldest first."""
+    return [_waitpoint_of(row) for row in tx.all("waitpoint/list_open")]
 
 
 def open_waitpoints(tx: Transaction, session_id: SessionId) -> list[Waitpoint]:
@@ -73,43 +252,26 @@ def list_of_session(tx: Transaction, session_id: SessionId) -> list[Waitpoint]:
     return [_waitpoint_of(row) for row in tx.all("waitpoint/list_of_session", session_id=session_id)]
 
 
-def _create(
-    tx: Transaction,
-    session_id: SessionId,
-    owner_token: int,
-    kind: WaitpointKind,
-    call_id: CallId | None,
-    data: Mapping[str, Any],
-    wall_ns: int,
-) -> None:
-    waitpoint_id = new_waitpoint_id(wall_ns)
-    if not tx.run(
-        "waitpoint/insert_fenced",
-        session_id=session_id,
-        owner_token=owner_token,
-        waitpoint_id=waitpoint_id,
-        kind=kind.value,
-        call_id=call_id,
-        data=encode_json(dict(data)),
-        created_ns=wall_ns,
-    ):
-        raise refusal(tx, session_id, owner_token, sessions.changed(session_id))
-    event = {"waitpoint": waitpoint_id, "kind": kind.value, **data}
-    _note(tx, session_id, owner_token, Kind.WAITPOINT_CREATED, call_id, event, wall_ns)
+def _text(tx: Transaction, point: Waitpoint, digest: str) -> str:
+    return blocks.read(tx, point.session_id, bytes.fromhex(digest)).data.decode("utf-8", "surrogatepass")
+
+
+def _put(tx: Transaction, owner: dict[str, Any], text: str) -> str:
+    return blocks.put(tx, **owner, data=text.encode("utf-8", "surrogatepass")).hex()
 
 
 def _note(
     tx: Transaction,
-    session_id: SessionId,
-    owner_token: int,
+    owner: dict[str, Any],
     kind: Kind,
     call_id: CallId | None,
     data: Mapping[str, Any],
+    refs: tuple[str, ...],
     wall_ns: int,
 ) -> None:
-    incarnation = held_row(tx, session_id, owner_token)["incarnation"]
-    draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-    append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+    incarnation = held_row(tx, owner["session_id"], owner["owner_token"])["incarnation"]
+    draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data, refs=refs)
+    append(tx, **owner, drafts=[draft], wall_ns=wall_ns)
 
 
 def _move(
@@ -136,6 +298,7 @@ def _waitpoint_of(row: Row) -> Waitpoint:
         call_id=CallId(row["call_id"]) if row["call_id"] is not None else None,
         data=decode_json(row["data"]),
         created_ns=row["created_ns"],
+        due_ns=row["due_ns"],
         resolved_ns=row["resolved_ns"],
         resolution=None if row["resolution"] is None else decode_json(row["resolution"]),
     )

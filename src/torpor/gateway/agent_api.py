@@ -8,10 +8,11 @@ wish's answer says is decided once, when it goes to the log (`gateway.own`).
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -21,7 +22,8 @@ from torpor.gateway.request import Headers, Request, RequestLine
 PREFIX = "/torpor/v1"
 DOCUMENT_PATH = f"{PREFIX}/openapi.json"
 NOTE_CHARACTERS_MAX = 16_384
-BODY_BYTES_MAX = 1 << 20
+BODY_BYTES_MAX = 64 << 20
+SECONDS_MAX = 100 * 366 * 86_400
 
 RpcId: TypeAlias = str | int
 
@@ -36,10 +38,72 @@ class EmptyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nothing to say."""
 
 
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=NOTE_CHARACTERS_MAX)]
+_Choice = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
+
+
+class AskBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A question to a person.
+
+    Attributes:
+        choices: the answers that there are; none: any text.
+        free_text: any text will do although there are choices.
+        timeout_seconds: how long the question is open; null: for good.
+        wait: false answers at once with the waitpoint, for a later wait.
+    """
+
+    question: _Text
+    choices: Annotated[list[_Choice], msgspec.Meta(max_length=64)] = []
+    free_text: bool = False
+    timeout_seconds: _Seconds | None = None
+    wait: bool = True
+
+
+class SleepBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long, or until when (ISO 8601 with an offset); with both until the later."""
+
+    seconds: _Seconds = 0
+    until: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    wait: bool = True
+
+
+class ReceiveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long to wait for a message; null: for good, 0: only what is there."""
+
+    timeout_seconds: _Seconds | None = None
+
+
+class SendBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a message says."""
+
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class WaitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to wait for: all of these waitpoints, or any of them."""
+
+    waitpoints: Annotated[list[str], msgspec.Meta(min_length=1, max_length=100)]
+    mode: Literal["any", "all"] = "any"
+    timeout_seconds: _Seconds | None = None
+
+
+Body: TypeAlias = NoteBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | WaitBody
+
+
 class Operation(StrEnum):
     SESSION = "session"
     CHECKPOINT = "checkpoint"
     NOTE = "note"
+    ASK = "ask"
+    SLEEP = "sleep"
+    RECEIVE = "receive"
+    SEND = "send"
+    WAIT = "wait"
+
+
+WAITING = frozenset({Operation.ASK, Operation.SLEEP, Operation.RECEIVE, Operation.WAIT})
+"""What may be answered long after it was asked (`gateway.waits`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +122,7 @@ class Rule:
     status: int
     summary: str
     description: str
-    body: type[NoteBody] | type[EmptyBody]
+    body: type[Body]
     answer: Mapping[str, Mapping[str, Any]]
     failures: Mapping[int, str]
 
@@ -70,8 +134,18 @@ class Rule:
     def body_schema(self) -> dict[str, Any]:
         return msgspec.json.schema_components([self.body])[1][self.body.__name__]
 
+    @property
+    def needs_body(self) -> bool:
+        """Whether a request says something that has no default."""
+        return bool(self.body_schema.get("required"))
+
 
 _COUNT = {"type": "integer", "minimum": 0}
+_WAITPOINT: Mapping[str, Mapping[str, Any]] = {
+    "waitpoint": {"type": "string", "description": "The id of what is waited on."},
+    "kind": {"type": "string", "description": "ask or timer."},
+    "state": {"type": "string", "enum": ["open", "resolved", "timed_out"]},
+}
 
 RULES = (
     Rule(
@@ -123,6 +197,90 @@ RULES = (
         answer={"seq": {**_COUNT, "description": "The number of the note's event."}},
         failures={},
     ),
+    Rule(
+        operation=Operation.ASK,
+        method="POST",
+        path=f"{PREFIX}/ask",
+        tool="torpor_ask_human",
+        status=200,
+        summary="Ask a person, and wait for the answer.",
+        description="Answers when a person did, which may take days; the session may sleep meanwhile, at no cost. "
+        "A client that lost its patience asks again with the same words, and waits on for the same answer.",
+        body=AskBody,
+        answer={
+            **_WAITPOINT,
+            "answer": {"type": ["string", "null"], "description": "What the person said; null: nothing yet."},
+        },
+        failures={},
+    ),
+    Rule(
+        operation=Operation.SLEEP,
+        method="POST",
+        path=f"{PREFIX}/sleep",
+        tool="torpor_sleep",
+        status=200,
+        summary="Wait for a time.",
+        description="Answers when the time has come, by the wall clock outside; the session may sleep meanwhile and "
+        "costs nothing.",
+        body=SleepBody,
+        answer=_WAITPOINT,
+        failures={},
+    ),
+    Rule(
+        operation=Operation.RECEIVE,
+        method="POST",
+        path=f"{PREFIX}/receive",
+        tool="torpor_wait_for_message",
+        status=200,
+        summary="Take the next message, waiting for it if need be.",
+        description="Messages come with `torpor send`. Each is given out once: an agent that is restored and receives "
+        "again gets the one that it got before.",
+        body=ReceiveBody,
+        answer={
+            "message": {
+                "type": ["object", "null"],
+                "description": "The message; null: none came in time.",
+                "properties": {
+                    "number": {**_COUNT, "description": "Counts the session's messages from 1."},
+                    "text": {"type": "string"},
+                    "sent_at": {"type": "string", "description": "ISO 8601, UTC."},
+                },
+            },
+        },
+        failures={},
+    ),
+    Rule(
+        operation=Operation.SEND,
+        method="POST",
+        path=f"{PREFIX}/send",
+        tool="torpor_send",
+        status=201,
+        summary="Send a message out.",
+        description="Puts a text into the session's outbox, which people read with `torpor tail`. It is there once, "
+        "however often the agent is restored and sends it again.",
+        body=SendBody,
+        answer={"number": {**_COUNT, "description": "Counts the messages in the outbox from 1."}},
+        failures={},
+    ),
+    Rule(
+        operation=Operation.WAIT,
+        method="POST",
+        path=f"{PREFIX}/wait",
+        tool="torpor_wait",
+        status=200,
+        summary="Wait for any, or all, of several things.",
+        description="The waitpoints are those that `ask` and `sleep` gave with `wait: false`.",
+        body=WaitBody,
+        answer={
+            "done": {"type": "boolean", "description": "Whether what was waited for has come, before the timeout."},
+            "waitpoints": {
+                "type": "array",
+                "description": "Each waitpoint, in the order asked for.",
+                "items": {"type": "object"},
+            },
+        },
+        failures={404: "The session has no such waitpoint."},
+    ),
 )
 
 
@@ -131,7 +289,7 @@ class Wish:
     """What an agent asked for. `rpc_id` is the id of its JSON-RPC request; None: it came as plain HTTP."""
 
     rule: Rule
-    text: str = ""
+    body: Body
     rpc_id: RpcId | None = None
 
 
@@ -174,8 +332,7 @@ def read_wish(request: Request, body: bytes) -> Wish | Reply:
     rule = allowed.get(line.method)
     if rule is None:
         raise refuse_method(line, ", ".join(allowed))
-    fields = parse(body or b"{}", rule.body)
-    return Wish(rule=rule, text=fields.text if isinstance(fields, NoteBody) else "")
+    return Wish(rule=rule, body=parse(body or b"{}", rule.body))
 
 
 def check_origin(line: RequestLine) -> None:
@@ -256,7 +413,7 @@ def _operation(rule: Rule) -> dict[str, Any]:
     }
     if rule.method == "POST":
         content = {"application/json": {"schema": rule.body_schema}}
-        described["requestBody"] = {"required": rule.body is NoteBody, "content": content}
+        described["requestBody"] = {"required": rule.needs_body, "content": content}
     return described
 
 

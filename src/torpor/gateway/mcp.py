@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from torpor.gateway.agent_api import RULES, NoteBody, Reply, RpcId, Rule, Wish, parse, refuse_method
+from torpor.gateway.agent_api import RULES, Reply, RpcId, Rule, Wish, parse, refuse_method
 from torpor.gateway.request import Request
 
 PATH = "/mcp"
@@ -71,9 +71,9 @@ def _wish(rpc_id: RpcId, params: Mapping[str, Any]) -> Wish | Reply:
         return _error(rpc_id, PARAMS_INVALID, "there is no such tool")
     try:
         fields = msgspec.convert(params.get("arguments") or {}, rule.body)
+        return Wish(rule=rule, body=fields, rpc_id=rpc_id)
     except msgspec.ValidationError as error:
         return _error(rpc_id, PARAMS_INVALID, f"the arguments of {rule.tool} are not what is wanted ({error})")
-    return Wish(rule=rule, text=fields.text if isinstance(fields, NoteBody) else "", rpc_id=rpc_id)
 
 
 def _initialized(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def _initialized(params: Mapping[str, Any]) -> dict[str, Any]:
         "protocolVersion": wanted if wanted in VERSIONS else VERSIONS[0],
         "capabilities": {"tools": {}},
         "serverInfo": {"name": "torpor", "version": version("torpor")},
-        "instructions": "You run in a sandbox that Torpor saves and restores. Make a checkpoint before a risky step.",
+        "instructions": "You run in a sandbox that Torpor saves and restores. Make a checkpoint before a risky step. "
+        "A tool that waits may take days: the sandbox sleeps meanwhile.",
     }
 
 

@@ -16,13 +16,15 @@ from http import HTTPStatus
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.errors import SandboxFailed
+from torpor.db.blobs import Stored
 from torpor.db.database import Transaction
 from torpor.gateway import agent_api, mcp
 from torpor.gateway.admission import LocalAnswer
-from torpor.gateway.agent_api import Operation, Refused, Reply, Wish
+from torpor.gateway.agent_api import WAITING, NoteBody, Operation, Refused, Reply, SendBody, Wish
 from torpor.gateway.delivery import Recording
 from torpor.gateway.record import Recorder
 from torpor.gateway.request import Request, RequestLine, decoded_body
+from torpor.gateway.waits import Waits
 
 CheckpointFor = Callable[[Call], Awaitable[Checkpoint | None]]
 """A durable checkpoint that holds a call's stream; None if none could be made. SandboxFailed: the sandbox is gone."""
@@ -44,11 +46,14 @@ class OwnPump:
 
     failed = False
 
-    def __init__(self, *, call: Call, request: Request, recorder: Recorder, checkpoint_for: CheckpointFor) -> None:
+    def __init__(
+        self, *, call: Call, request: Request, recorder: Recorder, waits: Waits, checkpoint_for: CheckpointFor
+    ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
         self._request = request
         self._recorder = recorder
+        self._waits = waits
         self._checkpoint_for = checkpoint_for
 
     @property
@@ -63,16 +68,20 @@ class OwnPump:
         """
         wish = _read(self._request)
         assert isinstance(wish, Wish), "what became a call was one before"
-        checkpoint = None
+        checkpoint = stored = None
         if wish.rule.operation is Operation.CHECKPOINT:
             try:
                 checkpoint = await self._checkpoint_for(self.call)
             except SandboxFailed:
                 self.recording.end(finished=False)
                 return
+        elif wish.rule.operation in WAITING:
+            await self._waits.until_ready(self.call.call_id, wish)
+        elif isinstance(wish.body, SendBody):
+            stored = await self._recorder.store_text(wish.body.text)
 
         def write(tx: Transaction) -> LocalAnswer:
-            return self._answer(tx, wish, checkpoint)
+            return self._answer(tx, wish, checkpoint, stored)
 
         answer = await self._recorder.answer(self.call.call_id, write)
         self.recording.add_head(answer.head)
@@ -80,23 +89,28 @@ class OwnPump:
             self.recording.add_chunk(answer.body)
         self.recording.end(finished=True)
 
-    def _answer(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None) -> LocalAnswer:
-        reply = self._reply(tx, wish, checkpoint)
+    def _answer(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None, stored: Stored | None) -> LocalAnswer:
+        reply = self._reply(tx, wish, checkpoint, stored)
         if wish.rpc_id is not None:
             reply = mcp.reply_of(wish.rpc_id, reply)
         return _rendered(self._request.line, reply)
 
-    def _reply(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None) -> Reply:
-        match wish.rule.operation:
-            case Operation.SESSION:
-                return Reply(status=wish.rule.status, body=self._recorder.describe(tx))
-            case Operation.NOTE:
-                seq = self._recorder.append_note(tx, self.call.call_id, wish.text)
-                return Reply(status=wish.rule.status, body={"seq": seq})
-            case Operation.CHECKPOINT if checkpoint is not None:
-                made = {"checkpoint": checkpoint.number, "seq": checkpoint.seq}
-                return Reply(status=wish.rule.status, body=made)
-            case Operation.CHECKPOINT:
+    def _reply(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None, stored: Stored | None) -> Reply:
+        status = wish.rule.status
+        match wish.body:
+            case NoteBody(text=text):
+                return Reply(status=status, body={"seq": self._recorder.append_note(tx, self.call.call_id, text)})
+            case SendBody(text=text):
+                return Reply(
+                    status=status, body={"number": self._recorder.send_out(tx, self.call.call_id, text, stored)}
+                )
+            case _ if wish.rule.operation in WAITING:
+                return self._waits.reply(tx, self.call.call_id, wish)
+            case _ if wish.rule.operation is Operation.SESSION:
+                return Reply(status=status, body=self._recorder.describe(tx))
+            case _ if checkpoint is not None:
+                return Reply(status=status, body={"checkpoint": checkpoint.number, "seq": checkpoint.seq})
+            case _:
                 hint = "The session runs on; its log (`torpor log`) has the reason."
                 message = "cannot make a checkpoint: saving failed"
                 return Reply(status=503, body={"code": "checkpoint_failed", "message": message, "hint": hint})

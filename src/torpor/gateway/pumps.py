@@ -28,6 +28,7 @@ from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.routing import Routing, choose
 from torpor.gateway.sending import Sending, sending_of
 from torpor.gateway.upstream import UpstreamClient
+from torpor.gateway.waits import Waits
 from torpor.sandbox.fifos import Pulse
 
 PUMPS_MAX = 512
@@ -86,6 +87,7 @@ class Pumps:
         routing: Routing,
         on_call: OnCall,
         on_failed: Callable[[CallId], None],
+        waits: Waits,
         checkpoint_for: CheckpointFor,
     ) -> None:
         self._recorder = recorder
@@ -95,6 +97,7 @@ class Pumps:
         self._routing = routing
         self._on_call = on_call
         self._on_failed = on_failed
+        self._waits = waits
         self._checkpoint_for = checkpoint_for
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
@@ -199,7 +202,13 @@ class Pumps:
     def _pump(self, call: Call, sending: Sending, reached: Lease | None) -> Pump | OwnPump:
         recorder, intake = self._recorder, sending.intake
         if intake.destination.dialect is OWN:
-            return OwnPump(call=call, request=intake.request, recorder=recorder, checkpoint_for=self._checkpoint_for)
+            return OwnPump(
+                call=call,
+                request=intake.request,
+                recorder=recorder,
+                waits=self._waits,
+                checkpoint_for=self._checkpoint_for,
+            )
         return Pump(
             call=call,
             sending=sending,

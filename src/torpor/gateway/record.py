@@ -8,7 +8,7 @@ write takes them to the disk.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torpor.core.branch import ContextTree
 from torpor.core.call import Call, CallState, ResponseHead
@@ -19,10 +19,10 @@ from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import budgets, calls, checkpoints, log, notes, redo, requests, sessions
+from torpor.db import budgets, calls, checkpoints, log, messages, notes, redo, requests, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.answers import Packed
-from torpor.db.blobs import BLOB_BYTES_MIN
+from torpor.db.blobs import BLOB_BYTES_MIN, Stored
 from torpor.db.calls import Chunk, NewCall
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import PreparedBody, RequestHead
@@ -30,6 +30,8 @@ from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.claim import Claim, attached, claim_of, form_of
 from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects.base import Shape
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +88,10 @@ class Recorder:
                 self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
             if note is not None:
                 self._append_note(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, note)
-            made = calls.intend(tx, **self._fence, call=call, head=head, body=prepared, wall_ns=wall_ns)
+            made = calls.intend(tx, **self.fence, call=call, head=head, body=prepared, wall_ns=wall_ns)
             if not at_once or (call.is_llm and sessions.get(tx, self._session_id).budget_nanousd is not None):
                 return made
-            calls.mark_sent(tx, **self._fence, call_id=call.call_id, wall_ns=wall_ns, usage_asked=usage_asked)
+            calls.mark_sent(tx, **self.fence, call_id=call.call_id, wall_ns=wall_ns, usage_asked=usage_asked)
             return calls.load_call(tx, call.call_id)
 
         call_made = await self._database.write(work, durable=True)
@@ -110,11 +112,11 @@ class Recorder:
             wall_ns = self.clock.wall_ns()
             if needed_nanousd is not None:
                 asked: dict[str, Any] = {"call_id": call_id, "needed_nanousd": needed_nanousd, "wall_ns": wall_ns}
-                verdict = budgets.admit(tx, **self._fence, **asked)
+                verdict = budgets.admit(tx, **self.fence, **asked)
                 if verdict is not Verdict.SEND:
                     return verdict
             sent: dict[str, Any] = {"call_id": call_id, "wall_ns": wall_ns, "reserved_nanousd": needed_nanousd}
-            return calls.mark_sent(tx, **self._fence, **sent, usage_asked=usage_asked).number
+            return calls.mark_sent(tx, **self.fence, **sent, usage_asked=usage_asked).number
 
         attempt = await self._database.write(work, durable=True)
         if attempt is Verdict.HOLD:
@@ -132,7 +134,7 @@ class Recorder:
         """The provider refused the attempt for now: it is sent again after a pause. Nothing outside depends on it."""
 
         def work(tx: Transaction) -> Event:
-            return calls.note_retry(tx, **self._fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
+            return calls.note_retry(tx, **self.fence, call_id=call_id, facts=facts, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=False, brief=True)
         crash_point("call.retried")
@@ -145,8 +147,8 @@ class Recorder:
         def work(tx: Transaction) -> None:
             if head is not None:
                 wall_ns = self.clock.wall_ns()
-                calls.record_head(tx, **self._fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
-            calls.append_chunks(tx, **self._fence, call_id=call_id, attempt=attempt, chunks=chunks)
+                calls.record_head(tx, **self.fence, call_id=call_id, attempt=attempt, head=head, wall_ns=wall_ns)
+            calls.append_chunks(tx, **self.fence, call_id=call_id, attempt=attempt, chunks=chunks)
 
         await self._database.write(work, durable=False, brief=True)
         crash_point("call.received")
@@ -166,7 +168,7 @@ class Recorder:
         def work(tx: Transaction) -> Event:
             ended: dict[str, Any] = {"call_id": call_id, "usage": usage, "facts": facts, "bill": bill}
             ended["packed"] = packed
-            return calls.complete(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
+            return calls.complete(tx, **self.fence, **ended, wall_ns=self.clock.wall_ns())
 
         await self._database.write(work, durable=True)
         crash_point("call.completed")
@@ -179,9 +181,9 @@ class Recorder:
 
         def work(tx: Transaction) -> LocalAnswer:
             wall_ns = self.clock.wall_ns()
-            number = calls.mark_sent(tx, **self._fence, call_id=call_id, wall_ns=wall_ns).number
+            number = calls.mark_sent(tx, **self.fence, call_id=call_id, wall_ns=wall_ns).number
             answer = write(tx)
-            step: dict[str, Any] = {**self._fence, "call_id": call_id}
+            step: dict[str, Any] = {**self.fence, "call_id": call_id}
             calls.record_head(tx, **step, attempt=number, head=answer.head, wall_ns=wall_ns)
             chunks = [Chunk(number=0, offset_ns=0, data=answer.body)] if answer.body else []
             calls.append_chunks(tx, **step, attempt=number, chunks=chunks)
@@ -192,10 +194,28 @@ class Recorder:
         crash_point("call.completed")
         return answer
 
+    async def hold(self, prepare: Callable[[Transaction], T]) -> T:
+        """Record what a call of Torpor's own waits on before it is answered, durably.
+
+        A kill -9 behind it leaves a call that was never sent, which finds what it waits on again.
+        """
+        held = await self._database.write(prepare, durable=True)
+        crash_point("waitpoint.created")
+        return held
+
+    async def store_text(self, text: str) -> Stored | None:
+        """Store a text that is large, for the transaction that makes it a block."""
+        return await self._ahead.text(text)
+
     def append_note(self, tx: Transaction, call_id: CallId, text: str) -> int:
         """Within `answer`: the agent's note; its seq."""
         incarnation = sessions.get(tx, self._session_id).incarnation
         return self._append_note(tx, Kind.NOTE_ADDED, incarnation, call_id, text)
+
+    def send_out(self, tx: Transaction, call_id: CallId, text: str, stored: Stored | None) -> int:
+        """Within `answer`: the agent's message to the outside; its number."""
+        wall_ns = self.clock.wall_ns()
+        return messages.send(tx, **self.fence, call_id=call_id, text=text, wall_ns=wall_ns, stored=stored).number
 
     def describe(self, tx: Transaction) -> dict[str, Any]:
         """Within `answer`: what an agent may know of its session."""
@@ -234,7 +254,7 @@ class Recorder:
         def work(tx: Transaction) -> Call:
             ended: dict[str, Any] = {"call_id": call_id, "error": error, "response": response, "bill": bill}
             ended["packed"] = packed
-            calls.fail(tx, **self._fence, **ended, wall_ns=self.clock.wall_ns())
+            calls.fail(tx, **self.fence, **ended, wall_ns=self.clock.wall_ns())
             return calls.load_call(tx, call_id)
 
         return await self._database.write(work, durable=True)
@@ -276,9 +296,9 @@ class Recorder:
 
         def work(tx: Transaction) -> None:
             self._append(tx, kind, claim.incarnation, claim.call_id, attached(claim, attempt, inherited=False))
-            sessions.set_cursor(tx, **self._fence, cursor_seq=cursor_seq)
+            sessions.set_cursor(tx, **self.fence, cursor_seq=cursor_seq)
             if kind is Kind.CALL_REPEATED:
-                redo.consume(tx, **self._fence, incarnation=claim.incarnation, call_id=claim.call_id)
+                redo.consume(tx, **self.fence, incarnation=claim.incarnation, call_id=claim.call_id)
 
         await self._database.write(work, durable=False, brief=True)
 
@@ -341,7 +361,7 @@ class Recorder:
 
     async def store_redo(self, incarnation: int, began_with: RedoSet) -> None:
         await self._database.write(
-            lambda tx: redo.store(tx, **self._fence, incarnation=incarnation, redo=began_with), durable=False
+            lambda tx: redo.store(tx, **self.fence, incarnation=incarnation, redo=began_with), durable=False
         )
 
     async def load_redo(self, incarnation: int) -> RedoSet:
@@ -431,18 +451,19 @@ class Recorder:
         return await self._database.read(work)
 
     @property
-    def _fence(self) -> Any:
+    def fence(self) -> Any:
+        """What every statement that writes presents."""
         return {"session_id": self._session_id, "owner_token": self._owner_token}
 
     def _append_note(self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId, text: str) -> int:
         note: dict[str, Any] = {"kind": kind, "incarnation": incarnation, "call_id": call_id, "text": text}
-        return notes.add(tx, **self._fence, **note, wall_ns=self.clock.wall_ns()).seq
+        return notes.add(tx, **self.fence, **note, wall_ns=self.clock.wall_ns()).seq
 
     def _append(
         self, tx: Transaction, kind: Kind, incarnation: int, call_id: CallId | None, data: Mapping[str, Any]
     ) -> int:
         draft = EventDraft(kind=kind, incarnation=incarnation, call_id=call_id, data=data)
-        return log.append(tx, **self._fence, drafts=[draft], wall_ns=self.clock.wall_ns())[0].seq
+        return log.append(tx, **self.fence, drafts=[draft], wall_ns=self.clock.wall_ns())[0].seq
 
 
 _CLAIMING = frozenset({Kind.CALL_INTENDED, Kind.CALL_REPEATED, Kind.CALL_JOINED})

@@ -36,6 +36,7 @@ from torpor.gateway.record import Departure, Recorder
 from torpor.gateway.request import Room
 from torpor.gateway.routing import Routing
 from torpor.gateway.upstream import UpstreamClient
+from torpor.gateway.waits import OnWait, Waits
 from torpor.sandbox.streams import Stream, StreamGone
 
 SETTLE_SECONDS = 1.0
@@ -72,6 +73,10 @@ class _Attachment:
         return left and self.answer.call.key.logical == intake.key.logical
 
 
+def _tell_nobody(_what: str) -> None:
+    return
+
+
 class Gateway:
     """One session's gateway on this node; `run` it in a TaskGroup.
 
@@ -79,6 +84,7 @@ class Gateway:
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
         checkpoint_for: makes the checkpoint that the agent itself asks for.
+        on_wait: told, in words, what a person has to do before a call can be answered.
         crossroads: what happens when the agent leaves the log's path; without one it may.
     """
 
@@ -92,12 +98,14 @@ class Gateway:
         upstreams: Sequence[Upstream],
         on_call: OnCall,
         checkpoint_for: CheckpointFor,
+        on_wait: OnWait = _tell_nobody,
         crossroads: Crossroads | None = None,
         prices: Sequence[PriceRule] = (),
     ) -> None:
         self._recorder = Recorder(database=database, session_id=session_id, owner_token=owner_token, clock=clock)
         self._routing = Routing(upstreams)
         self._billing = Billing(recorder=self._recorder, book=PriceBook(prices), routing=self._routing)
+        self._waits = Waits(self._recorder, on_wait)
         self._pumps = Pumps(
             recorder=self._recorder,
             upstreams=UpstreamClient(clock),
@@ -105,6 +113,7 @@ class Gateway:
             routing=self._routing,
             on_call=on_call,
             on_failed=self._failed,
+            waits=self._waits,
             checkpoint_for=checkpoint_for,
         )
         self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
@@ -135,8 +144,9 @@ class Gateway:
         return await self._recorder.tear_open(await self._billing.bill_torn())
 
     def look_again(self) -> None:
-        """Let every call that the budget holds ask again: it was raised, or the session runs (again)."""
+        """Let every call that waits look again: something was resolved, or the session runs (again)."""
         self._billing.look_again()
+        self._waits.look_again()
 
     async def begin_incarnation(self, incarnation: int, redo: RedoSet, *, adopted: bool) -> None:
         """Serve a life of the sandbox, new or adopted; the streams of the one before are forgotten, its pumps live on.

@@ -18,8 +18,10 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
+from torpor.core.waitpoint import Waitpoint
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
@@ -140,6 +142,18 @@ class Owner:
         self._gateway.look_again()
         await self._wait_at_crossroads()
         return account
+
+    async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
+        """Resolve what the agent waits on, for a person, and let it go on."""
+        point = await self._records.resolve(waitpoint_id, answer)
+        self._gateway.look_again()
+        return point
+
+    async def deliver(self, text: str) -> int:
+        """Send the agent a message; its number."""
+        number = await self._records.deliver(text)
+        self._gateway.look_again()
+        return number
 
     async def _lives(self) -> Outcome:
         await self._gateway.recover()

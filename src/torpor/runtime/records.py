@@ -13,11 +13,13 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import TorporError
 from torpor.core.events import Event, EventDraft, Kind
-from torpor.core.ids import CallId, SessionId, SnapshotId
+from torpor.core.ids import CallId, SessionId, SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
-from torpor.db import budgets, calls, checkpoints, log, outputs, roots, sessions, waitpoints
+from torpor.core.waitpoint import Waitpoint
+from torpor.db import budgets, calls, checkpoints, log, messages, outputs, roots, sessions, waitpoints
+from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction
 
 
@@ -241,6 +243,31 @@ class Records:
         account = await self.database.write(work, durable=True)
         crash_point("waitpoint.resolved")
         return account
+
+    async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
+        """Resolve a waitpoint for a person; see `waitpoints.answer`."""
+
+        def work(tx: Transaction) -> Waitpoint:
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            wall_ns = self._clock.wall_ns()
+            return waitpoints.answer(tx, **fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
+
+        point = await self.database.write(work, durable=True)
+        crash_point("waitpoint.resolved")
+        return point
+
+    async def deliver(self, text: str) -> int:
+        """Put a message into the session's inbox; its number."""
+        owned = Ahead(database=self.database, session_id=self.session_id, owner_token=self.owner_token)
+        stored = await owned.text(text)
+
+        def work(tx: Transaction) -> int:
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            return messages.deliver(tx, **fence, text=text, wall_ns=self._clock.wall_ns(), stored=stored).number
+
+        number = await self.database.write(work, durable=True)
+        crash_point("message.received")
+        return number
 
     async def fail_diverged(self, incarnation: int, what: str, pending: Sequence[CallId]) -> None:
         """The agent left the log's path, and its session's policy is to fail: the event and the status, together."""

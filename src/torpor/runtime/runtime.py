@@ -30,7 +30,6 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id
-from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import ahead, checkpoints, keys, redaction, sessions
@@ -317,18 +316,21 @@ class Runtime:
         await sweep(self.home, session.session_id, spec, driver, keep=None)
         Staging(self.home.root, session.session_id).clear()
 
-    async def add_to_budget(
-        self, session_id: SessionId, amount_nanousd: int, me: leasing.Holder, answers: leasing.HolderAnswers
-    ) -> Account:
-        """Raise the budget of a session that no node runs; what waits for it goes on when one does."""
+    @contextlib.asynccontextmanager
+    async def borrow(
+        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers
+    ) -> AsyncGenerator[Records]:
+        """Own a session that no node runs for as long as the context lasts: to resolve, to send, to raise a budget.
+
+        What waits for it goes on when a node runs the session.
+        """
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
             token = await self.database.write(lambda tx: self._acquire(tx, session, me), durable=True)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            account = await records.add_to_budget(amount_nanousd)
+            yield records
             await records.release()
-            return account
         finally:
             lock.release()
 
@@ -408,6 +410,7 @@ class Runtime:
             prices=self.prices,
             on_call=on_call,
             checkpoint_for=checkpoint_for,
+            on_wait=watcher.notice,
             crossroads=crossroads,
         )
         checkpointer = Checkpointer(

@@ -211,7 +211,7 @@ def _texts_of(tx: Transaction, event: Event, fresh: _FreshTexts | None) -> Itera
         answered = read_answer(call.dialect, decoded(() if head is None else head.headers, body))
         said = [part.text or " ".join(_values(json.dumps(part.data))) for part in answered.message.parts]
         yield "answer", "\n".join([*said, *([str(event.data["error"])] if "error" in event.data else [])])
-    elif event.kind in notes.NOTE_KINDS:
+    elif notes.has_text(event):
         yield "note", notes.read(tx, event).text
     elif event.call_id is None:
         yield "event", " ".join([event.kind.value, *_values(json.dumps(dict(event.data)))])

@@ -20,7 +20,7 @@ from torpor.db.database import BlobStore, Database, Transaction, Value
 from torpor.runtime.home import Home
 
 FORMAT = "torpor-session-1"
-TABLES = ("block", "call", "attempt", "answer", "chunk", "request", "output", "event")
+TABLES = ("block", "call", "attempt", "answer", "chunk", "request", "output", "event", "waitpoint", "message")
 """In the order in which their rows refer to each other."""
 
 
@@ -215,6 +215,11 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("session_id", "seq", "parent_seq", "incarnation", "wall_ns", "kind", "call_id", "data", "refs"),
         *("prev_hash", "hash"),
     ),
+    "waitpoint": (
+        *("waitpoint_id", "session_id", "kind", "call_id", "data", "created_ns", "due_ns", "resolved_ns"),
+        "resolution",
+    ),
+    "message": ("session_id", "box", "number", "seq", "wall_ns", "digest", "size_bytes", "call_id"),
 }
 
 

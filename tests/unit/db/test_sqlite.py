@@ -137,6 +137,7 @@ def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Pa
         "session/find_by_prefix",
         "session/list_newest",
         "session/list_of_node",
+        "waitpoint/list_open",
     }
     with closing(sqlite3.connect(tmp_path / "torpor.db")) as connection:
         for name, text in statements().items():
