@@ -269,6 +269,82 @@ async def test_two_slow_readers_do_not_hold_up_the_writer(database: Database) ->
     assert [reader.result() for reader in readers] == [2, 2]
 
 
+async def test_a_brief_write_runs_where_it_is_asked_for(database: Database) -> None:
+    scene = await new_scene(database)
+    threads: list[threading.Thread] = []
+
+    def work(tx: Transaction) -> int:
+        threads.append(threading.current_thread())
+        return append(tx, scene)
+
+    assert await database.write(work, durable=False, brief=True) == 3
+    assert await database.write(work, durable=False) == 4
+    assert await database.write(work, durable=True, brief=True) == 5
+    assert [thread is threading.current_thread() for thread in threads] == [True, False, False]
+
+
+async def test_a_brief_write_that_fails_leaves_no_row(database: Database) -> None:
+    scene = await new_scene(database)
+
+    def work(tx: Transaction) -> None:
+        append(tx, scene)
+        raise InvalidInput("code", "no")
+
+    with pytest.raises(InvalidInput):
+        await database.write(work, durable=False, brief=True)
+    assert await database.write(lambda tx: append(tx, scene), durable=False, brief=True) == 3
+
+
+async def test_a_brief_write_comes_after_those_that_wait(database: Database) -> None:
+    scene = await new_scene(database)
+    running, release = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(_: Transaction) -> None:
+        running.set()
+        assert release.wait(10)
+        order.append("slow")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.write(slow, durable=True))
+        await asyncio.to_thread(running.wait, 10)
+        tasks.create_task(scene.write(lambda _: order.append("waiting")))
+        await asyncio.sleep(0)
+        tasks.create_task(database.write(lambda _: order.append("brief"), durable=False, brief=True))
+        await asyncio.sleep(0)
+        release.set()
+    assert order == ["slow", "waiting", "brief"]
+
+
+async def test_a_brief_write_does_not_hold_up_the_loop_while_another_process_writes(
+    database: Database, tmp_path: Path
+) -> None:
+    scene = await new_scene(database)
+    with closing(sqlite3.connect(tmp_path / "torpor.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.TaskGroup() as tasks:
+            writing = tasks.create_task(database.write(lambda tx: append(tx, scene), durable=False, brief=True))
+            await asyncio.sleep(0)
+            assert not writing.done()
+            other.execute("ROLLBACK")
+    assert writing.result() == 3
+
+
+async def test_the_wal_is_copied_between_commits(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "COMMITS_PER_COPY", 2)
+    scene = await new_scene(database)
+    sizes: set[int] = set()
+    for number in range(200):
+        await database.write(lambda tx: append(tx, scene), durable=number % 50 == 0, brief=True)
+        sizes.add((tmp_path / "torpor.db-wal").stat().st_size)
+    assert max(sizes) < 40 * 8 * 4096
+    await database.settle()
+    with closing(sqlite3.connect(tmp_path / "torpor.db")) as other:
+        assert other.execute("SELECT COUNT(*) FROM event").fetchone() == (202,)
+
+
 async def test_reader_cannot_write(database: Database) -> None:
     scene = await new_scene(database)
     with pytest.raises(MachineUnfit):
