@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.seaweedfs import SeaweedFS, seaweedfs
 
 from torpor.config import torpor_home
 from torpor.core.clock import SystemClock
@@ -30,6 +31,13 @@ def runsc() -> Path:
         if os.environ.get("CI"):
             pytest.fail(f"CI has no runsc: {unfit}")
         pytest.skip(str(unfit))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A real S3 server; tests keep to buckets of their own."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs", numbered=True)) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""What the user says outside of commands: TORPOR_HOME, and which model providers the gateway may call with which keys.
+"""What the user says outside of commands: TORPOR_HOME, where snapshots are kept, and which model providers the gateway
+may call with which keys.
 
 Providers come from TORPOR_HOME/config.toml, else from the variables that the providers' own clients read. A provider is
 taken whole from one of the two, so that a key never goes to an address that was not given together with it.
@@ -18,6 +19,7 @@ import msgspec
 
 from torpor.core.errors import InvalidInput
 from torpor.core.money import Price
+from torpor.core.retention import RetentionPolicy
 
 Family = Literal["openai", "anthropic", "gemini"]
 """Which dialects an upstream speaks, and where its key goes."""
@@ -115,6 +117,28 @@ class PriceRule:
     output_tokens_max: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """Where snapshots are kept.
+
+    Attributes:
+        url: `file:///` and a directory; `s3://BUCKET`, `gs://BUCKET` or `az://ACCOUNT/CONTAINER`, each with a prefix of
+            keys behind it if one is wanted.
+        endpoint: the address of a store that is not its cloud's own; empty = the cloud's.
+        key_id, key: of an object store; without a key, what the cloud's own tools find in the environment.
+        request_seconds: how long one request may take.
+        retry_seconds: for how long in all a request that fails for now is made again.
+    """
+
+    url: str
+    endpoint: str = ""
+    region: str = ""
+    key_id: str = ""
+    key: KeySource = KeySource()
+    request_seconds: float = 60.0
+    retry_seconds: float = 90.0
+
+
 class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One [upstreams.NAME] table, as it is written."""
 
@@ -145,8 +169,39 @@ class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_output_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
 
 
+class _StoreFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The [store] table, as it is written."""
+
+    url: str | None = None
+    endpoint: str = ""
+    region: str = ""
+    key_id: str = ""
+    key: str | None = None
+    key_env: str | None = None
+    key_command: list[str] | None = None
+    request_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 90.0
+
+
+class _RetentionFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The [retention] table, as it is written."""
+
+    keep_last: Annotated[int, msgspec.Meta(ge=1)] = 100
+    keep_hourly: Annotated[int, msgspec.Meta(ge=0)] = 24
+    keep_daily: Annotated[int, msgspec.Meta(ge=0)] = 30
+
+
+class _CollectFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The [collect] table, as it is written."""
+
+    grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 3600.0
+
+
 class _FileFields(msgspec.Struct, frozen=True):
     workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
+    store: _StoreFields = _StoreFields()
+    retention: _RetentionFields = _RetentionFields()
+    collect: _CollectFields = _CollectFields()
     upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
     prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
 
@@ -193,6 +248,25 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
     return tuple(upstreams)
 
 
+def read_retention(home: Path) -> RetentionPolicy:
+    """Which checkpoints are kept.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    said = _read_file(home / "config.toml").retention
+    return RetentionPolicy(keep_last=said.keep_last, keep_hourly=said.keep_hourly, keep_daily=said.keep_daily)
+
+
+def read_grace_seconds(home: Path) -> float:
+    """How old garbage has to be to be collected.
+
+    Raises:
+        InvalidInput: config.toml is malformed.
+    """
+    return _read_file(home / "config.toml").collect.grace_seconds
+
+
 def read_prices(home: Path) -> tuple[PriceRule, ...]:
     """The prices that the user gives, in the order of the file.
 
@@ -200,6 +274,38 @@ def read_prices(home: Path) -> tuple[PriceRule, ...]:
         InvalidInput: config.toml is malformed, or a price is no amount.
     """
     return tuple(_rule(pattern, fields) for pattern, fields in _read_file(home / "config.toml").prices.items())
+
+
+def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
+    """Where snapshots are kept: a directory of TORPOR_HOME unless config.toml says otherwise.
+
+    Raises:
+        InvalidInput: config.toml is malformed, or says of the store what does not go together.
+    """
+    said = _read_file(home / "config.toml").store
+    key = _key_source("the store", said, environment)
+    has_key = key != KeySource()
+    url = said.url.rstrip("/") if said.url is not None else f"file://{home / 'store'}"
+    if not _STORE_URL.fullmatch(url):
+        hint = "It is s3://BUCKET, gs://BUCKET, az://ACCOUNT/CONTAINER, each with /PREFIX or not, or file:///DIRECTORY."
+        raise _invalid(f"the store's url {url!r} names no store that Torpor knows", hint=hint)
+    if url.startswith("file:") and (has_key or said.endpoint or said.region or said.key_id):
+        raise _invalid("the store is a directory, and has an endpoint, a region or a key")
+    if re.search(r"[^!-~]", said.key_id + said.region):  # They go into headers.
+        raise _invalid("the store's key_id or region holds a character that can't be in one")
+    if url.startswith("s3:") and has_key != bool(said.key_id):
+        raise _invalid(
+            "the store's key and key_id come together", hint="key_id is the access key's id; key its secret."
+        )
+    return StoreSettings(
+        url=url,
+        endpoint=_checked_url("of the store", said.endpoint) if said.endpoint else "",
+        region=said.region,
+        key_id=said.key_id,
+        key=key,
+        request_seconds=said.request_seconds,
+        retry_seconds=said.retry_seconds,
+    )
 
 
 def _rule(pattern: str, fields: _PriceFields) -> PriceRule:
@@ -243,7 +349,7 @@ def _read_file(path: Path) -> _FileFields:
         said = msgspec.convert(tomllib.loads(text), _FileFields)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in said.upstreams.values()):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in (said.store, *said.upstreams.values())):
         raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
     return said
 
@@ -253,17 +359,11 @@ def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str
     if family is None:
         hint = "Add " + " or ".join(f'family = "{family}"' for family in FAMILIES) + "."
         raise _invalid(f"upstream {name!r} says no family", hint=hint)
-    if sum(source is not None for source in (fields.key, fields.key_env, fields.key_command)) > 1:
-        raise _invalid(f"upstream {name!r} has more than one of key, key_env and key_command")
     return Upstream(
         name=name,
         family=family,
-        base_url=_checked_url(name, fields.base_url or DEFAULT_BASE_URLS[family]),
-        key=KeySource(
-            value=_secret(fields.key or (environment.get(fields.key_env) if fields.key_env else None)),
-            environment=fields.key_env,
-            command=tuple(fields.key_command or ()),
-        ),
+        base_url=_checked_url(f"of upstream {name!r}", fields.base_url or DEFAULT_BASE_URLS[family]),
+        key=_key_source(f"upstream {name!r}", fields, environment),
         bearer=family == "openai" if fields.bearer is None else fields.bearer,
         models=fields.models,
         path_prefix=_checked_prefix(name, fields.path_prefix),
@@ -274,6 +374,16 @@ def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str
         retries=fields.retries,
         retry_seconds=fields.retry_seconds,
         stream_usage=family == "openai" if fields.stream_usage is None else fields.stream_usage,
+    )
+
+
+def _key_source(who: str, fields: _UpstreamFields | _StoreFields, environment: Mapping[str, str]) -> KeySource:
+    if sum(source is not None for source in (fields.key, fields.key_env, fields.key_command)) > 1:
+        raise _invalid(f"{who} has more than one of key, key_env and key_command")
+    return KeySource(
+        value=_secret(fields.key or (environment.get(fields.key_env) if fields.key_env else None)),
+        environment=fields.key_env,
+        command=tuple(fields.key_command or ()),
     )
 
 
@@ -314,7 +424,7 @@ def _from_environment(family: Family, environment: Mapping[str, str]) -> list[Up
         Upstream(
             name=family,
             family=family,
-            base_url=_checked_url(family, base_url or DEFAULT_BASE_URLS[family]),
+            base_url=_checked_url(f"of upstream {family!r}", base_url or DEFAULT_BASE_URLS[family]),
             key=_key_from_environment(key_name, environment) if key_name else KeySource(),
             bearer=family == "openai" or key_name == "ANTHROPIC_AUTH_TOKEN",
             stream_usage=family == "openai",
@@ -330,15 +440,17 @@ def _secret(text: str | None) -> Secret | None:
     return Secret(text.strip()) if text and text.strip() else None
 
 
-def _checked_url(name: str, text: str) -> str:
+def _checked_url(whose: str, text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        raise _invalid(f"the address {text!r} of upstream {name!r} is not http:// or https:// and a host")
+        raise _invalid(f"the address {text!r} {whose} is not http:// or https:// and a host")
     if parts.username is not None:
-        raise _invalid(f"the address of upstream {name!r} holds a user name", hint="Say the key apart from it.")
+        raise _invalid(f"the address {whose} holds a user name", hint="Say the key apart from it.")
     return text.rstrip("/")
 
 
+_SEGMENT = r"/[A-Za-z0-9_=-][A-Za-z0-9._=-]*"
+_STORE_URL = re.compile(rf"file:///.+|(?:s3|gs)://[a-z0-9._-]+(?:{_SEGMENT})*|az://[a-z0-9]+(?:{_SEGMENT})+")
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 _PREFIXES_TAKEN = ("/v1", "/v1beta", "/v1alpha", "/torpor", "/mcp")
 """What the first segment of a prefix can't be: addresses of the gateway's own."""

@@ -1,7 +1,10 @@
 """Every `Backend` keeps these promises. One fixture parameter for each implementation."""
 
 import errno
+import itertools
 import os
+import random
+import secrets
 import shutil
 import stat
 import subprocess
@@ -11,17 +14,60 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
+from tests.azurite import CONTAINER, Azurite, azurite
+from tests.e2e.clients.npm import NotInstallable
+from tests.seaweedfs import SeaweedFS
 from tests.unit.snapshots.making import tiny_disk_at
 
+from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit, NotFound
 from torpor.snapshots.backend import Backend, LocalDirectory
+from torpor.snapshots.object_store import ObjectStore
+from torpor.snapshots.object_store_clients import Clients
+from torpor.snapshots.probe import probe
 
 KEY = "packs/" + "ab" * 32
 
 
-@pytest.fixture(params=["local directory"])
-def backend(tmp_path: Path) -> Backend:
-    return LocalDirectory(tmp_path / "store")
+def local_directory(request: pytest.FixtureRequest) -> Backend:
+    return LocalDirectory(request.getfixturevalue("tmp_path") / "store")
+
+
+def memory(_: pytest.FixtureRequest) -> Backend:
+    store = MemoryStore()
+    return ObjectStore(lambda: Clients(store, store), name="memory", clock=SystemClock(), retry_seconds=1)
+
+
+def s3(request: pytest.FixtureRequest) -> Backend:
+    server: SeaweedFS = request.getfixturevalue("s3_server")
+    return server.backend(f"conformance/{secrets.token_hex(8)}/below")
+
+
+def azure(request: pytest.FixtureRequest) -> Backend:
+    server: Azurite = request.getfixturevalue("azure_server")
+    return server.backend(f"{CONTAINER}/{secrets.token_hex(8)}/below")
+
+
+@pytest.fixture(scope="module")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    try:
+        with azurite(tmp_path_factory.mktemp("azurite")) as server:
+            yield server
+    except NotInstallable as error:
+        pytest.skip(str(error))
+
+
+IMPLEMENTATIONS = {"local directory": local_directory, "obstore in memory": memory, "SeaweedFS": s3, "Azurite": azure}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.npm if name == "Azurite" else ()) for name in IMPLEMENTATIONS]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    opened = IMPLEMENTATIONS[request.param](request)
+    yield opened
+    opened.close()
 
 
 def test_get_returns_what_put_was_given(backend: Backend) -> None:
@@ -56,6 +102,25 @@ def test_get_range_gives_that_range_or_what_there_is_of_it(
     assert backend.get_range(KEY, start, length) == expected
 
 
+def test_absent_tells_which_keys_do_not_exist(backend: Backend) -> None:
+    backend.put(KEY, b"x")
+    assert backend.absent([KEY, "packs/one", "manifests/two"]) == {"packs/one", "manifests/two"}
+    assert backend.absent([]) == set()
+
+
+def test_large_object_comes_back_whole(backend: Backend) -> None:
+    data = random.Random(1).randbytes(20_000_000)
+    backend.put(KEY, data)
+    assert backend.get(KEY) == data
+    assert backend.get_range(KEY, 17_000_000, 4_000_000) == data[17_000_000:]
+
+
+def test_store_that_keeps_the_promise_passes_the_probe_and_holds_nothing_of_it(backend: Backend) -> None:
+    backend.ready()
+    probe(backend)
+    assert backend.list("") == []
+
+
 def test_absent_object_is_not_found(backend: Backend) -> None:
     assert not backend.exists(KEY)
     for read in (lambda: backend.get(KEY), lambda: backend.get_range(KEY, 0, 1)):
@@ -86,8 +151,9 @@ def test_list_gives_keys_with_the_prefix_in_order(backend: Backend) -> None:
     "key", ["", "packs", "packs/../x", "../packs/xx", "packs/a/b", "Packs/aa", "partial/aa", "packs/"]
 )
 def test_malformed_keys_are_refused(backend: Backend, key: str) -> None:
-    with pytest.raises(ValueError, match="malformed"):
-        backend.put(key, b"x")
+    for use in (lambda: backend.put(key, b"x"), lambda: backend.get(key), lambda: backend.delete(key)):
+        with pytest.raises(ValueError, match="malformed"):
+            use()
 
 
 class TestLocalDirectory:
@@ -186,6 +252,51 @@ except MachineUnfit as error:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout == "no_space []\n"
         assert list((root / "partial").iterdir()) == []
+
+    @pytest.mark.parametrize("call", ["open", "write", "fsync", "link", "mkdir"])
+    def test_no_space_at_any_step_of_a_put_leaves_a_whole_object_or_none(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        """Each step is refused once, at its first, second, ... pass, until a put comes through."""
+        real, refused_at, outcomes = getattr(os, call), itertools.count(1), list[str]()
+        while "stored" not in outcomes:
+            backend, passes, refused = LocalDirectory(root), itertools.count(1), next(refused_at)
+
+            def refuse(*arguments: object, **named: object) -> object:
+                if next(passes) == refused:  # noqa: B023
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*arguments, **named)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, call, refuse)
+                try:
+                    backend.put(KEY, b"all of it")
+                    outcomes.append("stored")
+                except MachineUnfit as error:
+                    outcomes.append(error.code)
+            assert list((root / "partial").iterdir()) == []
+            assert backend.list("") in ([], [KEY])
+            if backend.exists(KEY):
+                assert backend.get(KEY) == b"all of it"
+            shutil.rmtree(root)
+        assert set(outcomes) == {"no_space", "stored"}
+
+    def test_read_only_directory_is_told_of_and_can_be_read(self, tiny_disk: Path, tmp_path: Path) -> None:
+        LocalDirectory(tiny_disk / "store").put(KEY, b"x")
+        subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+        backend = LocalDirectory(tiny_disk / "store")
+        assert backend.get(KEY) == b"x"
+        assert backend.list("") == [KEY]
+        for use in (
+            lambda: backend.put("packs/other", b"y"),
+            lambda: backend.delete(KEY),
+            lambda: LocalDirectory(tiny_disk / "another store"),
+        ):
+            with pytest.raises(MachineUnfit, match="Read-only file system") as caught:
+                use()
+            assert caught.value.code == "storage_failed"
+            assert "read-only" in caught.value.hint
+        assert backend.get(KEY) == b"x"
 
     def test_other_refusals_of_the_system_are_storage_failed(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = LocalDirectory(root)

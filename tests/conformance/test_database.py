@@ -8,12 +8,13 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
-from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, acquire, new_scene
+from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene, wrapped_key
 
 from torpor.core.call import Call, CallState
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
+from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import WaitpointKind
 from torpor.db import (
@@ -22,16 +23,18 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    keys,
     log,
     outputs,
     redaction,
     redo,
     requests,
+    roots,
     sessions,
     verify,
     waitpoints,
 )
-from torpor.db.database import Database, Row, Transaction, Value, open_database
+from torpor.db.database import Database, Transaction, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
 
@@ -171,7 +174,8 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
-    *(sessions, log, calls, answers, requests, blocks, checkpoints, redo, outputs, redaction, budgets, waitpoints),
+    *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
+    *(waitpoints, keys),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -202,10 +206,11 @@ class Rows:
         self.body = requests.prepare(b'{"messages":["new"]}')
         self.request = requests.store(tx, **scene.owner, head=REQUEST_HEAD, body=self.body)
         seq = sessions.get(tx, scene.session_id).head_seq
-        self.checkpoint = checkpoints.commit(
-            tx, **scene.owner, checkpoint=scene.checkpoint(0, seq, self.open), wall_ns=NOW
-        )
+        for number in (2, 1, 0):  # of three, retention may forget the one in the middle
+            point = scene.checkpoint(2 - number, seq, self.open)
+            self.checkpoint = checkpoints.commit(tx, **scene.owner, checkpoint=point, wall_ns=NOW)
         redo.store(tx, **scene.owner, incarnation=0, redo=self.redo_set(tx))
+        keys.add_tenant(tx, wrapped_key(keys.TENANT))
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
@@ -251,10 +256,15 @@ class Rows:
             "budgets.add": {"amount_nanousd": 1, "wall_ns": NOW},
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
             "waitpoints.resolve_all": {"kind": budget, "resolution": {}, "wall_ns": NOW},
-            "checkpoints.commit": {"checkpoint": self.scene.checkpoint(1, self.checkpoint.seq), "wall_ns": NOW},
+            "checkpoints.commit": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq), "wall_ns": NOW},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
+            "roots.retain": {"policy": RetentionPolicy(keep_last=1, keep_hourly=0, keep_daily=0), "wall_ns": NOW},
+            "roots.forget_damaged": {"roots": roots.list_roots(tx)[:1], "wall_ns": NOW},
+            "roots.pin": {"number": self.checkpoint.number, "is_pinned": True, "wall_ns": NOW},
+            "roots.move": {"moves": [self.scene.move(self.checkpoint)], "wall_ns": NOW},
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
+            "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
             "outputs.append_output": {
                 "channel": 1,
@@ -264,31 +274,6 @@ class Rows:
                 "wall_ns": NOW,
             },
         }
-
-
-class StaleFirst:
-    """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
-
-    def __init__(self, inner: Transaction) -> None:
-        self._inner = inner
-        self.tried: list[str] = []
-
-    def one(self, query: str, /, **values: Value) -> Row | None:
-        if "owner_token" in values:
-            self.tried.append(query)
-            assert self._inner.one(query, **{**values, "owner_token": 99}) is None, query
-        return self._inner.one(query, **values)
-
-    def all(self, query: str, /, **values: Value) -> list[Row]:
-        return self._inner.all(query, **values)
-
-    def fetch(self, key: str, /) -> bytes:
-        return self._inner.fetch(key)
-
-    def run(self, query: str, /, **values: Value) -> int:
-        self.tried.append(query)
-        assert self._inner.run(query, **{**values, "owner_token": 99}) == 0, query
-        return self._inner.run(query, **values)
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
@@ -343,7 +328,11 @@ async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> Non
 
 
 def test_each_writing_statement_is_fenced_by_name_and_text() -> None:
-    unfenced = {"session/insert_session", "session/acquire_if_unchanged"}
+    unfenced = {
+        *("session/insert_session", "session/acquire_if_unchanged"),
+        # No node's: they change what wraps a key, for all sessions at once.
+        *("key/insert_tenant_if_absent", "key/rewrap_tenant_if_unchanged", "key/rewrap_of_session_if_unchanged"),
+    }
     for name, text in statements().items():
         if name.startswith(("search/", "transfer/insert_")):
             continue  # the index is nobody's; a session that is being imported is no node's

@@ -274,6 +274,22 @@ async def test_output_has_no_gaps(scene: Scene) -> None:
     assert await scene.read(lambda tx: outputs.read(tx, scene.session_id, 1)) == b"hello!"
 
 
+@pytest.mark.parametrize("rows", [63, 64, 65, 128])
+async def test_each_row_of_output_is_read_once_however_many_there_are(scene: Scene, rows: int) -> None:
+    """They are read 64 at a time: after a full lot there may be nothing more."""
+
+    def fill(tx: Transaction) -> None:
+        for at in range(0, 4 * rows, 4):
+            outputs.append_output(
+                tx, **scene.owner, channel=1, incarnation=0, position=at, data=b"%03d\n" % (at // 4), wall_ns=NOW
+            )
+
+    await scene.write(fill)
+    whole = b"".join(b"%03d\n" % number for number in range(rows))
+    for start in (0, 2, 4 * rows - 1, 4 * rows):
+        assert await scene.read(lambda tx, start=start: outputs.read(tx, scene.session_id, 1, start)) == whole[start:]
+
+
 async def test_long_output_is_read_from_the_middle(scene: Scene) -> None:
     def fill(tx: Transaction) -> None:
         for at in range(0, 3000, 10):

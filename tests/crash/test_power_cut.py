@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from tests.recorder import Recording, record
-from tests.unit.snapshots.making import page
+from tests.unit.snapshots.making import IDS, KEY, page
 
 from torpor.core.errors import NotFound
 from torpor.db import checkpoints, sessions, verify
 from torpor.db.database import Transaction, open_database
 from torpor.snapshots.backend import LocalDirectory
+from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SnapshotStore
 from torpor.testing.clock import FakeClock
 from torpor.testing.powercut import rebuild
@@ -48,14 +49,18 @@ async def check(directory: Path, *, told: int) -> int:
     finally:
         await database.close()
     assert len(points) >= told
-    store = SnapshotStore(LocalDirectory(directory / "store"))
+    store = SnapshotStore(LocalDirectory(directory / "store"), IDS)
     for point in points:
-        assert store.verify(point.snapshot_id, point.manifest_digest) == []
+        assert store.verify(ref_of(point)) == []
     if points:
         target = directory / "restored"
-        store.restore_image(points[-1].snapshot_id, points[-1].manifest_digest, target)
+        store.restore_image(ref_of(points[-1]), target)
         assert (target / "pages.img").read_bytes().startswith(page(points[-1].number))
     return len(points)
+
+
+def ref_of(point: checkpoints.Checkpoint) -> SnapshotRef:
+    return SnapshotRef(id=point.snapshot_id, manifest_digest=point.manifest_digest, key=KEY)
 
 
 def intact_points(tx: Transaction) -> list[checkpoints.Checkpoint]:

@@ -141,7 +141,7 @@ def newest(made: Stage, kind: str) -> Path:
     return max(files, key=lambda path: path.stat().st_mtime_ns)
 
 
-@pytest.mark.parametrize("damage", ["corrupt pack", "missing manifest"])
+@pytest.mark.parametrize("damage", ["corrupt pack", "vanished pack", "missing manifest"])
 def test_a_damaged_checkpoint_falls_back_to_an_older_one_and_says_so(slow: Stage, damage: str) -> None:
     stopped_in_the_middle(slow)
     if damage == "corrupt pack":
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one_and_says_so(slow: Stage
         pack.chmod(0o600)
         pack.write_bytes(content)
     else:
-        newest(slow, "manifest").unlink()
+        newest(slow, damage.rpartition(" ")[2]).unlink()
     slow.torpor("resume", "one")
     rejected = [event["data"] for event in slow.events("one") if event["kind"] == "recovery.rejected"]
     assert rejected, "the damaged checkpoint was restored"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from tests.crash.witness import check_nothing_left
-from tests.e2e.clients.key_search import FRAME_MAGIC, files_with
+from tests.e2e.clients.key_search import FRAME_MAGIC, files_with, snapshots_with
 from tests.stage import PATIENCE_SECONDS, Stage, model_server, stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
@@ -67,11 +67,11 @@ def rows_with(secret: str, database: Path) -> list[str]:
 
 
 def places_with_a_key(made: Stage) -> list[str]:
-    """In all that is kept: the home but its config.toml, the node's log, staged images, the database's rows."""
+    """In all that is kept: the home but its config.toml, the node's log, images, snapshots, the database's rows."""
     kept = [path for path in files_with(MARK, made.directory) if path != "home/config.toml"]
     for staged in Path("/dev/shm").glob(f"torpor-*/{made.rows('ls')[0]['session']}"):
         kept += files_with(MARK, staged)
-    return kept + rows_with(MARK, made.home / "torpor.db")
+    return kept + rows_with(MARK, made.home / "torpor.db") + snapshots_with(MARK, made.home)
 
 
 def check_processes(made: Stage) -> None:

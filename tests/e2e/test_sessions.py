@@ -66,7 +66,7 @@ def test_a_killed_node_costs_one_reported_attempt_and_nothing_else(slow: Stage) 
     timeline = slow.torpor("log", "one").stdout
     assert "boot from checkpoint #0: started" in timeline
     assert timeline.count("call 3: attempt 1 was cut short: its node died") == 1
-    assert timeline.count("call 3: attempt 2\n") == 1
+    assert timeline.count("call 3: attempt 2, with token counts asked for\n") == 1
 
 
 def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick: Stage) -> None:

@@ -93,7 +93,8 @@ async def test_three_megabytes_asked_and_twenty_answered(tmp_path: Path) -> None
             assert received == await node.logged_response(call)
             _, body = await node.database.read(lambda tx: requests.get_request(tx, call.call_id))
             assert body == question(TEXT)
-            assert stage.model.requests[-1].body == body
+            # What Torpor added to learn the token counts stands in front.
+            assert stage.model.requests[-1].body.endswith(body.removeprefix(b"{"))
             await until(node, lambda: rows(stage, "SELECT COUNT(*) FROM chunk") == 0)
         assert len(await named(stage)) == 2
         assert rows(stage, "SELECT SUM(length(data)) FROM block") < 10_000

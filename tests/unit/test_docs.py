@@ -96,16 +96,20 @@ def codes_in_source() -> set[str]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Every command with its options and its arguments' metavars."""
+    """Every command with its options, those of a group by both their words."""
     group = typer.main.get_command(app)
-    found: dict[str, list[str]] = {}
     assert isinstance(group, typer.core.TyperGroup)
+    return dict(commands_of(group, ""))
+
+
+def commands_of(group: typer.core.TyperGroup, before: str) -> Iterator[tuple[str, list[str]]]:
     for name, command in group.commands.items():
         words = [
             word for parameter in command.params if parameter.param_type_name == "option" for word in parameter.opts
         ]
-        found[name] = [word for word in words if word not in {"--help", "-h"}]
-    return found
+        yield before + name, [word for word in words if word not in {"--help", "-h"}]
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands_of(command, f"{before}{name} ")
 
 
 def section(text: str, heading: str) -> str:
@@ -155,7 +159,7 @@ def test_every_option_of_a_command_is_documented(name: str) -> None:
 
 
 def test_no_command_is_documented_that_does_not_exist() -> None:
-    told = set(re.findall(r"^## torpor ([\w-]+)$", page("docs/cli.md"), re.MULTILINE))
+    told = set(re.findall(r"^## torpor ([\w -]+)$", page("docs/cli.md"), re.MULTILINE))
     assert told == set(commands())
 
 
@@ -178,7 +182,12 @@ def test_every_configuration_field_is_documented() -> None:
     upstream_fields = set(config._UpstreamFields.__struct_fields__)
     assert upstream_fields <= table
     others = rows(section(page("docs/configuration.md"), "Other settings of config.toml"))
-    assert set(config._FileFields.__struct_fields__) - {"upstreams", "prices"} == others
+    assert (
+        set(config._FileFields.__struct_fields__) - {"upstreams", "prices", "store", "retention", "collect"} == others
+    )
+    assert set(config._RetentionFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Retention"))
+    assert set(config._CollectFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Collecting"))
+    assert set(config._StoreFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Snapshot store"))
     assert {field.name for field in fields(config.Upstream)} - {"name", "key"} <= table
     prices = rows(section(page("docs/configuration.md"), "Prices"))
     assert set(config._PriceFields.__struct_fields__) <= prices

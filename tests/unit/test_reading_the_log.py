@@ -12,7 +12,8 @@ from tests.unit.db.scene import NOW, Scene, new_scene
 from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
 from torpor.core.events import Kind
 from torpor.core.ids import CallId
-from torpor.db import log, notes, redaction, requests, verify
+from torpor.core.money import Bill
+from torpor.db import budgets, calls, log, notes, redaction, requests, verify
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import heads, spans, transfer, turns
 from torpor.runtime.home import Home
@@ -110,6 +111,27 @@ async def test_export_comes_back_with_the_same_chain_and_bytes(scene: Scene, tmp
         assert (await other.read(lambda tx, call_id=call_id: requests.get_request(tx, call_id)))[1] == body
     with pytest.raises(Conflict):
         await other.write(lambda tx: transfer.import_lines(tx, lines), durable=True)
+    await other.close()
+
+
+async def test_an_imported_session_cost_what_it_cost(scene: Scene, tmp_path: Path) -> None:
+    bill = Bill(cost_nanousd=1_234_567, prices="genai-prices 1")
+    call_id = await scene.write(lambda tx: scene.answer(tx, b"dear", bill=bill))
+    other, _ = await imported(tmp_path / "other", await exported(scene))
+    assert (await other.read(lambda tx: calls.load_call(tx, call_id))).attempts[0].cost_nanousd == 1_234_567
+    assert await other.read(lambda tx: budgets.costs(tx)) == {scene.session_id: 1_234_567}
+    await other.close()
+
+
+async def test_an_export_from_before_there_were_costs_is_read(scene: Scene, tmp_path: Path) -> None:
+    await converse(scene, CodingAgent(), 1)
+    lines = [json.loads(line) for line in await exported(scene)]
+    for line in lines:
+        line.pop("cost_nanousd", None)
+        line.pop("reserved_nanousd", None)
+        line.pop("budget_nanousd", None)
+    other, session_id = await imported(tmp_path / "other", list(map(json.dumps, lines)))
+    assert session_id == scene.session_id
     await other.close()
 
 

@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 
 from torpor.cli.printer import err, out, print_json
-from torpor.config import torpor_home
+from torpor.config import read_store, torpor_home
 from torpor.core.clock import SystemClock
 from torpor.core.errors import MachineUnfit
 from torpor.runtime.home import Home
+from torpor.runtime.storage import examine_store
 from torpor.sandbox.selftest import Finding, examine, look_around
 from torpor.sandbox.tools import fetch_runsc, find_runsc
 
@@ -53,17 +54,18 @@ def setup(
 
 
 def doctor(json: Annotated[bool, JSON] = False) -> None:
-    """Boot a sandbox, checkpoint, kill and restore it, and relay a request; explain each point that fails."""
+    """Try the snapshot store; boot a sandbox, checkpoint, kill and restore it, relay a request; explain what fails."""
     clock = SystemClock()
     home = Home(torpor_home(os.environ))
     home.prepare()
+    store = examine_store(read_store(home.root, os.environ), clock)
     try:
         runsc = find_runsc(home.tools, os.environ, clock)
     except MachineUnfit as unfit:
         findings = [Finding(check="runsc", ok=False, detail=str(unfit), remedy=unfit.hint), *look_around(clock)]
     else:
         findings = asyncio.run(examine(home.root, runsc, home.init_directory(), clock))
-    _report(findings, as_json=json, quiet=False)
+    _report([store, *findings], as_json=json, quiet=False)
 
 
 def _report(findings: list[Finding], *, as_json: bool, quiet: bool) -> None:

@@ -209,6 +209,12 @@ def _checkpoint(data: Any) -> str:
     return f"#{data.get('number')} ({data.get('reason')}) {froze}stored {human_bytes(data.get('stored_bytes', 0))}"
 
 
+def _forgotten(data: Any) -> str:
+    numbers = data.get("numbers", ())
+    shown = ", ".join(f"#{number}" for number in numbers[:5])
+    return f"({data.get('reason')}) {shown}{f' and {len(numbers) - 5} more' if len(numbers) > 5 else ''}"
+
+
 def _recovered(data: Any) -> str:
     number = data.get("checkpoint")
     what = {
@@ -248,6 +254,9 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.STREAM_RESET: lambda data: f"connection {data.get('stream')}: its answer cannot be continued",
     Kind.CHECKPOINT_COMMITTED: _checkpoint,
     Kind.CHECKPOINT_FAILED: lambda data: f"({data.get('reason')}) {data.get('message', '')}",
+    Kind.CHECKPOINT_FORGOTTEN: _forgotten,
+    Kind.CHECKPOINT_PINNED: lambda data: f"#{data.get('number')}{'' if data.get('pinned') else ' no longer'}",
+    Kind.CHECKPOINT_REPACKED: lambda data: f"#{data.get('number')}: its snapshot is {data.get('snapshot')} now",
     Kind.RECOVERY_CHOSEN: _recovered,
     Kind.RECOVERY_REJECTED: _rejected,
     Kind.AGENT_EXITED: lambda data: f"exit status {data.get('exit_status')} {data.get('signal', '')}",

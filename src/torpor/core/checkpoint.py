@@ -146,6 +146,15 @@ def eligible(checkpoint: Checkpoint, calls: Mapping[CallId, Call], pump_alive: P
     return every_stream_goes_on(checkpoint.open_streams, calls, pump_alive)
 
 
+def sure_to_restore(checkpoint: Checkpoint, calls: Mapping[CallId, Call]) -> bool:
+    """Whether it stays eligible if its node dies at this instant: no pump that lives now is counted upon.
+
+    The newest such checkpoint is never forgotten. All newer ones may have been cut amid one long answer, and a death
+    would leave nothing but resets. Once true it stays true.
+    """
+    return eligible(checkpoint, calls, lambda _call_id: False)
+
+
 def restore_order(
     checkpoints: Sequence[Checkpoint], calls: Mapping[CallId, Call], pump_alive: PumpAlive
 ) -> list[Checkpoint]:

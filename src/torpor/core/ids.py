@@ -12,6 +12,8 @@ SessionId = NewType("SessionId", str)
 CallId = NewType("CallId", str)
 CheckpointId = NewType("CheckpointId", str)
 SnapshotId = NewType("SnapshotId", str)
+KeyId = NewType("KeyId", str)
+"""Names an encryption key without telling it; derived from the key, see snapshots/cipher.py."""
 WaitpointId = NewType("WaitpointId", str)
 NodeId = NewType("NodeId", str)
 StreamId = NewType("StreamId", int)

@@ -125,7 +125,7 @@ def read_chain(tx: Transaction, session_id: SessionId, digest: bytes) -> list[tu
     found: list[tuple[bytes, bytes]] = []
     for row in tx.all("block/list_chain", session_id=session_id, digest=digest, depth_max=_CHAIN_MAX):
         link = bytes(row["digest"])
-        data = _decoded(row["codec"], row["data"], session_id, link).data
+        data = _content_of(tx, row, session_id, link).data
         if digest_of(data) != link:
             raise _damaged(session_id, link, "its bytes are not what was written")
         found.append((link, data))
@@ -165,16 +165,10 @@ def _named(batch: Sequence[bytes]) -> dict[str, bytes]:
 
 
 def _content_of(tx: Transaction, row: Row, session_id: SessionId, digest: bytes) -> Content:
-    try:
-        data = bytes_of(tx, session_id, row)
-    except ValueError as error:
-        raise _damaged(session_id, digest, str(error)) from error
-    return _decoded(row["codec"], data, session_id, digest)
-
-
-def _decoded(codec: str, stored: bytes, session_id: SessionId, digest: bytes) -> Content:
+    codec: str = row["codec"]
     redacted = codec.startswith(REDACTED)
     try:
+        stored = row["data"] if row["blob"] is None else bytes_of(tx, session_id, row)
         return Content(decode(codec.removeprefix(REDACTED) if redacted else codec, stored), redacted)
     except ValueError as error:
         raise _damaged(session_id, digest, str(error)) from error

@@ -108,7 +108,8 @@ def _of_incarnation(
             row_limit=_ROWS_AT_ONCE,
         )
         for row in rows:
-            first = max(row["position"], from_position)
+            # The first row is the one that `at` lies in or behind: it may have been given already.
+            first = max(row["position"], at)
             data = bytes(row["data"])[first - row["position"] : end - row["position"]]
             if data:
                 yield OutputPiece(position=first, incarnation=incarnation, wall_ns=row["wall_ns"], data=data)

@@ -274,6 +274,7 @@ _ROWS_OF_A_SESSION = (
     "call/delete_of_session_fenced",
     "block/delete_of_session_fenced",
     "log/delete_of_session_fenced",
+    "key/delete_of_session_fenced",
 )
 """Those that refer to others come first."""
 

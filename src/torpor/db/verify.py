@@ -237,9 +237,13 @@ def _response_problems(tx: Transaction, call: Call, event: Event, masks: Masks) 
 
 
 def _checkpoint_problems(tx: Transaction, session_id: SessionId, events: Mapping[int, Event]) -> Iterator[Problem]:
-    """Each checkpoint's commit is in the log, behind its cut."""
+    """Each checkpoint's commit is in the log, behind its cut, and where its row was moved since, that is too."""
+    moved = {
+        event.data["checkpoint"]: event.data for event in events.values() if event.kind is Kind.CHECKPOINT_REPACKED
+    }
     for point in list_intact(tx, session_id):
         event = events.get(point.committed_seq)
-        if event is None or point.seq >= point.committed_seq or dict(event.data) != commit_data(point):
+        told = {**(event.data if event else {}), **moved.get(point.checkpoint_id, {})}
+        if event is None or point.seq >= point.committed_seq or told != commit_data(point):
             text = f"checkpoint {point.checkpoint_id} is not as its commit says"
             yield Problem(code="checkpoint_changed", seq=point.committed_seq, text=text)

@@ -9,11 +9,15 @@ Order, and what a kill -9 between any two steps leaves (RECOVERY section 3; the 
     image to memory, workspace changes to staging
         `checkpoint.imaged`    as above; the staging directory is garbage
     resume, remove the mark, RELEASE
-        `checkpoint.resumed`   the staging directory is garbage, nothing else happened
+        `checkpoint.resumed`   the staging directory and the life's clones are garbage, nothing else happened
     packs and manifest into the store, fsynced
         `checkpoint.stored`    objects that no checkpoint names: garbage for `collect`
     one transaction: checkpoint row, event and head
         `checkpoint.committed` the checkpoint is there; the image stays cached in memory
+    now and then one transaction: rows that retention does not keep, event and head
+        `retention.forgotten`  snapshots that no row names: garbage for `collect`
+
+From before the parent's index is read until the commit a store lease keeps collectors away (docs/collecting.md).
 
 The checkpoint that a life ends with leaves out the resume (RECOVERY section 8): what the agent did after its cut would
 be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox paused with its mark, as after a pause.
@@ -21,8 +25,9 @@ be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox pause
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,19 +37,25 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.core.retention import RetentionPolicy
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
+from torpor.runtime.session_store import SessionStore
 from torpor.runtime.staging import Staging
 from torpor.sandbox.frames import GuestStatus
 from torpor.snapshots.capture import TreeCapture, capture
-from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.lease import Lease
+from torpor.snapshots.manifest import SnapshotRef
+from torpor.snapshots.store import SavedSnapshot
 from torpor.snapshots.tree import TreeIndex
 
 logger = logging.getLogger(__name__)
 
 CUT_DEADLINE_SECONDS = 20
 STDOUT, STDERR = 1, 2
+FORGOTTEN_AT_ONCE = 10
+"""Checkpoints are forgotten when there are so many to go: one event, and one look at the rows that stay, for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +64,7 @@ class Cut:
 
     checkpoint: Checkpoint
     workspace: TreeCapture
+    clones: Path
 
 
 class Checkpointer:
@@ -62,11 +74,12 @@ class Checkpointer:
         self,
         *,
         records: Records,
-        store: SnapshotStore,
+        store: SessionStore,
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
         pins: dict[str, str],
+        retention: RetentionPolicy,
     ) -> None:
         self._records = records
         self._store = store
@@ -74,6 +87,7 @@ class Checkpointer:
         self._gateway = gateway
         self._clock = clock
         self._pins = pins
+        self._retention = retention
         self._first_commit = asyncio.Event()
         self._life: Incarnation | None = None
         self._cutting = asyncio.Lock()
@@ -82,6 +96,7 @@ class Checkpointer:
         self._newest: Checkpoint | None = None
         self._committed: Checkpoint | None = None
         self._tree: TreeIndex | None = None
+        self._base: SnapshotRef | None = None  # What the next snapshot is stored against, and `_tree` is of.
         self._next_number = 0
         self._staged: set[SnapshotId] = set()
         self.last_cut_at = clock.monotonic()
@@ -91,7 +106,8 @@ class Checkpointer:
         self._life = life
         self._next_number = next_number
         self._newest = self._committed = checkpoint
-        self._tree = life.tree
+        self._tree, self._base = life.tree, self._store.ref(checkpoint)
+        _remove(life.clones)
         self.last_cut_at = self._clock.monotonic()
 
     async def first_commit(self) -> None:
@@ -99,6 +115,8 @@ class Checkpointer:
         await self._first_commit.wait()
 
     def end_life(self) -> None:
+        if self._life is not None and self._life.watch is not None:
+            self._life.watch.close()
         self._life = None
 
     async def take(self, reason: str) -> None:
@@ -171,18 +189,24 @@ class Checkpointer:
             cut = await self._waiting.get()
             try:
                 await self._commit(cut)
+                await self._forget_old()
             except Superseded:
                 raise
             except (TorporError, OSError) as error:
                 # What the capture was compared with may be what is damaged: read the whole workspace next time.
-                self._tree = None
+                self._tree, self._base = None, self._committed and self._store.ref(self._committed)
                 self._discard(cut.checkpoint.snapshot_id)
+                _remove(cut.clones)
                 logger.warning("checkpoint not committed: %s", error)
                 await self._records.checkpoint_failed(cut.checkpoint.incarnation, cut.checkpoint.reason, error)
             finally:
                 self._waiting.task_done()
 
-    async def final_files(self, life: Incarnation) -> Checkpoint:
+    def lease(self) -> AbstractAsyncContextManager[Lease]:
+        """For `final_files`: hold it until that is committed."""
+        return self._store.lease()
+
+    async def final_files(self, life: Incarnation, lease: Lease) -> Checkpoint:
         """The workspace as the agent left it, stored and not yet committed; nothing runs in the sandbox any more."""
         wall_ns = self._clock.wall_ns()
         snapshot_id = new_snapshot_id(wall_ns)
@@ -194,9 +218,10 @@ class Checkpointer:
             self._store.save,
             image_dir=image,
             workspace=workspace,
-            parent=self._tree.snapshot_id if self._tree else None,
+            parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
+            lease=lease,
         )
         self._discard(snapshot_id)
         return files_checkpoint(
@@ -230,6 +255,7 @@ class Checkpointer:
             raise
         except (TorporError, OSError) as error:
             self._discard(snapshot_id)
+            _remove(life.clones)
             logger.warning("no checkpoint: %s", error)
             await still.aclose()
             await self._records.checkpoint_failed(life.number, reason, error)
@@ -286,7 +312,7 @@ class Checkpointer:
         )
         self._newest = checkpoint
         self._next_number += 1
-        return Cut(checkpoint=checkpoint, workspace=workspace)
+        return Cut(checkpoint=checkpoint, workspace=workspace, clones=life.clones)
 
     async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
         """Pause, image, workspace: until `still` is closed the agent stands still."""
@@ -301,24 +327,38 @@ class Checkpointer:
     def _capture(self, life: Incarnation, changes: Path) -> TreeCapture:
         """What changed in the workspace; stores through a mapping move no time stamp, so open files are read anyway."""
         mapped = life.sandbox.open_for_writing()
-        if mapped is None:
-            return capture(life.plan.workspace, changes)
-        return capture(life.plan.workspace, changes, self._tree, always_reread=mapped)
+        return capture(
+            life.plan.workspace,
+            changes,
+            self._tree,
+            always_reread=mapped,
+            watch=life.watch,
+            clones=life.clones,
+        )
 
     async def _commit(self, cut: Cut) -> None:
+        async with self._store.lease() as lease:
+            await self._store_and_commit(cut, lease)
+        snapshot_id = cut.checkpoint.snapshot_id
+        self._staging.discard_changes(snapshot_id)
+        _remove(cut.clones)
+        self._staged.discard(snapshot_id)
+        self._staging.keep_only({snapshot_id, *self._staged})
+        self._first_commit.set()
+
+    async def _store_and_commit(self, cut: Cut, lease: Lease) -> None:
         started = self._clock.monotonic()
         snapshot_id = cut.checkpoint.snapshot_id
-        based_on = cut.workspace.based_on
-        parent = based_on.snapshot_id if based_on else self._committed and self._committed.snapshot_id
         saved = await asyncio.to_thread(
             self._store.save,
             image_dir=self._staging.image(snapshot_id),
             workspace=cut.workspace,
-            parent=parent,
+            parent=self._base,
             pins=self._pins,
             snapshot_id=snapshot_id,
+            lease=lease,
         )
-        self._tree = saved.tree
+        self._tree, self._base = saved.tree, saved.ref
         crash_point("checkpoint.stored")
         checkpoint = replace(
             cut.checkpoint,
@@ -326,12 +366,38 @@ class Checkpointer:
             stored_bytes=saved.stored_bytes,
             commit_ns=round((self._clock.monotonic() - started) * 1e9),
         )
+        is_first = self._committed is None or not self._committed.has_memory
+        await asyncio.to_thread(lease.check)
         self._committed = await self._records.commit_checkpoint(checkpoint)
         crash_point("checkpoint.committed")
-        self._staging.discard_changes(snapshot_id)
-        self._staged.discard(snapshot_id)
-        self._staging.keep_only({snapshot_id, *self._staged})
-        self._first_commit.set()
+        if is_first:
+            await self._share(saved.ref)
+
+    async def _forget_old(self) -> None:
+        """Apply the retention policy; not what the next snapshot is stored against, nor what is about to be."""
+        in_use = {point.snapshot_id for point in (self._committed, self._newest) if point is not None}
+        in_use |= {self._base.id} if self._base is not None else set()
+        try:
+            forgotten = await self._records.retain(self._retention, in_use=in_use, at_least=FORGOTTEN_AT_ONCE)
+        except Superseded:
+            raise
+        except TorporError as error:
+            logger.warning("no checkpoint was forgotten: %s", error)
+        else:
+            if forgotten:
+                crash_point("retention.forgotten")
+
+    async def _share(self, ref: SnapshotRef) -> None:
+        """Others may refer to it from now on. Whether they can is no matter of this session's."""
+        try:
+            await asyncio.to_thread(self._store.share, ref)
+        except (TorporError, OSError) as error:
+            logger.warning("nothing shared: %s", error)
+
+
+def _remove(clones: Path) -> None:
+    """Clones are of one cut, and one cut at a time is staged. A kill -9 leaves them; the next life removes them."""
+    shutil.rmtree(clones, ignore_errors=True)
 
 
 async def _thaw(life: Incarnation) -> None:

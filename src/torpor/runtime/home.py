@@ -38,8 +38,12 @@ class Home:
         return self.root / "images"
 
     @property
-    def store(self) -> Path:
-        return self.root / "store"
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def shared_indexes(self) -> Path:
+        return self.root / "cache/shared"
 
     @property
     def driver_state(self) -> Path:

@@ -16,12 +16,15 @@ from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed, TorporError
 from torpor.core.ids import SessionId
 from torpor.runtime.home import Home
+from torpor.runtime.session_store import SessionStore
 from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
 from torpor.runtime.staging import Staging
 from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
-from torpor.snapshots.store import SnapshotStore
+from torpor.snapshots.capture import watch_tree
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.tree import TreeIndex
+from torpor.snapshots.watch import DirectoryWatch, open_watch
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
@@ -36,6 +39,8 @@ class Incarnation:
     link: Link
     tree: TreeIndex | None
     """What the workspace held at the beginning, so that the first capture reads only what changed; None: unknown."""
+    watch: DirectoryWatch | None
+    """Spares captures from looking at all files; None: the machine has no more."""
 
     @property
     def plan(self) -> SandboxPlan:
@@ -45,6 +50,11 @@ class Incarnation:
     def paused_mark(self) -> Path:
         """There while this node may have the sandbox paused."""
         return paused_mark(self.plan)
+
+    @property
+    def clones(self) -> Path:
+        """Where captures put clones of big files, on the workspace's file system; outside of the sandbox's sight."""
+        return self.plan.directory / "clones"
 
 
 def paused_mark(plan: SandboxPlan) -> Path:
@@ -61,7 +71,7 @@ class Incarnations:
         session_id: SessionId,
         spec: SessionSpec,
         driver: Driver,
-        store: SnapshotStore,
+        store: SessionStore,
         staging: Staging,
         clock: Clock,
     ) -> None:
@@ -75,13 +85,17 @@ class Incarnations:
         self._slot: Sandbox | None = None
         self._slot_number = 0
 
+    def lease(self) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Hold it around `boot` and `restore`, from before the rows of their checkpoints are read."""
+        return self._store.lease()
+
     async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
         sandbox = await self._empty_sandbox(number)
         async with self._undone_on_failure(sandbox):
-            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.start()
-            return await self._connect(number, sandbox, tree)
+            return await self._connect(number, sandbox, tree, watch)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
@@ -97,13 +111,13 @@ class Incarnations:
             made = both.create_task(self._empty_sandbox(number))
         sandbox = made.result()
         async with self._undone_on_failure(sandbox):
-            tree = await self._fill_workspace(sandbox.plan, checkpoint)
+            tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
-            return await self._connect(number, sandbox, tree)
+            return await self._connect(number, sandbox, tree, watch)
 
     def _check_pins(self, checkpoint: Checkpoint) -> None:
         """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
-        pinned = self._store.read_manifest(checkpoint.snapshot_id, checkpoint.manifest_digest).pins
+        pinned = self._store.pins(checkpoint)
         for name, value in self._driver.pins.items():
             if pinned.get(name, value) != value:
                 raise SandboxFailed(
@@ -118,17 +132,18 @@ class Incarnations:
         if sandbox is None or not await asyncio.to_thread(sandbox.alive):
             return None
         mark = paused_mark(sandbox.plan)
+        watch = open_watch()
         try:
             if not mark.exists():
-                return await self._connect(number, sandbox, None)
+                return await self._connect(number, sandbox, None, watch)
             # The last node died around a pause. Resuming a kernel that is not paused would crash it, so ask first.
             with contextlib.suppress(SandboxFailed):
-                found = await self._connect(number, sandbox, None, PAUSED_HELLO_DEADLINE_SECONDS)
+                found = await self._connect(number, sandbox, None, watch, PAUSED_HELLO_DEADLINE_SECONDS)
                 mark.unlink()
                 return found
             await sandbox.resume()
             mark.unlink()
-            return await self._connect(number, sandbox, None)
+            return await self._connect(number, sandbox, None, watch)
         except SandboxFailed:
             return None
 
@@ -140,22 +155,8 @@ class Incarnations:
 
     async def sweep(self, keep: int | None) -> None:
         """Kill every sandbox of this session but one, and delete the directories of incarnations that are gone."""
-        prefix = sandbox_id(self._session_id, 0).removesuffix("0")
-        for name in self._driver.sandbox_ids():
-            number = name.removeprefix(prefix)
-            if name.startswith(prefix) and number.isdigit() and int(number) != keep:
-                plan = sandbox_plan(self._home, self._session_id, self._spec, int(number))
-                leftover = self._driver.find(plan)
-                if leftover is not None:
-                    await leftover.kill()
+        await sweep(self._home, self._session_id, self._spec, self._driver, keep)
         self._slot = None
-        await asyncio.to_thread(self._sweep_directories, keep)
-
-    def _sweep_directories(self, keep: int | None) -> None:
-        parent = self._home.incarnation(self._session_id, 0).parent
-        for directory in parent.iterdir() if parent.is_dir() else ():
-            if directory.name != str(keep):
-                shutil.rmtree(directory, ignore_errors=True)
 
     async def _empty_sandbox(self, number: int) -> Sandbox:
         """The warm slot, if it is this number's and alive, else a new one."""
@@ -173,10 +174,15 @@ class Incarnations:
         plan.workspace.mkdir(parents=True, mode=0o700)
         return await self._driver.create(plan)
 
-    async def _fill_workspace(self, plan: SandboxPlan, checkpoint: Checkpoint) -> TreeIndex:
-        return await asyncio.to_thread(
-            self._store.restore_workspace, checkpoint.snapshot_id, checkpoint.manifest_digest, plan.workspace
-        )
+    async def _fill_workspace(
+        self, plan: SandboxPlan, checkpoint: Checkpoint
+    ) -> tuple[TreeIndex, DirectoryWatch | None]:
+        """Write the workspace's files, and watch them from before anything runs."""
+        tree = await asyncio.to_thread(self._store.restore_workspace, checkpoint, plan.workspace)
+        watch = open_watch()
+        if watch is not None:
+            tree = await asyncio.to_thread(watch_tree, plan.workspace, tree, watch)
+        return tree, watch
 
     async def _rebuild(self, checkpoint: Checkpoint) -> Path:
         """Write the image from the store into memory; kept there for the next restore."""
@@ -184,13 +190,18 @@ class Incarnations:
         self._staging.discard(snapshot_id)
         self._staging.begin(snapshot_id, checkpoint.raw_bytes)
         target = self._staging.image(snapshot_id)
-        await asyncio.to_thread(self._store.restore_image, snapshot_id, checkpoint.manifest_digest, target)
+        await asyncio.to_thread(self._store.restore_image, checkpoint, target)
         self._staging.discard_changes(snapshot_id)
         self._staging.complete(snapshot_id)
         return target
 
     async def _connect(
-        self, number: int, sandbox: Sandbox, tree: TreeIndex | None, deadline_seconds: float = HELLO_DEADLINE_SECONDS
+        self,
+        number: int,
+        sandbox: Sandbox,
+        tree: TreeIndex | None,
+        watch: DirectoryWatch | None,
+        deadline_seconds: float = HELLO_DEADLINE_SECONDS,
     ) -> Incarnation:
         link = await Link.open(
             to_guest=sandbox.plan.to_guest,
@@ -198,7 +209,7 @@ class Incarnations:
             clock=self._clock,
             deadline_seconds=deadline_seconds,
         )
-        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree)
+        return Incarnation(number=number, sandbox=sandbox, link=link, tree=tree, watch=watch)
 
     @contextlib.asynccontextmanager
     async def _undone_on_failure(self, sandbox: Sandbox):
@@ -207,6 +218,24 @@ class Incarnations:
         except (TorporError, OSError, asyncio.CancelledError):
             await asyncio.shield(sandbox.kill())
             raise
+
+
+async def sweep(home: Home, session_id: SessionId, spec: SessionSpec, driver: Driver, keep: int | None) -> None:
+    """Kill every sandbox of a session but one, and delete the directories of incarnations that are gone."""
+    prefix = sandbox_id(session_id, 0).removesuffix("0")
+    for name in driver.sandbox_ids():
+        number = name.removeprefix(prefix)
+        if name.startswith(prefix) and number.isdigit() and int(number) != keep:
+            leftover = driver.find(sandbox_plan(home, session_id, spec, int(number)))
+            if leftover is not None:
+                await leftover.kill()
+    await asyncio.to_thread(_sweep_directories, home.incarnation(session_id, 0).parent, keep)
+
+
+def _sweep_directories(parent: Path, keep: int | None) -> None:
+    for directory in parent.iterdir() if parent.is_dir() else ():
+        if directory.name != str(keep):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def fresh_entropy() -> bytes:

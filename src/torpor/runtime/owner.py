@@ -16,7 +16,7 @@ from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import InvalidInput, SandboxFailed, TorporError, innermost
+from torpor.core.errors import InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
@@ -171,6 +171,10 @@ class Owner:
             await self._records.set_status(SessionStatus.RECOVERING, reason)
         try:
             return await self._ladder.restore(await self._records.calls(), reason)
+        except MachineUnfit as error:
+            if session.status is SessionStatus.ASLEEP:
+                await self._records.set_status(SessionStatus.ASLEEP, str(error))
+            raise
         except SandboxFailed as error:
             if error.code == "session_lost":
                 await self._records.set_status(SessionStatus.RECOVERING, reason)
@@ -381,10 +385,12 @@ class Owner:
         """
         wait_status = await life.link.wait_exit()
         await self._checkpointer.settle()
-        final = await self._checkpointer.final_files(life)
         code = exit_code(wait_status)
         status = SessionStatus.SUCCEEDED if code == 0 else SessionStatus.FAILED
-        await self._records.end(status, code, final, describe_exit(wait_status))
+        async with self._checkpointer.lease() as lease:
+            final = await self._checkpointer.final_files(life, lease)
+            await asyncio.to_thread(lease.check)
+            await self._records.end(status, code, final, describe_exit(wait_status))
         crash_point("exit.committed")
         life.link.acknowledge_exit()
 

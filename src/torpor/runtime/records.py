@@ -3,7 +3,7 @@
 Every method is one transaction. Superseded from any of them means: stop at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torpor.core.call import Call
@@ -13,10 +13,11 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import TorporError
 from torpor.core.events import Event, EventDraft, Kind
-from torpor.core.ids import CallId, SessionId
+from torpor.core.ids import CallId, SessionId, SnapshotId
 from torpor.core.money import Account
+from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
-from torpor.db import budgets, calls, checkpoints, log, outputs, sessions, waitpoints
+from torpor.db import budgets, calls, checkpoints, log, outputs, roots, sessions, waitpoints
 from torpor.db.database import Database, Transaction
 
 
@@ -113,6 +114,42 @@ class Records:
                 checkpoint=checkpoint,
                 wall_ns=self._clock.wall_ns(),
             )
+
+        return await self.database.write(work, durable=True)
+
+    async def retain(
+        self, policy: RetentionPolicy, *, in_use: Collection[SnapshotId], at_least: int
+    ) -> tuple[int, ...]:
+        """Forget what the policy does not keep, written and not synced: a collector syncs before it deletes."""
+
+        def work(tx: Transaction) -> tuple[int, ...]:
+            return roots.retain(
+                tx,
+                session_id=self.session_id,
+                owner_token=self.owner_token,
+                policy=policy,
+                wall_ns=self._clock.wall_ns(),
+                in_use=in_use,
+                at_least=at_least,
+            )
+
+        return await self.database.write(work, durable=False)
+
+    async def pin(self, number: int, *, is_pinned: bool) -> None:
+        """Keep a checkpoint whatever retention says, or leave it to retention again."""
+
+        def work(tx: Transaction) -> None:
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            roots.pin(tx, **fence, number=number, is_pinned=is_pinned, wall_ns=self._clock.wall_ns())
+
+        await self.database.write(work, durable=True)
+
+    async def move(self, moves: Sequence[roots.Move]) -> list[Checkpoint]:
+        """Let checkpoints name their repacked snapshots."""
+
+        def work(tx: Transaction) -> list[Checkpoint]:
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            return roots.move(tx, **fence, moves=moves, wall_ns=self._clock.wall_ns())
 
         return await self.database.write(work, durable=True)
 

@@ -7,6 +7,7 @@ are durable, then the sandbox is made, then its streams are inherited. A kill -9
 that the next recovery finds: it adopts it if it came to life, else kills it and tries again under a new number.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -90,7 +91,17 @@ class Ladder:
 
         Raises:
             SandboxFailed: `session_lost`: none does.
+            MachineUnfit: `storage_unreachable`: nobody can say.
         """
+        async with contextlib.AsyncExitStack() as held:
+            try:  # From before the rows are read: what they name stays until it is read.
+                await held.enter_async_context(self._incarnations.lease())
+            except MachineUnfit as unfit:
+                await self._rejected("restore", None, (await self._records.session()).incarnation, str(unfit))
+                raise
+            return await self._climb(calls, reason)
+
+    async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
@@ -104,7 +115,10 @@ class Ladder:
             except Superseded:
                 raise
             except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
-                await self._rejected(mode, checkpoint, number, str(innermost(error)))
+                cause = innermost(error)
+                await self._rejected(mode, checkpoint, number, str(cause))
+                if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
+                    raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
             redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
             return Rung(

@@ -195,6 +195,7 @@ _SESSION_FIELDS = (
     "created_ns",
     "updated_ns",
     "exit_status",
+    "budget_nanousd",
 )
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "block": ("session_id", "digest", "codec", "size_bytes", "data", "blob"),
@@ -202,7 +203,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("call_id", "session_id", "state", "key_exact", "key_canonical", "key_logical", "about", "incarnation"),
         *("stream", "request_bytes", "intended_seq", "ended_seq", "usage"),
     ),
-    "attempt": ("call_id", "number", "sent_ns", "head", "chunk_count", "body_bytes", "finished"),
+    "attempt": (
+        *("call_id", "number", "sent_ns", "head", "chunk_count", "body_bytes", "finished"),
+        *("reserved_nanousd", "cost_nanousd"),
+    ),
     "answer": ("call_id", "attempt", "codec", "layout", "data", "blob"),
     "chunk": ("call_id", "attempt", "number", "offset_ns", "data"),
     "request": ("call_id", "session_id", "number", "head", "head_digest", "manifest", "body_digest", "body_bytes"),
@@ -214,6 +218,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_NOT_ALWAYS = frozenset({"budget_nanousd", "reserved_nanousd", "cost_nanousd", _BLOB})
+"""Columns that an export from before they existed lacks: then they are null."""
+
+
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes as {"base64": text}; everything else as it is."""
     return {
@@ -223,8 +231,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(fields: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Value]:
-    """By column; exports of the first version know no blobs."""
-    return {name: _value(fields[name] if name != _BLOB else fields.get(name)) for name in columns}
+    return {name: _value(fields.get(name) if name in _NOT_ALWAYS else fields[name]) for name in columns}
 
 
 def _value(value: Any) -> Value:

@@ -62,7 +62,8 @@ class Sandbox(Protocol):
         ...
 
     def open_for_writing(self) -> frozenset[int] | None:
-        """Workspace files, by inode, that programs inside may be writing through a mapping.
+        """Workspace files, by inode, that programs inside may be changing through a mapping, or by a name that they no
+        longer have.
 
         None when the driver can't tell: then every file has to be read.
         """

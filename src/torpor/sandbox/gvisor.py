@@ -302,7 +302,8 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
 def _open_for_writing(process_directory: Path, device: int) -> Iterator[int]:
     """Inodes of the regular files of a device that a process holds open with write access.
 
-    Not by path: the process lives in another root, where the files have other names.
+    Not by path: the process lives in another root, where the files have other names. A file that is open by a name that
+    was removed, and has another, counts too: what is done to it makes no event at the name that it has.
     """
     for entry in os.scandir(process_directory / "fd"):
         try:
@@ -310,9 +311,10 @@ def _open_for_writing(process_directory: Path, device: int) -> Iterator[int]:
             if status.st_dev != device or not stat.S_ISREG(status.st_mode):
                 continue
             flags = (process_directory / "fdinfo" / entry.name).read_text().partition("flags:")[2].split()[0]
+            is_removed = status.st_nlink > 0 and str(Path(entry.path).readlink()).endswith(" (deleted)")
         except FileNotFoundError:
             continue  # Closed meanwhile.
-        if int(flags, 8) & os.O_ACCMODE:
+        if int(flags, 8) & os.O_ACCMODE or is_removed:
             yield status.st_ino
 
 

@@ -125,7 +125,7 @@ def run_blocking(
     check: bool = True,
     failure: type[TorporError] = MachineUnfit,
 ) -> Finished:
-    """`run` for code without an event loop: `torpor doctor` and set-up."""
+    """`run` for code without an event loop: `torpor doctor`, set-up, and threads."""
     with _memory_file() as stdout, _memory_file() as stderr:
         begun = clock.monotonic()
         process = _start(argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)

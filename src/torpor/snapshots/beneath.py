@@ -11,12 +11,11 @@ import stat
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from torpor.snapshots.objects import BLOCK_BYTES
-
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOLE_BYTES = 4096
-_ZEROS = bytes(_HOLE_BYTES)
+_READ_BYTES = 1 << 20
+_ZEROS = memoryview(bytes(_READ_BYTES))
 
 
 @contextlib.contextmanager
@@ -85,34 +84,57 @@ def _made_readable(name: bytes, parent: int, mode: int, needed: int) -> Generato
         os.close(anchor)
 
 
-def read_blocks(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each block that is not wholly a hole."""
+def data_extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not a hole to the file system, ascending, up to `size`."""
     at = 0
     while at < size:
         try:
             at = os.lseek(descriptor, at, os.SEEK_DATA)
+            end = min(size, os.lseek(descriptor, at, os.SEEK_HOLE))
         except OSError as error:
             if error.errno == errno.ENXIO:  # Only a hole is left.
                 return
             raise
-        number = at // BLOCK_BYTES
-        at = number * BLOCK_BYTES
-        block = os.pread(descriptor, min(BLOCK_BYTES, size - at), at)
-        if block:
-            yield number, block
-        at += BLOCK_BYTES
+        if at < end:
+            yield at, end
+        at = end
 
 
-def write_block(descriptor: int, number: int, block: bytes) -> None:
-    """Write one block, leaving out its zero pages: a sparse file must not grow by being restored."""
-    start = number * BLOCK_BYTES
-    if block.find(_ZEROS) < 0:
-        write_at(descriptor, block, start)
-        return
-    for at in range(0, len(block), _HOLE_BYTES):
-        piece = block[at : at + _HOLE_BYTES]
-        if piece.count(0) != len(piece):
-            write_at(descriptor, piece, start + at)
+def all_zeros(data: bytes) -> bool:
+    """Whether there is no other byte in `data`, which has at most a mebibyte."""
+    return data.startswith(_ZEROS[: len(data)])
+
+
+def is_zeros(descriptor: int, start: int, end: int) -> bool:
+    """Whether a part of a file is zeros or holes."""
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return True
+            raise
+        piece = os.pread(descriptor, max(0, min(_READ_BYTES, end - start)), start)
+        if not all_zeros(piece):
+            return False
+        if not piece:
+            return True
+        start += len(piece)
+    return True
+
+
+def write_sparsely(descriptor: int, data: bytes, offset: int) -> None:
+    """Write bytes into a new file, leaving out pages of zeros: a sparse file must not grow by being restored."""
+    view = memoryview(data)
+    start = at = 0
+    while at < len(data):
+        end = min(at + _HOLE_BYTES - (offset + at) % _HOLE_BYTES, len(data))
+        # A part of a page too: the other part may be zeros of another piece.
+        if data.startswith(_ZEROS[: end - at], at):
+            write_at(descriptor, view[start:at], offset + start)
+            start = end
+        at = end
+    write_at(descriptor, view[start:], offset + start)
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -3,80 +3,72 @@ stores them.
 
 A file is taken as unchanged only if its stamp is what it was, its ctime is older than 20 ms before the
 previous cut, and the caller did not name it: stores through mmap move neither mtime nor size, so files that
-the sandbox holds open for writing belong in `always_reread`. Never follows a symbolic link; leaves out
+the sandbox holds open for writing belong in `always_reread`. A directory is not even listed if a watch heard
+nothing of it; docs/snapshot-format.md says why that is enough. Never follows a symbolic link; leaves out
 devices, sockets and FIFOs, and says so.
 """
 
-import errno
-import fcntl
-import os
-import stat
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torpor.core.clock import Clock, SystemClock
-from torpor.core.errors import SandboxFailed
+from torpor.core.ids import SnapshotId
+from torpor.snapshots.aside import Aside
 from torpor.snapshots.backend import storage_errors
-from torpor.snapshots.beneath import create_file, open_directory, open_file, open_root, read_blocks
-from torpor.snapshots.objects import BLOCK_BYTES, Content, ObjectWriter, store_content
+from torpor.snapshots.beneath import open_directory, open_root
+from torpor.snapshots.chunks import store_bytes, store_file
+from torpor.snapshots.objects import Content, ObjectWriter
+from torpor.snapshots.scan import FRESH_NS, Scan, StagedDir, StagedFile, UnclearError
 from torpor.snapshots.tree import (
-    DEPTH_MAX,
-    MODE_KEPT,
     DirNode,
     FileNode,
-    LinkNode,
-    Meta,
     Node,
-    Stamp,
     TreeIndex,
+    directories_below,
     directory_node,
     encode_directory,
 )
+from torpor.snapshots.watch import DirectoryWatch
 
-FRESH_NS = 20_000_000
-ENTRIES_MAX = 1_000_000
-_IN_MEMORY_FILE_BYTES_MAX = 128 * 1024
-_IN_MEMORY_BYTES_MAX = 64 * 1024 * 1024
-_TIME_NS_MAX = (1 << 63) - 1
-_FICLONE = 0x40049409
-_NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedFile:
-    """A file whose bytes were put aside: in memory, or in a file of the staging directory."""
-
-    meta: Meta
-    stamp: Stamp
-    link: int
-    source: bytes | Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedDir:
-    meta: Meta
-    children: "Mapping[bytes, Node | StagedFile | StagedDir]"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeCapture:
-    """A workspace at one instant. Its staging directory must stay until the snapshot is saved, and is the
+    """A workspace at one instant. What was put aside for it must stay until the snapshot is saved, and is the
     caller's to remove.
 
     Attributes:
         based_on: the index whose unchanged parts it shares; it can only be saved as that snapshot's child.
-        skipped: paths of what is not kept (devices, sockets, FIFOs).
-        staged_bytes: what was copied.
+        generation: the watch's number of this cut; 0 when nothing is watched.
+        staged_bytes: what was copied; `cloned_bytes` were not.
     """
 
     root: DirNode | StagedDir
     cut_wall_ns: int
     based_on: TreeIndex | None
-    skipped: tuple[bytes, ...]
+    generation: int
     staged_bytes: int
+    cloned_bytes: int
+
+    @property
+    def skipped(self) -> tuple[bytes, ...]:
+        """Paths of what is not kept (devices, sockets, FIFOs)."""
+        return tuple(_left_out_below(self.root, b""))
+
+    def index(self, root: DirNode, snapshot_id: SnapshotId) -> TreeIndex:
+        """What the next capture starts from, once this one is stored with that root."""
+        return TreeIndex(root=root, cut_wall_ns=self.cut_wall_ns, snapshot_id=snapshot_id, generation=self.generation)
+
+
+def _left_out_below(directory: DirNode | StagedDir, path: bytes) -> Iterator[bytes]:
+    yield from (path + name for name in sorted(directory.left_out))
+    for name, child in directory.children.items():
+        if isinstance(child, DirNode | StagedDir):
+            yield from _left_out_below(child, path + name + b"/")
 
 
 def capture(
@@ -84,199 +76,69 @@ def capture(
     staging: Path,
     previous: TreeIndex | None = None,
     *,
-    always_reread: AbstractSet[int] = frozenset(),
+    always_reread: AbstractSet[int] | None = frozenset(),
     leave_out: Callable[[bytes], bool] | None = None,
+    watch: DirectoryWatch | None = None,
+    clones: Path | None = None,
     clock: Clock | None = None,
 ) -> TreeCapture:
     """Phase 1. Nothing else may write to the workspace meanwhile. `staging` must exist and be empty.
 
     Args:
-        always_reread: inode numbers of files that may have changed without a trace; so all names of one are read again.
+        always_reread: inode numbers of files that may be written to without a trace: all names of one are read, now
+            and by the next capture. None: any file may.
         leave_out: says of such a path that it, and what is below it, is not to be captured.
+        watch: of this workspace; what it arms and hears spares the next captures from looking at all files.
+        clones: a directory on the workspace's file system for clones of big files; made if one is made.
 
     Raises:
         MachineUnfit: no_space, storage_failed.
         SandboxFailed: workspace_too_deep, workspace_too_large.
     """
     cut_wall_ns = (clock or SystemClock()).wall_ns()
-    with (
-        storage_errors(f"capture workspace {workspace}"),
-        open_root(workspace) as root,
-        open_root(staging) as aside,
-    ):
-        scan = _Scan(root, aside, staging, previous, always_reread, leave_out)
-        tree = scan.directory(root, previous and previous.root, b"", Meta(0o700, 0, 0, 0), 0)
+    aside = Aside(staging, clones)
+    look = watch.begin_cut(previous.generation if previous else 0) if watch else None
+    with storage_errors(f"capture workspace {workspace}"), open_root(workspace) as root:
+        scan = Scan(root, aside, previous, cut_wall_ns, always_reread, leave_out, watch)
+        try:
+            tree = scan.root(look)
+        except UnclearError as unclear:
+            logger.info("capture looks at all files: %s", unclear)
+            scan = Scan(root, aside, previous, cut_wall_ns, always_reread, leave_out, watch)
+            tree = scan.root(None)
     return TreeCapture(
         root=tree,
         cut_wall_ns=cut_wall_ns,
         based_on=previous,
-        skipped=tuple(scan.skipped),
-        staged_bytes=scan.staged_bytes,
+        generation=watch.end_cut(scan.unsettled) if watch else 0,
+        staged_bytes=aside.staged_bytes,
+        cloned_bytes=aside.cloned_bytes,
     )
 
 
-class _Scan:
-    """One walk. Unchanged nodes of the previous tree are used again as they are, up to whole directories."""
-
-    def __init__(
-        self,
-        root: int,
-        aside: int,
-        staging: Path,
-        previous: TreeIndex | None,
-        always_reread: AbstractSet[int],
-        leave_out: Callable[[bytes], bool] | None,
-    ) -> None:
-        owner = os.fstat(root)
-        self._uid, self._gid = owner.st_uid, owner.st_gid
-        self._aside = aside
-        self._staging = staging
-        self._settled_before_ns = previous.cut_wall_ns - FRESH_NS if previous else 0
-        self._always_reread = always_reread
-        self._leave_out = leave_out
-        self._linked: dict[int, Node | StagedFile] = {}
-        self._entries = 0
-        self._files_aside = 0
-        self._in_memory_bytes = 0
-        self._can_reflink = True
-        self.skipped: list[bytes] = []
-        self.staged_bytes = 0
-
-    def directory(
-        self, descriptor: int, previous: DirNode | None, path: bytes, meta: Meta, depth: int
-    ) -> DirNode | StagedDir:
-        if depth > DEPTH_MAX:
-            raise SandboxFailed(
-                "workspace_too_deep",
-                f"cannot capture workspace: {path[:80]!r}... is over {DEPTH_MAX} levels deep",
-                hint="Remove the directory inside the sandbox; until then the session has no new checkpoints.",
-            )
-        children: dict[bytes, Node | StagedFile | StagedDir] = {}
-        before: Mapping[bytes, Node] = previous.children if previous else {}
-        is_same = previous is not None and previous.meta == meta
-        for entry in self._list(descriptor):
-            name = os.fsencode(entry.name)
-            if self._leave_out and self._leave_out(path + name):
-                continue
-            known = before.get(name)
-            try:
-                status = entry.stat(follow_symlinks=False)
-                if known is not None and self._is_unchanged(known, status):
-                    children[name] = known
-                    continue
-                node = self._changed(descriptor, status, name, known, path, depth)
-            except FileNotFoundError:  # Only a directory that is in use outside of a sandbox changes under a scan.
-                continue
-            if node is None:
-                self.skipped.append(path + name)
-                continue
-            children[name] = node
-            is_same = is_same and node is known
-        if previous is not None and is_same and len(children) == len(before):
-            return previous
-        return StagedDir(meta=meta, children=children)
-
-    def _list(self, descriptor: int) -> list[os.DirEntry[str]]:
-        room = ENTRIES_MAX - self._entries
-        with os.scandir(descriptor) as listing:
-            entries = list(islice(listing, room + 1))
-        self._entries += len(entries)
-        if len(entries) > room:
-            raise SandboxFailed(
-                "workspace_too_large",
-                f"cannot capture workspace: it has over {ENTRIES_MAX} files and directories",
-                hint="Keep large trees in the image, or remove some inside the sandbox.",
-            )
-        return entries
-
-    def _is_unchanged(self, known: Node, status: os.stat_result) -> bool:
-        return (
-            not isinstance(known, DirNode)
-            and known.stamp == (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            and status.st_ctime_ns < self._settled_before_ns
-            and status.st_ino not in self._always_reread
-        )
-
-    def _changed(
-        self, parent: int, status: os.stat_result, name: bytes, known: Node | None, path: bytes, depth: int
-    ) -> "Node | StagedFile | StagedDir | None":
-        """A node for what is new or may have changed; None for what a tree can't hold."""
-        kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFREG:
-            return self._file(parent, name, status)
-        if kind == stat.S_IFDIR:
-            with open_directory(name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-                below = known if isinstance(known, DirNode) else None
-                return self.directory(descriptor, below, path + name + b"/", self._meta(status), depth + 1)
-        if kind == stat.S_IFLNK:
-            target = os.readlink(name, dir_fd=parent)
-            return LinkNode(meta=self._meta(status), stamp=Stamp.of(status), target=target)
-        return None
-
-    def _file(self, parent: int, name: bytes, status: os.stat_result) -> "Node | StagedFile":
-        known = self._linked.get(status.st_ino)
-        if known is not None:
-            return known
-        with open_file(name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-            opened = os.fstat(descriptor)
-            node = StagedFile(
-                meta=self._meta(status),  # Not of `opened`, which may have been lent a permission.
-                stamp=Stamp.of(opened),
-                link=opened.st_ino if opened.st_nlink > 1 else 0,
-                source=self._put_aside(descriptor, opened.st_size),
-            )
-        if node.link:
-            self._linked[node.link] = node
-        return node
-
-    def _put_aside(self, descriptor: int, size: int) -> bytes | Path:
-        self.staged_bytes += size
-        if size <= _IN_MEMORY_FILE_BYTES_MAX and self._in_memory_bytes + size <= _IN_MEMORY_BYTES_MAX:
-            self._in_memory_bytes += size
-            return os.pread(descriptor, size, 0).ljust(size, b"\0")
-        name = b"%d" % self._files_aside
-        self._files_aside += 1
-        with create_file(name, self._aside) as copy:
-            if not (self._can_reflink and self._reflink(descriptor, copy)):
-                _copy_data(descriptor, copy, size)
-        return self._staging / os.fsdecode(name)
-
-    def _reflink(self, source: int, copy: int) -> bool:
-        try:
-            fcntl.ioctl(copy, _FICLONE, source)
-        except OSError as error:
-            if error.errno not in _NO_REFLINK:
-                raise
-            self._can_reflink = False
-        return self._can_reflink
-
-    def _meta(self, status: os.stat_result) -> Meta:
-        uid = 0 if status.st_uid == self._uid else status.st_uid
-        gid = 0 if status.st_gid == self._gid else status.st_gid
-        mtime_ns = max(
-            -_TIME_NS_MAX, min(status.st_mtime_ns, _TIME_NS_MAX)
-        )  # Some file systems keep any 64 bits of seconds.
-        return Meta(status.st_mode & MODE_KEPT, uid, gid, mtime_ns)
+def watch_tree(workspace: Path, index: TreeIndex, watch: DirectoryWatch) -> TreeIndex:
+    """Watch a workspace that was just filled, before anything runs in it; the index for its first capture."""
+    watch.begin_cut(0)
+    with open_root(workspace) as root:
+        _arm(watch, root, b"", index.root)
+    fresh_from_ns = index.cut_wall_ns - FRESH_NS
+    unsettled = [
+        path
+        for path, node in directories_below(index.root)
+        if any(child.stamp.ctime_ns >= fresh_from_ns or _has_links(child) for child in node.children.values())
+    ]
+    return replace(index, generation=watch.end_cut(unsettled))
 
 
-def _copy_data(source: int, copy: int, size: int) -> None:
-    """Copy what is not a hole, in the kernel."""
-    os.ftruncate(copy, size)
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-            end = min(size, os.lseek(source, at, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        os.lseek(copy, at, os.SEEK_SET)
-        while at < end:
-            sent = os.sendfile(copy, source, at, end - at)
-            if sent == 0:
-                return
-            at += sent
+def _arm(watch: DirectoryWatch, descriptor: int, path: bytes, node: DirNode) -> None:
+    watch.arm(descriptor, path)
+    for name, child in node.directories:
+        with open_directory(name, descriptor, mode=child.meta.mode) as below:
+            _arm(watch, below, path + name + b"/", child)
+
+
+def _has_links(node: Node) -> bool:
+    return isinstance(node, FileNode) and node.link != 0
 
 
 def store_tree(tree: TreeCapture, writer: ObjectWriter) -> DirNode:
@@ -300,23 +162,34 @@ class _Storing:
                 children[name] = self.directory(child)
             else:
                 children[name] = child
-        return directory_node(staged.meta, children, self._writer.put(encode_directory(children)))
+        return directory_node(
+            staged.meta,
+            staged.stamp,
+            children,
+            self._writer.put(encode_directory(children)),
+            attributes=staged.attributes,
+            left_out=staged.left_out,
+        )
 
     def _file(self, staged: StagedFile) -> FileNode:
-        node = FileNode(meta=staged.meta, stamp=staged.stamp, link=staged.link, content=self._content(staged))
+        node = FileNode(
+            meta=staged.meta,
+            stamp=staged.stamp,
+            link=staged.link,
+            content=self._content(staged),
+            attributes=staged.attributes,
+        )
         if node.link:
             self._linked[node.link] = node
         return node
 
     def _content(self, staged: StagedFile) -> Content:
-        size, data = staged.stamp.size, staged.source
-        if isinstance(data, Path):
-            return store_file_at(data, size, self._writer)
-        blocks = ((at // BLOCK_BYTES, data[at : at + BLOCK_BYTES]) for at in range(0, size, BLOCK_BYTES))
-        return store_content(blocks, size, self._writer.put)
+        if isinstance(staged.source, Path):
+            return store_file_at(staged.source, staged.stamp.size, self._writer)
+        return store_bytes(staged.source, self._writer.put)
 
 
 def store_file_at(path: Path, size: int, writer: ObjectWriter) -> Content:
     """Store the bytes of a file of our own: staged, or of an image."""
     with storage_errors(f"read {path}"), path.open("rb", buffering=0) as file:
-        return store_content(read_blocks(file.fileno(), size), size, writer.put)
+        return store_file(file.fileno(), size, writer.put)

@@ -1,6 +1,7 @@
 """What changed between two stored trees, or between a stored tree and a directory on disk.
 
-Compared are kind, content, mode and link target; times, owners and hard-link numbers are not changes.
+Compared are kind, content, mode and link target; times, owners, hard links and extended attributes are not
+changes.
 """
 
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from torpor.snapshots.backend import storage_errors
-from torpor.snapshots.beneath import open_directory, open_file, open_root, read_blocks
-from torpor.snapshots.objects import Objects, has_blocks
+from torpor.snapshots.beneath import open_directory, open_file, open_root
+from torpor.snapshots.chunks import holds_content
+from torpor.snapshots.objects import Objects
 from torpor.snapshots.tree import DIRECTORY, FILE, LINK, MODE_KEPT, Entry, decode_directory
 
 
@@ -114,4 +116,4 @@ def _is_on_disk(entry: Entry, status: os.stat_result, parent: int, objects: Obje
     if entry.size != status.st_size:
         return False
     with open_file(entry.name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-        return has_blocks(entry.content, read_blocks(descriptor, entry.size), objects)
+        return holds_content(descriptor, entry.content, entry.size, objects)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.objects import ObjectReader, ObjectWriter
 from torpor.snapshots.pack import PackIndex
 
@@ -18,7 +19,7 @@ _FOLD_RAW_BYTES_MAX = 8 * 1024 * 1024
 
 
 def fold_packs(
-    backend: Backend, packs: Sequence[PackIndex], needed: Callable[[], AbstractSet[bytes]]
+    backend: Backend, ids: ContentIds, packs: Sequence[PackIndex], needed: Callable[[], AbstractSet[bytes]]
 ) -> tuple[tuple[PackIndex, ...], int]:
     """Packs that together hold everything needed, and the bytes that were stored for it.
 
@@ -31,12 +32,12 @@ def fold_packs(
     kept = [(pack, digests) for pack, digests in holding if digests]
     smallest = sorted(kept, key=lambda pair: sum(pair[1].values()))
     folded, raw_bytes = list[PackIndex](), 0
-    writer = ObjectWriter(backend, {})
+    writer = ObjectWriter(backend, ids, {})
     for pack, digests in smallest[: len(kept) - _FOLD_TO_PACKS]:
         raw_bytes += sum(digests.values())
         if raw_bytes > _FOLD_RAW_BYTES_MAX:
             break
-        reader = ObjectReader(backend, [pack])
+        reader = ObjectReader(backend, ids, [pack])
         for digest in digests:
             writer.put(reader.get(digest))
         folded.append(pack)

@@ -16,17 +16,18 @@ from pathlib import Path
 
 from torpor.core.crash import crash_point
 from torpor.snapshots.backend import Backend, storage_errors
-from torpor.snapshots.beneath import write_at, write_block
+from torpor.snapshots.beneath import write_at
+from torpor.snapshots.chunks import write_content
+from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
 from torpor.snapshots.manifest import PagedFile, WholeFile, decode_extents, encode_extents
-from torpor.snapshots.objects import Objects, block_numbers
-from torpor.snapshots.pack import PAGE_BYTES, Frame, PackBuilder, PackIndex, damaged, read_object
+from torpor.snapshots.objects import Objects
+from torpor.snapshots.pack import Frame, PackBuilder, PackIndex, damaged, read_object
 from torpor.snapshots.pages import (
     PAGES_PER_FRAME,
     PAGES_PER_PACK,
     Extent,
     PageIndex,
     extents_of,
-    hash_pages,
     index_of_extents,
     plan_pages,
 )
@@ -40,10 +41,11 @@ _BULK_LEVEL, _STEP_LEVEL = 1, 3
 class PageWriter:
     """Stores memory images against the pages of a parent; every pack is durable when `store` returns."""
 
-    def __init__(self, backend: Backend, parent: PageIndex, present: Sequence[bool]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, parent: PageIndex, present: Sequence[bool]) -> None:
         self._backend = backend
+        self._ids = ids
         self._packs = list(parent.packs)
-        self._known = parent.by_digest(present)
+        self._known = parent.by_id(present)
         self._files: list[tuple[str, int, list[bytes], list[Extent]]] = []
         self.stored_bytes = 0
         self.new_pages = 0
@@ -51,20 +53,21 @@ class PageWriter:
 
     def store(self, path: Path) -> None:
         with _mapped(path) as image:
-            plan = plan_pages(hash_pages(image), self._known, len(self._packs))
+            plan = plan_pages(self._ids.of_pages(image), self._known, len(self._packs))
             for start in range(0, len(plan.new), PAGES_PER_PACK):
-                self._store_pack(image, plan.new[start : start + PAGES_PER_PACK], plan.digests)
-            self._files.append((path.name, len(image), plan.digests, list(extents_of(plan.places))))
+                self._store_pack(image, plan.new[start : start + PAGES_PER_PACK], plan.ids)
+            self._files.append((path.name, len(image), plan.ids, list(extents_of(plan.places))))
         self.new_pages += len(plan.new)
         self.total_pages += len(plan.places)
 
-    def _store_pack(self, image: memoryview, pages: list[int], digests: list[bytes]) -> None:
-        builder = PackBuilder(holds_pages=True, level=_BULK_LEVEL if len(pages) == PAGES_PER_PACK else _STEP_LEVEL)
+    def _store_pack(self, image: memoryview, pages: list[int], ids: list[bytes]) -> None:
+        level = _BULK_LEVEL if len(pages) == PAGES_PER_PACK else _STEP_LEVEL
+        builder = PackBuilder(self._ids, holds_pages=True, level=level)
         for start in range(0, len(pages), PAGES_PER_FRAME):
             frame = pages[start : start + PAGES_PER_FRAME]
             raw = b"".join([image[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] for page in frame])
             # Only the file's last page can be short, and it can only be the last one here.
-            builder.add_frame(raw.ljust(len(frame) * PAGE_BYTES, b"\0"), [digests[page] for page in frame])
+            builder.add_frame(raw.ljust(len(frame) * PAGE_BYTES, b"\0"), [ids[page] for page in frame])
         index, data = builder.finish()
         if self._backend.put(index.ref.key, data):
             self.stored_bytes += len(data)
@@ -78,15 +81,15 @@ class PageWriter:
         used = sorted({extent.pack for *_, extents in self._files for extent in extents})
         number = {pack: at for at, pack in enumerate(used)}
         files: list[PagedFile] = []
-        all_digests, places = list[bytes](), array("Q")
-        for name, size, digests, extents in self._files:
+        all_ids, places = list[bytes](), array("Q")
+        for name, size, ids, extents in self._files:
             moved = [Extent(extent.count, number[extent.pack], extent.first) for extent in extents]
-            page_list = sha256(b"".join(digests)).digest()
+            page_list = sha256(b"".join(ids)).digest()
             files.append(PagedFile(name, size, page_list, encode_extents(moved)))
-            all_digests += digests
+            all_ids += ids
             for extent in moved:
                 places.extend(range(extent.place, extent.place + extent.count))
-        return files, PageIndex(tuple(self._packs[pack] for pack in used), b"".join(all_digests), places)
+        return files, PageIndex(tuple(self._packs[pack] for pack in used), b"".join(all_ids), places)
 
 
 @contextlib.contextmanager
@@ -117,7 +120,7 @@ def restore_paged(file: PagedFile, packs: Sequence[PackIndex], backend: Backend,
         Damaged: snapshot_damaged, snapshot_object_missing.
     """
     extents = decode_extents(file.extents)
-    page_list = b"".join(packs[extent.pack].digests_of(extent.first, extent.count) for extent in extents)
+    page_list = b"".join(packs[extent.pack].ids_of(extent.first, extent.count) for extent in extents)
     if sha256(page_list).digest() != file.page_list:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
     path = directory / file.name
@@ -187,9 +190,7 @@ def restore_whole(file: WholeFile, objects: Objects, directory: Path) -> None:
     path = directory / file.name
     with storage_errors(f"write image file {path}"), path.open("xb", buffering=0) as target:
         path.chmod(0o600)
-        for number, digest in block_numbers(file.content, objects):
-            write_block(target.fileno(), number, objects.get(digest))
-        target.truncate(file.size)
+        write_content(target.fileno(), file.content, file.size, objects)
 
 
 def page_index(files: Sequence[PagedFile], packs: Sequence[PackIndex]) -> PageIndex:

@@ -10,25 +10,26 @@ import os
 import secrets
 import stat
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.errors import InvalidInput
 from torpor.core.ids import SnapshotId
+from torpor.snapshots.attributes import write_attributes
 from torpor.snapshots.backend import storage_errors
 from torpor.snapshots.beneath import (
     create_file,
     open_directory,
     open_file,
     open_root,
-    read_blocks,
-    write_block,
 )
-from torpor.snapshots.objects import Objects, block_numbers, has_blocks, load_content
+from torpor.snapshots.chunks import holds_content, write_content
+from torpor.snapshots.objects import Objects, load_content
 from torpor.snapshots.tree import (
     DIRECTORY,
     FILE,
+    ROOT_META,
     DirNode,
     Entry,
     FileNode,
@@ -58,7 +59,9 @@ def materialize(
     with storage_errors(f"materialize workspace {destination}"), open_root(destination) as descriptor:
         if any(destination.iterdir()):
             raise InvalidInput("directory_not_empty", f"cannot materialize workspace {destination}: it is not empty")
-        node = _Filling(descriptor, objects).directory(descriptor, root, Meta(0o700, 0, 0, 0), b"")
+        filling = _Filling(descriptor, objects)
+        node = filling.directory(descriptor, root, ROOT_META, b"", b"")
+        filling.settle_links()
     return TreeIndex(root=node, cut_wall_ns=clock.wall_ns(), snapshot_id=snapshot_id)
 
 
@@ -69,12 +72,19 @@ class _Filling:
         self._objects = objects
         self._uid, self._gid = owner.st_uid, owner.st_gid
         self._first_names: dict[int, tuple[bytes, FileNode]] = {}
+        self._linked: list[tuple[dict[bytes, Node], bytes]] = []
 
-    def directory(self, descriptor: int, digest: bytes, meta: Meta, path: bytes) -> DirNode:
+    def directory(self, descriptor: int, digest: bytes, meta: Meta, attributes: bytes, path: bytes) -> DirNode:
         children: dict[bytes, Node] = {}
         for entry in decode_directory(self._objects.get(digest)):
             children[entry.name] = self._entry(descriptor, entry, path)
-        return directory_node(meta, children, digest)
+            if entry.link:
+                self._linked.append((children, entry.name))
+        if meta is not ROOT_META:
+            write_attributes(descriptor, attributes)
+            self._set_meta(descriptor, meta)
+        stamp = Stamp.of(os.fstat(descriptor))
+        return directory_node(meta, stamp, children, digest, attributes=attributes)
 
     def _entry(self, parent: int, entry: Entry, path: bytes) -> Node:
         if entry.kind == FILE:
@@ -82,9 +92,8 @@ class _Filling:
         if entry.kind == DIRECTORY:
             os.mkdir(entry.name, 0o700, dir_fd=parent)
             with open_directory(entry.name, parent) as descriptor:
-                node = self.directory(descriptor, entry.digest, entry.meta, path + entry.name + b"/")
-                self._set_meta(descriptor, entry.meta)
-            return node
+                below = path + entry.name + b"/"
+                return self.directory(descriptor, entry.digest, entry.meta, entry.attributes, below)
         os.symlink(entry.target, entry.name, dir_fd=parent)
         times = (entry.meta.mtime_ns, entry.meta.mtime_ns)
         os.utime(entry.name, dir_fd=parent, ns=times, follow_symlinks=False)
@@ -96,14 +105,27 @@ class _Filling:
         if first and self._link(first[0], parent, entry.name):
             return first[1]
         with create_file(entry.name, parent) as descriptor:
-            _write_content(descriptor, entry, self._objects)
+            write_content(descriptor, entry.content, entry.size, self._objects)
+            write_attributes(descriptor, entry.attributes)
             self._set_meta(descriptor, entry.meta)
             stamp = Stamp.of(os.fstat(descriptor))
-        content = load_content(entry.content, self._objects)
-        node = FileNode(meta=entry.meta, stamp=stamp, link=stamp.inode if entry.link else 0, content=content)
+        content = load_content(entry.content, entry.size, self._objects)
+        node = FileNode(meta=entry.meta, stamp=stamp, link=entry.link, content=content, attributes=entry.attributes)
         if entry.link:
             self._first_names[entry.link] = path + entry.name, node
         return node
+
+    def settle_links(self) -> None:
+        """Note the stamps of files with several names again: each further name moved the ctime."""
+        stamps: dict[int, Stamp] = {}
+        for path, _ in self._first_names.values():
+            with contextlib.suppress(OSError):  # Its path may be too long to say: then it has no other name.
+                stamp = Stamp.of(os.stat(path, dir_fd=self._root, follow_symlinks=False))
+                stamps[stamp.inode] = stamp
+        for children, name in self._linked:
+            node = children[name]
+            if not isinstance(node, DirNode):
+                children[name] = replace(node, stamp=stamps.get(node.stamp.inode, node.stamp))
 
     def _link(self, first: bytes, parent: int, name: bytes) -> bool:
         """Make a hard link, unless the path of the first name is too long to say."""
@@ -118,12 +140,6 @@ class _Filling:
             os.fchown(descriptor, meta.uid or self._uid, meta.gid or self._gid)
         os.fchmod(descriptor, meta.mode)
         os.utime(descriptor, ns=(meta.mtime_ns, meta.mtime_ns))
-
-
-def _write_content(descriptor: int, entry: Entry, objects: Objects) -> None:
-    for number, digest in block_numbers(entry.content, objects):
-        write_block(descriptor, number, objects.get(digest))
-    os.ftruncate(descriptor, entry.size)
 
 
 @dataclass(slots=True)
@@ -149,7 +165,8 @@ class ExportReport:
 def export(root: bytes, destination: Path, objects: Objects) -> ExportReport:
     """Lay the tree over an existing directory: files are replaced one by one and whole; nothing is removed.
 
-    Hard links become separate files. A file that has these bytes already is left alone.
+    Hard links become separate files; owners and extended attributes stay behind. A file that has these bytes
+    already is left alone.
 
     Raises:
         Damaged: snapshot_damaged, snapshot_object_missing.
@@ -189,7 +206,7 @@ class _Laying:
         if self._is_there(parent, entry):
             return
         with _replacing(entry.name, parent) as temporary, create_file(temporary, parent) as descriptor:
-            _write_content(descriptor, entry, self._objects)
+            write_content(descriptor, entry.content, entry.size, self._objects)
             os.fchmod(descriptor, entry.meta.mode & 0o777)
             os.utime(descriptor, ns=(entry.meta.mtime_ns, entry.meta.mtime_ns))
         self._report.written.append(path)
@@ -202,7 +219,7 @@ class _Laying:
             if stat.S_IMODE(status.st_mode) != entry.meta.mode & 0o777:
                 return False
             with open_file(entry.name, parent, mode=stat.S_IMODE(status.st_mode)) as descriptor:
-                return has_blocks(entry.content, read_blocks(descriptor, entry.size), self._objects)
+                return holds_content(descriptor, entry.content, entry.size, self._objects)
         except OSError:
             return False
 

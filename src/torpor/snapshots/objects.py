@@ -1,22 +1,22 @@
-"""Content-addressed objects (blocks of files, lists of blocks, directories) in object packs, and file
+"""Content-addressed objects (chunks of files, lists of chunks, directories) in object packs, and file
 contents over them.
 
-Owns how a file's bytes become blocks and back. An object is stored once; its digest is checked each time it
-is read.
+Owns what stands for a file's bytes in a directory or manifest. An object is stored once. What is called a digest here
+is an object's id, which is a digest under the tenant's key (content_ids.py).
 """
 
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Damaged
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES, ContentIds
 from torpor.snapshots.pack import (
-    DIGEST_BYTES,
     FRAME_BYTES,
     PACK_BYTES_MAX,
     PackBuilder,
@@ -25,10 +25,10 @@ from torpor.snapshots.pack import (
     read_object,
 )
 
-BLOCK_BYTES = FRAME_BYTES
-_BLOCK_ENTRY_BYTES = 4 + DIGEST_BYTES
+CHUNK_BYTES_MAX = FRAME_BYTES
+_LISTED_CHUNK = struct.Struct(f"<QI{OBJECT_ID_BYTES}s")
 _FRAMES_CACHED = 64
-_NO_BLOCK, _ONE_BLOCK, _LISTED = range(3)
+_ALL_ZEROS, _ONE_OBJECT, _CHUNKS = range(3)
 
 
 class Objects(Protocol):
@@ -38,15 +38,20 @@ class Objects(Protocol):
         """Raises Damaged."""
         ...
 
+    def digest_of(self, data: bytes) -> bytes:
+        """What an object of these bytes is called."""
+        ...
+
 
 class ObjectWriter:
     """Stores objects that are not in `known`, in packs that are durable once `finish` returns."""
 
-    def __init__(self, backend: Backend, known: Mapping[bytes, int]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, known: Mapping[bytes, int]) -> None:
         self._backend = backend
+        self._ids = ids
         self._known = known
         self._new: set[bytes] = set()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(ids, holds_pages=False)
         self._pieces: list[bytes] = []
         self._digests: list[bytes] = []
         self._raw_bytes = 0
@@ -55,7 +60,7 @@ class ObjectWriter:
 
     def put(self, data: bytes) -> bytes:
         """Give the digest of `data`, and see to it that it is stored."""
-        digest = sha256(data).digest()
+        digest = self._ids.of_object(data)
         if digest not in self._known and digest not in self._new:
             if self._raw_bytes + len(data) > FRAME_BYTES:
                 self._close_frame()
@@ -82,7 +87,7 @@ class ObjectWriter:
         if self._builder.items == 0:
             return
         index, data = self._builder.finish()
-        self._builder = PackBuilder(holds_pages=False)
+        self._builder = PackBuilder(self._ids, holds_pages=False)
         if self._backend.put(index.ref.key, data):
             self.stored_bytes += len(data)
         self.packs.append(index)
@@ -92,8 +97,9 @@ class ObjectWriter:
 class ObjectReader:
     """Objects of some packs; the frames read last stay in memory, since neighbours are read together."""
 
-    def __init__(self, backend: Backend, packs: Sequence[PackIndex]) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex]) -> None:
         self._backend = backend
+        self._ids = ids
         self._packs = packs
         self._places = places_of_objects(packs)
         self._frames: OrderedDict[tuple[int, int], dict[bytes, bytes]] = OrderedDict()
@@ -113,14 +119,16 @@ class ObjectReader:
             self._frames.move_to_end(key)
         return frame[digest]
 
+    def digest_of(self, data: bytes) -> bytes:
+        return self._ids.of_object(data)
+
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         ends = list(accumulate(pack.lengths_of(frame), initial=0))
         return {
-            pack.digests_of(item, 1): raw[start:end]
-            for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
+            pack.ids_of(item, 1): raw[start:end] for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
         }
 
 
@@ -129,61 +137,86 @@ def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:
     places: dict[bytes, int] = {}
     for number, pack in enumerate(packs):
         for item in range(pack.items):
-            places[pack.digests_of(item, 1)] = number << 32 | item
+            places[pack.ids_of(item, 1)] = number << 32 | item
     return places
+
+
+class Chunk(NamedTuple):
+    """Where in a file the bytes of one object are."""
+
+    offset: int
+    length: int
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A file's bytes: `encoded` is what stands for them in a directory or manifest, `blocks` the digests
+    """A file's bytes: `encoded` is what stands for them in a directory or manifest, `chunks` the digests
     behind it.
     """
 
     encoded: bytes
-    blocks: tuple[bytes, ...]
+    chunks: tuple[bytes, ...]
 
     @property
     def objects(self) -> tuple[bytes, ...]:
         """Digests of all objects that a reader of this content needs."""
-        return (*self.blocks, self.encoded[1:]) if self.encoded[0] == _LISTED else self.blocks
+        return (*self.chunks, self.encoded[1:]) if self.encoded[0] == _CHUNKS else self.chunks
 
 
 def content_bytes(layout: int) -> int:
     """Length of the encoding that starts with this layout byte."""
-    if layout > _LISTED:
+    if layout > _CHUNKS:
         raise Damaged("snapshot_damaged", f"cannot read content: layout {layout} is unknown")
-    return 1 if layout == _NO_BLOCK else 1 + DIGEST_BYTES
+    return 1 if layout == _ALL_ZEROS else 1 + OBJECT_ID_BYTES
 
 
-def store_content(blocks: Iterable[tuple[int, bytes]], size: int, put: Callable[[bytes], bytes]) -> Content:
-    """Store the numbered blocks of a file of `size` bytes; blocks of zeros need not be given."""
-    stored = [(number, put(block)) for number, block in blocks if block.count(0) != len(block)]
-    digests = tuple(digest for _, digest in stored)
-    if not stored:
-        return Content(bytes([_NO_BLOCK]), ())
-    if size <= BLOCK_BYTES:
-        return Content(bytes([_ONE_BLOCK]) + digests[0], digests)
-    listed = b"".join(number.to_bytes(4, "little") + digest for number, digest in stored)
-    return Content(bytes([_LISTED]) + put(listed), digests)
+def store_content(pieces: Iterable[tuple[int, bytes]], size: int, put: Callable[[bytes], bytes]) -> Content:
+    """Store the pieces (offset, bytes) of a file of `size` bytes; the rest of it is zeros."""
+    chunks = [Chunk(offset, len(piece), put(piece)) for offset, piece in pieces]
+    digests = tuple(chunk.digest for chunk in chunks)
+    if not chunks:
+        return Content(bytes([_ALL_ZEROS]), ())
+    if size <= CHUNK_BYTES_MAX:
+        return Content(bytes([_ONE_OBJECT]) + digests[0], digests)
+    listed = b"".join(_LISTED_CHUNK.pack(*chunk) for chunk in chunks)
+    return Content(bytes([_CHUNKS]) + put(listed), digests)
 
 
-def load_content(encoded: bytes, objects: Objects) -> Content:
-    """Read the list of blocks behind an encoded content."""
-    return Content(encoded, tuple(digest for _, digest in block_numbers(encoded, objects)))
+def load_content(encoded: bytes, size: int, objects: Objects) -> Content:
+    """Read the list of chunks behind an encoded content."""
+    return Content(encoded, tuple(chunk.digest for chunk in chunks_of(encoded, size, objects)))
 
 
-def block_numbers(encoded: bytes, objects: Objects) -> Iterator[tuple[int, bytes]]:
-    """(number, digest) of each stored block, ascending."""
-    if encoded[0] == _ONE_BLOCK:
-        yield 0, encoded[1:]
-    elif encoded[0] == _LISTED:
-        listed = objects.get(encoded[1:])
-        for at in range(0, len(listed), _BLOCK_ENTRY_BYTES):
-            entry = listed[at : at + _BLOCK_ENTRY_BYTES]
-            yield int.from_bytes(entry[:4], "little"), entry[4:]
+def chunks_of(encoded: bytes, size: int, objects: Objects) -> Iterator[Chunk]:
+    """The stored chunks of a file of `size` bytes, ascending; what they leave out is zeros.
+
+    Raises:
+        Damaged: snapshot_damaged, also when they overlap or lie outside of the file.
+    """
+    if encoded[0] == _ONE_OBJECT:
+        if size > CHUNK_BYTES_MAX:
+            raise Damaged("snapshot_damaged", f"cannot read content: one object cannot hold {size} bytes")
+        yield Chunk(0, size, encoded[1:])
+    elif encoded[0] == _CHUNKS:
+        end = 0
+        try:
+            for offset, length, digest in _LISTED_CHUNK.iter_unpack(objects.get(encoded[1:])):
+                if offset < end or offset + length > size:
+                    raise Damaged("snapshot_damaged", "cannot read content: its chunks do not fit the file")
+                end = offset + length
+                yield Chunk(offset, length, digest)
+        except struct.error as error:
+            raise Damaged("snapshot_damaged", "cannot read content: its list of chunks is cut short") from error
 
 
-def has_blocks(encoded: bytes, blocks: Iterable[tuple[int, bytes]], objects: Objects) -> bool:
-    """Whether these blocks of a file of the same size are the content."""
-    there = ((number, sha256(block).digest()) for number, block in blocks if block.count(0) != len(block))
-    return list(there) == list(block_numbers(encoded, objects))
+def read_chunk(chunk: Chunk, objects: Objects) -> bytes:
+    """The bytes of a chunk.
+
+    Raises:
+        Damaged: snapshot_damaged, snapshot_object_missing.
+    """
+    data = objects.get(chunk.digest)
+    if len(data) != chunk.length:
+        raise Damaged("snapshot_damaged", f"cannot read content: a chunk has {len(data)} bytes, not {chunk.length}")
+    return data

@@ -1,17 +1,17 @@
-"""A pack: an array of items (pages or workspace objects) in small zstd frames, led by the index that names
-it.
+"""A pack: an array of items (pages or workspace objects) in small zstd frames, sealed under a key of its own and led by
+the head that names it.
 
-Owns the pack's bytes (docs/snapshot-format.md) and their verification. A pack is immutable and is called
-after the digest of its index, which holds the digest of every frame: whoever knows the name can check every
-byte.
+Owns the pack's bytes (docs/snapshot-format.md) and their verification. A pack is immutable and is called after the
+digest of its head, which is its sealed index; every section carries a tag, so whoever has the key can check every byte.
 """
 
+import secrets
 import struct
 import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate
 
@@ -19,75 +19,80 @@ import zstandard
 
 from torpor.core.errors import Damaged, NotFound
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.cipher import KEY_BYTES, NONCE_BYTES, Cipher, NotAuthentic
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES, PAGE_BYTES, PAGE_ID_BYTES, ContentIds
 
-PAGE_BYTES = 4096
 FRAME_BYTES = 262_144
 PACK_BYTES_MAX = 16 * 1024 * 1024
-DIGEST_BYTES = 32
-PAGE_DIGEST_BYTES = 16
 _ITEM_BYTES_MAX = 1 << 30
-_HEADER = struct.Struct("<8sII")
-_PAGES_MAGIC, _OBJECTS_MAGIC = b"TORPAK1P", b"TORPAK1O"
+_HEAD = struct.Struct("<8sIQ")
+_COUNTS = struct.Struct("<II")
+_PAGES_MAGIC, _OBJECTS_MAGIC = b"TORPAK2P", b"TORPAK2O"
 
 
 @dataclass(frozen=True, slots=True)
 class PackRef:
-    """A pack's name and the length of the index at its start."""
+    """What it takes to read a pack: its name, the length of its head, its key."""
 
-    digest: bytes
-    index_bytes: int
+    name: bytes
+    head_bytes: int
+    secret: bytes = field(repr=False)
 
     @property
     def key(self) -> str:
-        return f"packs/{self.digest.hex()}"
+        """Where it is in the store."""
+        return pack_key(self.name)
+
+
+def pack_key(name: bytes) -> str:
+    return f"packs/{name.hex()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One compressed run of whole items. `offset` and `stored_bytes` locate it in the pack."""
+    """One compressed and sealed run of whole items. `offset` and `stored_bytes` locate it in the pack."""
 
+    number: int
     offset: int
     stored_bytes: int
-    digest: bytes
     first_item: int
     items: int
 
 
 class PackIndex:
-    """The verified index of one pack."""
+    """The verified index of one pack, and what opens its frames."""
 
-    def __init__(self, ref: PackRef, data: bytes) -> None:
-        """Parse `data`, the pack's first `index_bytes` bytes.
+    def __init__(self, ref: PackRef, head: bytes) -> None:
+        """Open `head`, the pack's first `head_bytes` bytes.
 
         Raises:
             Damaged: snapshot_damaged.
         """
-        if len(data) != ref.index_bytes or sha256(data).digest() != ref.digest:
-            raise damaged(ref.key, "its index is not what was written")
-        magic, items, frames = _HEADER.unpack_from(data)
+        if len(head) != ref.head_bytes or sha256(head).digest() != ref.name:
+            raise damaged(ref.key, "its head is not what was written")
         self.ref = ref
-        self.holds_pages = magic == _PAGES_MAGIC
-        cursor = _HEADER.size
-        stored = unpack_u32(data[cursor : cursor + 4 * frames])
-        counts = unpack_u32(data[cursor + 4 * frames : cursor + 8 * frames])
+        self._magic, _, self.stored_bytes = _HEAD.unpack_from(head)
+        self._cipher = Cipher(ref.secret)
+        self.holds_pages = self._magic == _PAGES_MAGIC
+        self.id_bytes = PAGE_ID_BYTES if self.holds_pages else OBJECT_ID_BYTES
+        index = self._open(0, memoryview(head)[_HEAD.size :], "its index")
+        self.items, frames = _COUNTS.unpack_from(index)
+        cursor = _COUNTS.size
+        stored = unpack_u32(index[cursor : cursor + 4 * frames])
+        counts = unpack_u32(index[cursor + 4 * frames : cursor + 8 * frames])
         cursor += 8 * frames
-        digests = data[cursor : cursor + DIGEST_BYTES * frames]
-        cursor += DIGEST_BYTES * frames
         self._lengths: Sequence[int] = ()
         if not self.holds_pages:
-            self._lengths = unpack_u32(data[cursor : cursor + 4 * items])
-            cursor += 4 * items
-        self.digest_bytes = PAGE_DIGEST_BYTES if self.holds_pages else DIGEST_BYTES
-        self.digests = data[cursor:]
-        self.items = items
+            self._lengths = unpack_u32(index[cursor : cursor + 4 * self.items])
+            cursor += 4 * self.items
+        self._ids = index[cursor:]
         self._first_items = [0, *accumulate(counts)]
-        offsets = [ref.index_bytes, *accumulate(stored, initial=ref.index_bytes)][1:]
-        self.stored_bytes = offsets[-1]
+        offsets = list(accumulate(stored, initial=ref.head_bytes))
         self.frames = tuple(
             Frame(
+                number=number,
                 offset=offsets[number],
                 stored_bytes=stored[number],
-                digest=digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)],
                 first_item=self._first_items[number],
                 items=counts[number],
             )
@@ -97,8 +102,8 @@ class PackIndex:
     def frame_of(self, item: int) -> int:
         return bisect_right(self._first_items, item) - 1
 
-    def digests_of(self, first: int, count: int) -> bytes:
-        return self.digests[self.digest_bytes * first : self.digest_bytes * (first + count)]
+    def ids_of(self, first: int, count: int) -> bytes:
+        return self._ids[self.id_bytes * first : self.id_bytes * (first + count)]
 
     def lengths_of(self, frame: Frame) -> Sequence[int]:
         """Raw length of each item of a frame."""
@@ -107,11 +112,11 @@ class PackIndex:
         return self._lengths[frame.first_item : frame.first_item + frame.items]
 
     def objects(self) -> Iterator[tuple[bytes, int]]:
-        """Digest and raw length of each object, in order."""
+        """Id and raw length of each object, in order."""
         for item, length in enumerate(self._lengths):
-            yield self.digests_of(item, 1), length
+            yield self.ids_of(item, 1), length
 
-    def check(self, pack: bytes) -> None:
+    def check(self, pack: bytes, ids: ContentIds) -> None:
         """Verify a whole pack: its length, each frame as it is stored, and each item after decompression.
 
         Raises:
@@ -122,86 +127,110 @@ class PackIndex:
         view = memoryview(pack)
         for frame in self.frames:
             raw = memoryview(self.open_frame(frame, view[frame.offset : frame.offset + frame.stored_bytes]))
-            at = 0
-            for item, length in enumerate(self.lengths_of(frame), frame.first_item):
-                if sha256(raw[at : at + length]).digest()[: self.digest_bytes] != self.digests_of(item, 1):
+            ends = list(accumulate(self.lengths_of(frame), initial=0))
+            if self.holds_pages:
+                found = ids.of_pages(raw)
+            else:
+                found = [ids.of_object(raw[ends[item] : ends[item + 1]]) for item in range(frame.items)]
+            for item, content_id in enumerate(found, frame.first_item):
+                if content_id != self.ids_of(item, 1):
                     raise damaged(self.ref.key, f"item {item} is not what was saved")
-                at += length
 
     def open_frame(self, frame: Frame, stored: bytes | memoryview) -> bytes:
-        """Verify and decompress the stored bytes of one of this pack's frames.
+        """Verify, decrypt and decompress the stored bytes of one of this pack's frames.
 
         Raises:
             Damaged: snapshot_damaged, naming the pack and the frame.
         """
-        name = f"frame {self.frame_of(frame.first_item)}"
-        if len(stored) != frame.stored_bytes or sha256(stored).digest() != frame.digest:
-            raise damaged(self.ref.key, f"{name} is not what was written")
+        name = f"frame {frame.number}"
+        compressed = self._open(frame.number + 1, stored, name)
         length = PAGE_BYTES * frame.items if self.holds_pages else sum(self.lengths_of(frame))
         try:
-            raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=length)
+            raw = zstandard.ZstdDecompressor().decompress(compressed, max_output_size=length)
         except zstandard.ZstdError as error:
             raise damaged(self.ref.key, f"{name} does not decompress") from error
         if len(raw) != length:
             raise damaged(self.ref.key, f"{name} has {len(raw)} bytes, not {length}")
         return raw
 
+    def _open(self, section: int, sealed: bytes | memoryview, name: str) -> bytes:
+        try:
+            return self._cipher.open(_nonce(section), sealed, _about(self._magic, section))
+        except NotAuthentic as error:
+            raise damaged(self.ref.key, f"{name} is not what was written") from error
+
+
+def _nonce(section: int) -> bytes:
+    """A pack's key is its own, and each section is sealed once: its number is all that is needed."""
+    return section.to_bytes(NONCE_BYTES, "little")
+
+
+def _about(magic: bytes, section: int) -> bytes:
+    return magic + section.to_bytes(4, "little")
+
 
 class PackBuilder:
-    """Collects frames in memory; `finish` gives the pack's name and bytes."""
+    """Collects frames in memory, sealed at once; `finish` gives the pack's name and bytes."""
 
-    def __init__(self, *, holds_pages: bool, level: int = 1) -> None:
-        self._holds_pages = holds_pages
+    def __init__(self, ids: ContentIds, *, holds_pages: bool, level: int = 1) -> None:
+        self._ids = ids
+        self._magic = _PAGES_MAGIC if holds_pages else _OBJECTS_MAGIC
+        self._secret = secrets.token_bytes(KEY_BYTES)
+        self._cipher = Cipher(self._secret)
         self._compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
         self._stored: list[bytes] = []
         self._counts: list[int] = []
         self._lengths: list[int] = []
-        self._digests: list[bytes] = []
+        self._item_ids: list[bytes] = []
         self.stored_bytes = 0
 
     @property
     def items(self) -> int:
-        return len(self._digests)
+        return len(self._item_ids)
 
-    def add_frame(self, raw: bytes, digests: Sequence[bytes], lengths: Sequence[int] = ()) -> None:
+    def add_frame(self, raw: bytes, ids: Sequence[bytes], lengths: Sequence[int] = ()) -> None:
         """Add items whose bytes are concatenated in `raw`; `lengths` only for objects."""
         if len(raw) > _ITEM_BYTES_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes is too large")
-        stored = self._compressor.compress(raw)
+        stored = self._seal(len(self._stored) + 1, self._compressor.compress(raw))
         self._stored.append(stored)
-        self._counts.append(len(digests))
+        self._counts.append(len(ids))
         self._lengths += lengths
-        self._digests += digests
+        self._item_ids += ids
         self.stored_bytes += len(stored)
 
     def finish(self) -> tuple[PackIndex, bytes]:
-        """The pack, read back once: what is stored decompresses to items that have their digests.
+        """The pack, read back once: what is stored decompresses to items that have their ids.
 
-        So later reads need to check the stored bytes only, and a page can't be shared under a wrong digest.
+        So later reads need to check the stored bytes only, and a page can't be shared under a wrong id.
 
         Raises:
             Damaged: snapshot_damaged, if what was hashed changed before it was compressed, or memory is bad.
         """
-        magic = _PAGES_MAGIC if self._holds_pages else _OBJECTS_MAGIC
         index = b"".join(
             [
-                _HEADER.pack(magic, len(self._digests), len(self._stored)),
+                _COUNTS.pack(len(self._item_ids), len(self._stored)),
                 pack_u32([len(stored) for stored in self._stored]),
                 pack_u32(self._counts),
-                *(sha256(stored).digest() for stored in self._stored),
                 pack_u32(self._lengths),
-                *self._digests,
+                *self._item_ids,
             ]
         )
-        pack = PackIndex(PackRef(sha256(index).digest(), len(index)), index)
-        data = b"".join([index, *self._stored])
-        pack.check(data)
+        sealed = self._seal(0, index)
+        size = _HEAD.size + len(sealed) + self.stored_bytes
+        head = _HEAD.pack(self._magic, len(sealed), size) + sealed
+        pack = PackIndex(PackRef(sha256(head).digest(), len(head), self._secret), head)
+        data = b"".join([head, *self._stored])
+        pack.check(data, self._ids)
         return pack, data
+
+    def _seal(self, section: int, data: bytes) -> bytes:
+        return self._cipher.seal(_nonce(section), data, _about(self._magic, section))
 
 
 def read_pack_index(backend: Backend, ref: PackRef) -> PackIndex:
     """Raises Damaged: snapshot_object_missing or snapshot_damaged."""
-    return PackIndex(ref, read_object(backend, ref.key, 0, ref.index_bytes))
+    return PackIndex(ref, read_object(backend, ref.key, 0, ref.head_bytes))
 
 
 def read_object(backend: Backend, key: str, start: int, length: int) -> bytes:

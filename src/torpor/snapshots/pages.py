@@ -9,9 +9,9 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 
-from torpor.snapshots.pack import PAGE_BYTES, PAGE_DIGEST_BYTES, PackIndex, PackRef
+from torpor.snapshots.content_ids import PAGE_ID_BYTES
+from torpor.snapshots.pack import PackIndex, PackRef
 
 # 1 MiB: a step's changed pages resemble each other, and frames of 256 KiB store a sixth more of them.
 PAGES_PER_FRAME = 256
@@ -42,24 +42,24 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class PageIndex:
-    """Every page of one stored image: `digests` is 16 bytes a page, `places` refer to `packs`."""
+    """Every page of one stored image: `ids` is 16 bytes a page, `places` refer to `packs`."""
 
     packs: tuple[PackRef, ...]
-    digests: bytes
+    ids: bytes
     places: "array[int]"
 
     @property
     def pages(self) -> int:
         return len(self.places)
 
-    def by_digest(self, is_present: Sequence[bool]) -> dict[bytes, int]:
-        """Place of each digest, without the packs that are no longer there."""
-        step = PAGE_DIGEST_BYTES
-        digests = [self.digests[at : at + step] for at in range(0, len(self.digests), step)]
+    def by_id(self, is_present: Sequence[bool]) -> dict[bytes, int]:
+        """Place of each page, without the packs that are no longer there."""
+        step = PAGE_ID_BYTES
+        ids = [self.ids[at : at + step] for at in range(0, len(self.ids), step)]
         if all(is_present):
-            return dict(zip(digests, self.places, strict=True))
-        pairs = zip(digests, self.places, strict=True)
-        return {digest: place for digest, place in pairs if is_present[place >> 32]}
+            return dict(zip(ids, self.places, strict=True))
+        pairs = zip(ids, self.places, strict=True)
+        return {page: place for page, place in pairs if is_present[place >> 32]}
 
 
 EMPTY_INDEX = PageIndex((), b"", array("Q"))
@@ -70,40 +70,30 @@ class PagePlan:
     """What to store: `new` are page numbers in the file; the k-th goes to item k % PAGES_PER_PACK of new pack
     k // PAGES_PER_PACK, whose number is `first_pack` higher."""
 
-    digests: list[bytes]
+    ids: list[bytes]
     places: "array[int]"
     new: list[int]
     first_pack: int
 
 
-def hash_pages(image: memoryview) -> list[bytes]:
-    """The first 16 bytes of each page's SHA-256; the last page is padded with zeros."""
-    whole = len(image) - len(image) % PAGE_BYTES
-    digests = [sha256(image[at : at + PAGE_BYTES]).digest()[:PAGE_DIGEST_BYTES] for at in range(0, whole, PAGE_BYTES)]
-    if whole < len(image):
-        last = bytes(image[whole:]).ljust(PAGE_BYTES, b"\0")
-        digests.append(sha256(last).digest()[:PAGE_DIGEST_BYTES])
-    return digests
-
-
-def plan_pages(digests: list[bytes], known: dict[bytes, int], first_pack: int) -> PagePlan:
+def plan_pages(ids: list[bytes], known: dict[bytes, int], first_pack: int) -> PagePlan:
     """Find each page's place; new pages are added to `known`, so that equal ones are stored once."""
-    places = list(map(known.get, digests))
+    places = list(map(known.get, ids))
     emptied = _frames_to_empty(places)
     if emptied:
         for page, place in enumerate(places):
             if place is not None and place // PAGES_PER_FRAME in emptied:
                 places[page] = None
-                known.pop(digests[page], None)
+                known.pop(ids[page], None)
     new: list[int] = []
     for page in _missing(places):
-        digest = digests[page]
-        if digest not in known:
+        page_id = ids[page]
+        if page_id not in known:
             pack, item = divmod(len(new), PAGES_PER_PACK)
-            known[digest] = first_pack + pack << 32 | item
+            known[page_id] = first_pack + pack << 32 | item
             new.append(page)
-        places[page] = known[digest]
-    return PagePlan(digests, array("Q", [place for place in places if place is not None]), new, first_pack)
+        places[page] = known[page_id]
+    return PagePlan(ids, array("Q", [place for place in places if place is not None]), new, first_pack)
 
 
 def _missing(places: list[int | None]) -> list[int]:
@@ -144,8 +134,8 @@ def extents_of(places: Iterable[int]) -> Iterator[Extent]:
 
 def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:
     """Rebuild the index of a stored image from its extents and its packs' indexes."""
-    digests, places = bytearray(), array("Q")
+    ids, places = bytearray(), array("Q")
     for extent in extents:
-        digests += packs[extent.pack].digests_of(extent.first, extent.count)
+        ids += packs[extent.pack].ids_of(extent.first, extent.count)
         places.extend(range(extent.place, extent.place + extent.count))
-    return PageIndex(tuple(pack.ref for pack in packs), bytes(digests), places)
+    return PageIndex(tuple(pack.ref for pack in packs), bytes(ids), places)

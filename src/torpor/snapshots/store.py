@@ -1,12 +1,14 @@
 """The snapshot store: saves an image and a workspace as one snapshot, and gives back exactly what was saved.
 
-Synchronous: callers run it on worker threads. Thread-safe. It knows bytes, never sessions. Nothing it wrote
-    is ever changed; the order of a save, and what a crash leaves, are in docs/snapshot-format.md.
+Synchronous: callers run it on worker threads. Thread-safe. It knows bytes, never sessions, and no key but those that
+come with each snapshot. Nothing it wrote is ever changed; the order of a save, and what a crash leaves, are in
+docs/snapshot-format.md.
 """
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,17 +17,23 @@ from pathlib import Path
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged, InvalidInput
-from torpor.core.ids import SnapshotId
+from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
+from torpor.snapshots.cipher import Key
+from torpor.snapshots.condemned import read_condemned
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
 from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
+from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
     PagedFile,
+    SnapshotRef,
     WholeFile,
     encode_manifest,
+    load_head,
     load_manifest,
     manifest_key,
 )
@@ -33,11 +41,14 @@ from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
 from torpor.snapshots.pack import PackIndex, missing, read_pack_index
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
-from torpor.snapshots.tree import TreeIndex, objects_below
+from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
+from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
 from torpor.snapshots.verify import problems_of
 
 PAGED_FILES = frozenset({"pages.img"})
 _CACHED_ITEMS_MAX = 2_000_000
+# A pack that another session made is not kept alive, and readable, for less than this.
+_SHARED_BYTES_MIN = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +56,14 @@ class SavedSnapshot:
     """What a save did.
 
     Attributes:
-        manifest_digest: hexadecimal; keep it with the id, a restore asks for it.
+        ref: keep its digest with the id, a restore asks for both.
         raw_bytes: what a restore would write.
         stored_bytes: what this save added to the store.
         tree: what the workspace's next capture starts from.
         parent_problem: why nothing was shared with the parent; empty when all is well.
     """
 
-    id: SnapshotId
-    manifest_digest: str
+    ref: SnapshotRef
     raw_bytes: int
     stored_bytes: int
     new_pages: int
@@ -61,6 +71,14 @@ class SavedSnapshot:
     tree: TreeIndex = field(repr=False)
     seconds: float
     parent_problem: str
+
+    @property
+    def id(self) -> SnapshotId:
+        return self.ref.id
+
+    @property
+    def manifest_digest(self) -> str:
+        return self.ref.manifest_digest
 
     @property
     def tree_root(self) -> str:
@@ -79,14 +97,34 @@ class _Indexes:
         return self.pages.pages + sum(pack.items for pack in self.object_packs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """What a save has put into packs, for its manifest."""
+
+    indexes: _Indexes
+    files: tuple[PagedFile | WholeFile, ...]
+    tree: DirNode
+    stored_bytes: int
+    new_pages: int
+    total_pages: int
+
+
 _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
 
 
 class SnapshotStore:
-    def __init__(self, backend: Backend, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, backend: Backend, ids: ContentIds, *, shared: SharedIndexes | None = None, clock: Clock | None = None
+    ) -> None:
+        """Args:
+        ids: names contents; those that go by other ids share nothing.
+        shared: what snapshots without a parent are compared with.
+        """
         self._backend = backend
+        self._ids = ids
+        self._shared = shared
         self._clock = clock or SystemClock()
-        self._cache: OrderedDict[SnapshotId, _Indexes] = OrderedDict()
+        self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
         self._lock = threading.Lock()
 
     def save(
@@ -94,79 +132,111 @@ class SnapshotStore:
         *,
         image_dir: Path,
         workspace: TreeCapture,
-        parent: SnapshotId | None,
+        parent: SnapshotRef | None,
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
+        key: Key,
+        lease: Lease,
+        shares: Sequence[str] = (),
         paged_files: AbstractSet[str] = PAGED_FILES,
     ) -> SavedSnapshot:
         """Store an image (a flat directory of files) and a workspace; durable on return.
 
         Args:
             parent: what to deduplicate against. If it is missing or damaged everything is stored, and the
-                result says so. paged_files: names of the memory images; the others are small and stored
-                whole.
+                result says so.
+            key: what opens the snapshot from now on.
+            lease: hold it until the snapshot's row is committed.
+            shares: names of shared indexes; the first that there is takes the place of pages that the parent has not.
+            paged_files: names of the memory images; the others are small and stored whole.
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
             Damaged: the capture shares files with a parent that can't be read: capture without `previous`.
-            Conflict: snapshot_exists.
+            Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
-        _check_parent(workspace, parent, snapshot_id)
-        before, problem = self._indexes_of_parent(parent, must_have=workspace.based_on is not None)
-        present = [self._backend.exists(ref.key) for ref in before.pages.packs]
-        pages = PageWriter(self._backend, before.pages, present)
-        objects = ObjectWriter(self._backend, places_of_objects(before.object_packs))
-        whole = _store_files(image_dir, paged_files, pages, objects)
-        tree = store_tree(workspace, objects)
-        objects.finish()
-        paged, index = pages.finish()
-        object_packs, folded_bytes = fold_packs(
-            self._backend,
-            (*before.object_packs, *objects.packs),
-            lambda: {*objects_below(tree)}.union(*(content.objects for content in whole.values())),
-        )
+        _check_parent(workspace, parent and parent.id, snapshot_id)
+        condemned = read_condemned(self._backend)
+        before, problem = self._indexes_of_parent(parent, condemned, must_have=workspace.based_on is not None)
+        written = self._write_packs(image_dir, paged_files, workspace, before, shares, condemned)
         crash_point("snapshot.packs_durable")
         manifest = Manifest(
             snapshot_id=snapshot_id,
-            parent=parent,
+            parent=parent and parent.id,
             pins=dict(pins),
-            page_packs=index.packs,
-            object_packs=tuple(pack.ref for pack in object_packs),
-            files=tuple(sorted([*paged, *whole], key=lambda file: file.name)),
-            tree_root=tree.digest,
-            tree_bytes=tree.file_bytes,
+            page_packs=written.indexes.pages.packs,
+            object_packs=tuple(pack.ref for pack in written.indexes.object_packs),
+            files=written.files,
+            tree_root=written.tree.digest,
+            tree_bytes=written.tree.file_bytes,
         )
-        data = self._publish(manifest)
-        self._remember(snapshot_id, _Indexes(pages=index, object_packs=object_packs))
+        lease.check()
+        data = self._publish(manifest, key)
+        ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
+        self._remember(ref, written.indexes)
         return SavedSnapshot(
-            id=snapshot_id,
-            manifest_digest=sha256(data).hexdigest(),
+            ref=ref,
             raw_bytes=manifest.raw_bytes,
-            stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes + len(data),
-            new_pages=pages.new_pages,
-            total_pages=pages.total_pages,
-            tree=TreeIndex(root=tree, cut_wall_ns=workspace.cut_wall_ns, snapshot_id=snapshot_id),
+            stored_bytes=written.stored_bytes + len(data),
+            new_pages=written.new_pages,
+            total_pages=written.total_pages,
+            tree=workspace.index(written.tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
             parent_problem=problem,
         )
 
-    def read_manifest(self, snapshot_id: SnapshotId, manifest_digest: str) -> Manifest:
-        """Raises Damaged: snapshot_object_missing, snapshot_damaged."""
-        return load_manifest(self._backend, snapshot_id, bytes.fromhex(manifest_digest))
+    def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
+        """Let first snapshots that share one of these names be compared with this one, where there is none yet.
 
-    def restore_image(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> None:
+        Raises:
+            Damaged: as `read_manifest`.
+            MachineUnfit: no_space, storage_failed.
+        """
+        free = [name for name in names if not self._is_shared(name)]
+        if self._shared is None or not free:
+            return
+        indexes = self._recall(ref) or self._load_indexes(ref)
+        shared = Shared(pages=indexes.pages, object_packs=tuple(pack.ref for pack in indexes.object_packs))
+        for name in free:
+            self._shared.write(name, origin, shared)
+
+    def _is_shared(self, name: str) -> bool:
+        """By a snapshot whose packs are still there."""
+        found = self._shared.find([name]) if self._shared else NOTHING_SHARED
+        return found is not NOTHING_SHARED and not self._backend.absent(ref.key for ref in found.pages.packs)
+
+    def lease(self) -> Lease:
+        """Whoever reads a snapshot holds one from before it reads the row that names it, whoever saves one from
+        before the save until the commit: nothing that either may need is collected meanwhile.
+        """
+        with storage_errors("take a lease on the snapshot store"):
+            return self._backend.leases.hold()
+
+    def read_manifest(self, ref: SnapshotRef) -> Manifest:
+        """Raises Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown, snapshot_key_wrong."""
+        return load_manifest(self._backend, ref)
+
+    def pack_names(self, snapshot_id: SnapshotId, manifest_digest: str | None) -> tuple[str, ...]:
+        """The packs that a snapshot needs, as the backend calls them; takes no key.
+
+        Raises:
+            Damaged: snapshot_object_missing, snapshot_damaged, snapshot_version_unknown.
+        """
+        return load_head(self._backend, snapshot_id, manifest_digest).pack_names
+
+    def restore_image(self, ref: SnapshotRef, destination: Path) -> None:
         """Write the image's files into `destination`, a directory that is empty or does not exist.
 
         Every byte is verified. After an error, or a crash, the directory is half filled and the caller's to
         remove.
 
         Raises:
-            Damaged: snapshot_object_missing, snapshot_damaged; the message names the object.
+            Damaged: as `read_manifest`; the message names the object.
             InvalidInput: directory_not_empty.
             MachineUnfit: no_space, storage_failed.
         """
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         with storage_errors(f"restore image to {destination}"):
             destination.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(destination.iterdir()):
@@ -179,48 +249,50 @@ class SnapshotStore:
             else:
                 restore_whole(file, objects, destination)
 
-    def restore_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> TreeIndex:
+    def restore_workspace(self, ref: SnapshotRef, destination: Path) -> TreeIndex:
         """Write the workspace into `destination`, an empty directory; the result spares the next capture from
         reading it.
 
         Raises:
             As `restore_image`.
         """
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         objects = self._objects(manifest)
-        return materialize(manifest.tree_root, destination, objects, snapshot_id=snapshot_id, clock=self._clock)
+        return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
 
-    def export_workspace(self, snapshot_id: SnapshotId, manifest_digest: str, destination: Path) -> ExportReport:
+    def export_workspace(self, ref: SnapshotRef, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         return export(manifest.tree_root, destination, self._objects(manifest))
 
-    def diff(self, before: tuple[SnapshotId, str], after: tuple[SnapshotId, str]) -> list[Change]:
-        """What changed in the workspace between two snapshots, each given by id and manifest digest."""
-        one, other = self.read_manifest(*before), self.read_manifest(*after)
+    def diff(self, before: SnapshotRef, after: SnapshotRef) -> list[Change]:
+        """What changed in the workspace between two snapshots."""
+        one, other = self.read_manifest(before), self.read_manifest(after)
         return diff_trees(one.tree_root, other.tree_root, self._objects(one), self._objects(other))
 
-    def diff_directory(self, snapshot_id: SnapshotId, manifest_digest: str, directory: Path) -> list[Change]:
+    def diff_directory(self, ref: SnapshotRef, directory: Path) -> list[Change]:
         """What changed from a snapshot's workspace to what a directory holds now."""
-        manifest = self.read_manifest(snapshot_id, manifest_digest)
+        manifest = self.read_manifest(ref)
         return diff_directory(manifest.tree_root, directory, self._objects(manifest))
 
-    def verify(self, snapshot_id: SnapshotId, manifest_digest: str) -> list[str]:
+    def verify(self, ref: SnapshotRef) -> list[str]:
         """Read everything that the snapshot needs; one sentence for each problem, naming the object."""
         try:
-            manifest = self.read_manifest(snapshot_id, manifest_digest)
+            manifest = self.read_manifest(ref)
         except Damaged as error:
             return [str(error)]
-        return problems_of(manifest, self._backend)
+        return problems_of(manifest, self._backend, self._ids)
 
-    def _indexes_of_parent(self, parent: SnapshotId | None, *, must_have: bool) -> tuple[_Indexes, str]:
+    def _indexes_of_parent(
+        self, parent: SnapshotRef | None, condemned: AbstractSet[str], *, must_have: bool
+    ) -> tuple[_Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
-            for pack in indexes.object_packs:
-                if not self._backend.exists(pack.ref.key):
-                    raise missing(pack.ref.key)
+            packs = [pack.ref.key for pack in indexes.object_packs]
+            for key in [*(condemned & set(packs)), *self._backend.absent(packs)]:
+                raise missing(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
@@ -228,8 +300,76 @@ class SnapshotStore:
             return _NO_INDEXES, str(error)
         return indexes, ""
 
-    def _load_indexes(self, snapshot_id: SnapshotId) -> _Indexes:
-        manifest = load_manifest(self._backend, snapshot_id, None)
+    def _write_packs(
+        self,
+        image_dir: Path,
+        paged_files: AbstractSet[str],
+        workspace: TreeCapture,
+        before: _Indexes,
+        shares: Sequence[str],
+        condemned: AbstractSet[str],
+    ) -> _Written:
+        known, shared_packs = self._known(before, shares, condemned)
+        absent = condemned | self._backend.absent(ref.key for ref in known.packs)
+        present = [ref.key not in absent for ref in known.packs]
+        stored = places_of_objects((*before.object_packs, *shared_packs))
+        pages = PageWriter(self._backend, self._ids, known, present)
+        objects = ObjectWriter(self._backend, self._ids, stored)
+        whole = _store_files(image_dir, paged_files, pages, objects)
+        tree = store_tree(workspace, objects)
+
+        def needed() -> set[bytes]:
+            return {*objects_below(tree)}.union(*(content.objects for content in whole.values()))
+
+        if shared_packs:
+            missing_here = needed() - places_of_objects(before.object_packs).keys()
+            shared_packs = self._worth_sharing(shared_packs, missing_here, stored, objects)
+        objects.finish()
+        paged, index = pages.finish()
+        object_packs, folded_bytes = fold_packs(
+            self._backend, self._ids, (*before.object_packs, *shared_packs, *objects.packs), needed
+        )
+        return _Written(
+            indexes=_Indexes(pages=index, object_packs=object_packs),
+            files=tuple(sorted([*paged, *whole], key=lambda file: file.name)),
+            tree=tree,
+            stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes,
+            new_pages=pages.new_pages,
+            total_pages=pages.total_pages,
+        )
+
+    def _known(
+        self, before: _Indexes, shares: Sequence[str], condemned: AbstractSet[str]
+    ) -> tuple[PageIndex, list[PackIndex]]:
+        """The pages that a save may refer to, and shared object packs that can be read."""
+        if before.pages.pages or self._shared is None:
+            return before.pages, []
+        shared, found = self._shared.find(shares), list[PackIndex]()
+        for ref in shared.object_packs:
+            if ref.key in condemned:
+                continue
+            with contextlib.suppress(Damaged):
+                found.append(read_pack_index(self._backend, ref))
+        return shared.pages, found
+
+    def _worth_sharing(
+        self, packs: Sequence[PackIndex], needed: AbstractSet[bytes], stored: dict[bytes, int], writer: ObjectWriter
+    ) -> list[PackIndex]:
+        """Those that hold so much of what is needed that it shall not be stored again; of the others, it is."""
+        worth: list[PackIndex] = []
+        for pack in packs:
+            used = {digest: length for digest, length in pack.objects() if digest in needed}
+            if sum(used.values()) >= _SHARED_BYTES_MIN:
+                worth.append(pack)
+                continue
+            reader = ObjectReader(self._backend, self._ids, [pack])
+            for digest in used:
+                stored.pop(digest, None)
+                writer.put(reader.get(digest))
+        return worth
+
+    def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
+        manifest = self.read_manifest(ref)
         page_packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
@@ -237,31 +377,33 @@ class SnapshotStore:
             object_packs=tuple(read_pack_index(self._backend, ref) for ref in manifest.object_packs),
         )
 
-    def _publish(self, manifest: Manifest) -> bytes:
+    def _publish(self, manifest: Manifest, key: Key) -> bytes:
         """Write the manifest last: from here on the snapshot restores."""
-        data = encode_manifest(manifest)
+        data = encode_manifest(manifest, key)
         if not self._backend.put(manifest_key(manifest.snapshot_id), data):
             raise Conflict("snapshot_exists", f"cannot save snapshot {manifest.snapshot_id}: it exists")
         crash_point("snapshot.manifest_written")
         return data
 
     def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(self._backend, [read_pack_index(self._backend, ref) for ref in manifest.object_packs])
+        return ObjectReader(
+            self._backend, self._ids, [read_pack_index(self._backend, ref) for ref in manifest.object_packs]
+        )
 
-    def _recall(self, snapshot_id: SnapshotId) -> _Indexes | None:
+    def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:
-            return self._cache.get(snapshot_id)
+            return self._cache.get((ref.id, ref.key.id))
 
-    def _remember(self, snapshot_id: SnapshotId, indexes: _Indexes) -> None:
+    def _remember(self, ref: SnapshotRef, indexes: _Indexes) -> None:
         """Keep the newest indexes, up to a total number of items (24 bytes a page, about 40 an object)."""
         with self._lock:
-            self._cache[snapshot_id] = indexes
+            self._cache[ref.id, ref.key.id] = indexes
             while len(self._cache) > 1 and sum(known.items for known in self._cache.values()) > _CACHED_ITEMS_MAX:
                 self._cache.popitem(last=False)
 
-    def _forget(self, snapshot_id: SnapshotId) -> None:
+    def _forget(self, ref: SnapshotRef) -> None:
         with self._lock:
-            self._cache.pop(snapshot_id, None)
+            self._cache.pop((ref.id, ref.key.id), None)
 
 
 def _check_parent(workspace: TreeCapture, parent: SnapshotId | None, snapshot_id: SnapshotId) -> None:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from torpor.core.errors import Damaged
 from torpor.core.ids import SnapshotId
+from torpor.snapshots.content_ids import OBJECT_ID_BYTES
 from torpor.snapshots.objects import Content, content_bytes
-from torpor.snapshots.pack import DIGEST_BYTES
 
 MODE_KEPT = 0o1777
 DEPTH_MAX = 256
-_ENTRY = struct.Struct("<cHIIqH")
+_ENTRY = struct.Struct("<cHIIqHI")
 _FILE = struct.Struct("<QQ")
 _TARGET = struct.Struct("<H")
 
@@ -31,6 +31,10 @@ class Meta:
     uid: int
     gid: int
     mtime_ns: int
+
+
+ROOT_META = Meta(0o700, 0, 0, 0)
+"""Of the workspace's root directory, whose mode, owner and times are its incarnation's."""
 
 
 class Stamp(NamedTuple):
@@ -51,10 +55,13 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileNode:
+    """`link` is equal (and not 0) for the names of one file; `attributes` are encoded."""
+
     meta: Meta
     stamp: Stamp
     link: int
     content: Content
+    attributes: bytes = b""
 
     @property
     def size(self) -> int:
@@ -70,12 +77,23 @@ class LinkNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirNode:
-    """A stored directory. `files` and `file_bytes` count everything below."""
+    """A stored directory.
+
+    Attributes:
+        left_out: names in it that a tree can't hold.
+        inodes, directories: of its own names, so that a file known by its inode is found quickly.
+        entries: names in it and below, those left out too; `file_bytes` is their files' bytes.
+    """
 
     meta: Meta
+    stamp: Stamp
+    attributes: bytes = b""
     children: "Mapping[bytes, Node]" = field(repr=False)
+    left_out: frozenset[bytes] = frozenset()
+    inodes: frozenset[int] = field(repr=False)
+    directories: "tuple[tuple[bytes, DirNode], ...]" = field(repr=False)
     digest: bytes
-    files: int
+    entries: int
     file_bytes: int
 
 
@@ -86,11 +104,15 @@ Node = FileNode | LinkNode | DirNode
 class TreeIndex:
     """What a workspace directory held at the instant `cut_wall_ns`, as `snapshot_id` stores it: the next
     capture reads only what changed since.
+
+    Attributes:
+        generation: the watch's number of that instant; 0 when nothing was watched.
     """
 
     root: DirNode
     cut_wall_ns: int
     snapshot_id: SnapshotId
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +124,7 @@ class Entry:
     name: bytes
     kind: bytes
     meta: Meta
+    attributes: bytes = b""
     size: int = 0
     link: int = 0
     content: bytes = b""
@@ -116,6 +139,7 @@ def encode_directory(children: Mapping[bytes, Node]) -> bytes:
     pieces: list[bytes] = []
     for name in sorted(children):
         node = children[name]
+        attributes = b"" if isinstance(node, LinkNode) else node.attributes
         if isinstance(node, FileNode):
             kind, rest = FILE, _FILE.pack(node.size, node.link) + node.content.encoded
         elif isinstance(node, DirNode):
@@ -123,7 +147,8 @@ def encode_directory(children: Mapping[bytes, Node]) -> bytes:
         else:
             kind, rest = LINK, _TARGET.pack(len(node.target)) + node.target
         meta = node.meta
-        pieces.append(_ENTRY.pack(kind, meta.mode, meta.uid, meta.gid, meta.mtime_ns, len(name)) + name + rest)
+        head = _ENTRY.pack(kind, meta.mode, meta.uid, meta.gid, meta.mtime_ns, len(name), len(attributes))
+        pieces += (head, name, attributes, rest)
     return b"".join(pieces)
 
 
@@ -142,10 +167,12 @@ def decode_directory(data: bytes) -> list[Entry]:
 def _entries(data: bytes) -> Iterator[Entry]:
     at: int = 0
     while at < len(data):
-        kind, mode, uid, gid, mtime_ns, name_bytes = _ENTRY.unpack_from(data, at)
+        kind, mode, uid, gid, mtime_ns, name_bytes, attribute_bytes = _ENTRY.unpack_from(data, at)
         at += _ENTRY.size
         name = data[at : at + name_bytes]
         at += name_bytes
+        attributes = data[at : at + attribute_bytes]
+        at += attribute_bytes
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise _bad_directory(f"the name {name!r} is not allowed")
         meta = Meta(mode & MODE_KEPT, uid, gid, mtime_ns)
@@ -153,10 +180,12 @@ def _entries(data: bytes) -> Iterator[Entry]:
             size, link = _FILE.unpack_from(data, at)
             at += _FILE.size
             length = content_bytes(data[at])
-            yield Entry(name=name, kind=kind, meta=meta, size=size, link=link, content=data[at : at + length])
+            content = data[at : at + length]
+            yield Entry(name=name, kind=kind, meta=meta, attributes=attributes, size=size, link=link, content=content)
         elif kind == DIRECTORY:
-            length = DIGEST_BYTES
-            yield Entry(name=name, kind=kind, meta=meta, digest=data[at : at + length])
+            length = OBJECT_ID_BYTES
+            digest = data[at : at + length]
+            yield Entry(name=name, kind=kind, meta=meta, attributes=attributes, digest=digest)
         elif kind == LINK:
             (length,) = _TARGET.unpack_from(data, at)
             at += _TARGET.size
@@ -170,17 +199,37 @@ def _bad_directory(reason: str) -> Damaged:
     return Damaged("snapshot_damaged", f"cannot read a directory of the workspace: {reason}")
 
 
-def directory_node(meta: Meta, children: Mapping[bytes, Node], digest: bytes) -> DirNode:
+def directory_node(
+    meta: Meta,
+    stamp: Stamp,
+    children: Mapping[bytes, Node],
+    digest: bytes,
+    *,
+    attributes: bytes = b"",
+    left_out: frozenset[bytes] = frozenset(),
+) -> DirNode:
     """Build a DirNode with its sums."""
-    files = file_bytes = 0
-    for node in children.values():
-        if isinstance(node, FileNode):
-            files += 1
-            file_bytes += node.size
-        elif isinstance(node, DirNode):
-            files += node.files
-            file_bytes += node.file_bytes
-    return DirNode(meta=meta, children=children, digest=digest, files=files, file_bytes=file_bytes)
+    directories = tuple((name, node) for name, node in children.items() if isinstance(node, DirNode))
+    own_bytes = sum(node.size for node in children.values() if isinstance(node, FileNode))
+    return DirNode(
+        meta=meta,
+        stamp=stamp,
+        attributes=attributes,
+        children=children,
+        left_out=left_out,
+        inodes=frozenset(node.stamp.inode for node in children.values()),
+        directories=directories,
+        digest=digest,
+        entries=len(children) + len(left_out) + sum(node.entries for _, node in directories),
+        file_bytes=own_bytes + sum(node.file_bytes for _, node in directories),
+    )
+
+
+def directories_below(node: DirNode, path: bytes = b"") -> Iterator[tuple[bytes, DirNode]]:
+    """(path, node) of the directory and all below; the root's path is empty, all others end with a slash."""
+    yield path, node
+    for name, child in node.directories:
+        yield from directories_below(child, path + name + b"/")
 
 
 def objects_below(node: DirNode) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.crash.witness import check_nothing_left
 from tests.e2e.clients.held_model import HeldModel, held_model
-from tests.e2e.clients.key_search import files_with
+from tests.e2e.clients.key_search import files_with, snapshots_with
 from tests.stage import PATIENCE_SECONDS, REAL_KEY, Log, Stage
 
 from torpor.config import FAKE_KEY
@@ -130,7 +130,9 @@ class ClientSession:
         """The model server took the real key alone, and it is nowhere in TORPOR_HOME; the fake one is, in memory."""
         assert {request.credential for request in self.model.requests} == {REAL_KEY}
         assert files_with(REAL_KEY, self.stage.home) == []
-        assert any(name.startswith("store/packs/") for name in files_with(FAKE_KEY, self.stage.home))
+        assert snapshots_with(REAL_KEY, self.stage.home) == []
+        assert any(name.endswith("pages.img") for name in snapshots_with(FAKE_KEY, self.stage.home))
+        assert not any(name.startswith("store/") for name in files_with(FAKE_KEY, self.stage.home))
 
 
 @contextmanager

@@ -4,18 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from torpor.testing.simulator.mutations import MUTATIONS
+from torpor.testing.simulator.rules import Rules
 from torpor.testing.simulator.run import Report, first_caught, run_schedules, trace_of
+from torpor.testing.simulator.scheduler import HORIZON, KILLS
 from torpor.testing.simulator.witness import INVARIANTS
+from torpor.testing.simulator.world import World
 
 SCHEDULES = 3000
 SEEDS_UNTIL_NOTICED = 3000
 
 NOTICED_AT = {
-    "ack-forgets-close": 16,
+    "ack-forgets-close": 52,
     "commit-amid-next-life": 1848,
     "cut-names-unlogged": 6502,
     "forgotten-before-logged": 175,
@@ -44,10 +48,28 @@ def test_every_invariant_was_checked(report: Report):
         *("kill node", "kill sandbox", "kill both", "power cut", "silence node", "damage"),
         *("adopted", "restored: newest", "restored: older", "streams reset"),
         *("repeated", "diverged", "superseded", "rewind", "slept", "unknown, decided by a person", "refused"),
+        *("held", "raise budget", "node died while a call was held"),
     ],
 )
 def test_every_kind_of_crash_and_every_rung_was_tried(report: Report, what: str):
     assert report.happened[what] > 0
+
+
+@pytest.mark.parametrize("what", sorted(set(KILLS)))
+def test_a_session_whose_call_is_held_survives_a_death_at_every_step(what: str):
+    """Each death for itself, at each step of some sessions that may spend nothing at first."""
+    seeds = [seed for seed in range(400) if World(seed, Rules()).plan.limit == 0]
+    happened: Counter[str] = Counter()
+    for seed in seeds[:3]:
+        for step in range(1, HORIZON):
+            world = World(seed, Rules(), stats=happened)
+            world.plan.happenings = [(step, what)]
+            world.plan.kills_after_commit = world.plan.kills_while_held = 0
+            world.run()
+    assert happened[what] > HORIZON
+    assert happened["held"] > happened[what]
+    died = "sandbox" if what == "kill sandbox" else "node"
+    assert happened[f"{died} died while a call was held"] > HORIZON // 4
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -14,6 +14,7 @@ from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import (
     CallId,
+    KeyId,
     NodeId,
     SessionId,
     StreamId,
@@ -22,11 +23,14 @@ from torpor.core.ids import (
     new_session_id,
     new_snapshot_id,
 )
+from torpor.core.money import Bill
 from torpor.db import answers, calls, log, notes, requests, sessions
 from torpor.db.answers import Packed
 from torpor.db.calls import Chunk, NewCall
-from torpor.db.database import Database, Transaction
+from torpor.db.database import Database, Row, Transaction, Value
+from torpor.db.keys import WrappedKey
 from torpor.db.requests import RequestHead
+from torpor.db.roots import Move
 
 T = TypeVar("T")
 NOW = 1_700_000_000_000_000_000
@@ -88,12 +92,17 @@ class Scene:
         calls.append_chunks(tx, **self.owner, call_id=call_id, attempt=attempt, chunks=chunks)
 
     def answer(
-        self, tx: Transaction, *pieces: bytes, body: bytes = b'{"messages":[]}', head: ResponseHead = HEAD
+        self,
+        tx: Transaction,
+        *pieces: bytes,
+        body: bytes = b'{"messages":[]}',
+        head: ResponseHead = HEAD,
+        bill: Bill | None = None,
     ) -> CallId:
         """A whole call."""
         call_id = self.send(tx, body, head=head)
         self.add_chunks(tx, call_id, *pieces)
-        calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, wall_ns=NOW)
+        calls.complete(tx, **self.owner, call_id=call_id, usage={"input_tokens": 1}, bill=bill, wall_ns=NOW)
         return call_id
 
     def note(self, tx: Transaction, text: str, *, kind: Kind = Kind.NOTE_ADDED) -> Event:
@@ -143,6 +152,45 @@ class Scene:
             stored_bytes=4,
             joinable=tuple(open_calls),
         )
+
+    def move(self, point: Checkpoint) -> Move:
+        """The checkpoint to a snapshot of another name."""
+        return Move(
+            checkpoint_id=point.checkpoint_id,
+            seen_id=point.snapshot_id,
+            snapshot_id=new_snapshot_id(NOW),
+            manifest_digest="cd" * 32,
+        )
+
+
+class StaleFirst:
+    """A transaction that tries each statement with another owner token first, and demands that it does nothing."""
+
+    def __init__(self, inner: Transaction) -> None:
+        self._inner = inner
+        self.tried: list[str] = []
+
+    def one(self, query: str, /, **values: Value) -> Row | None:
+        if "owner_token" in values:
+            self.tried.append(query)
+            assert self._inner.one(query, **{**values, "owner_token": 99}) is None, query
+        return self._inner.one(query, **values)
+
+    def all(self, query: str, /, **values: Value) -> list[Row]:
+        return self._inner.all(query, **values)
+
+    def fetch(self, key: str, /) -> bytes:
+        return self._inner.fetch(key)
+
+    def run(self, query: str, /, **values: Value) -> int:
+        self.tried.append(query)
+        assert self._inner.run(query, **{**values, "owner_token": 99}) == 0, query
+        return self._inner.run(query, **values)
+
+
+def wrapped_key(whose: str, master: str = "key_m") -> WrappedKey:
+    sealed = f"{whose} {master}".encode()
+    return WrappedKey(whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=KeyId(master), wrapped=sealed)
 
 
 async def new_scene(database: Database, name: str | None = None) -> Scene:

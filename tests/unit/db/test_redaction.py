@@ -218,7 +218,8 @@ def test_layout_comes_back(rows: list[tuple[int, bytes]]) -> None:
     assert answers.unpack_layout(answers.pack_layout(chunks)) == [(at, len(data)) for at, data in rows]
 
 
-@given(st.text(), st.text(min_size=1), st.text())
+# What would also be found in the frame of the text is no secret, and masks the frame.
+@given(st.text(), st.text(min_size=1).filter(lambda secret: secret not in '{"text": ""}'), st.text())
 def test_masked_json_is_json_of_the_same_length(before: str, secret: str, after: str) -> None:
     body = json.dumps({"text": before + secret + after}).encode()
     masked, _ = mask(body, re.compile(re.escape(json.dumps(secret)[1:-1].encode())))

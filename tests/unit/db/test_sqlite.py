@@ -132,6 +132,8 @@ def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Pa
     through_all_sessions = {
         "blob/list_named",
         "budget/list_costs",
+        "checkpoint/list_roots",
+        "key/list_of_sessions",
         "session/find_by_prefix",
         "session/list_newest",
         "session/list_of_node",

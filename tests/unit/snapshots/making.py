@@ -14,12 +14,15 @@ import pytest
 
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
-from torpor.snapshots.capture import capture
-from torpor.snapshots.pack import PackRef
+from torpor.snapshots.capture import TreeCapture, capture, store_tree
+from torpor.snapshots.cipher import Key, key_of
+from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
-from torpor.snapshots.tree import DirNode, Node, Stamp, TreeIndex
+from torpor.snapshots.tree import DirNode, FileNode, Node, Stamp, TreeIndex, directory_node
 
 SETTLED_NS = 10_000_000_000
+KEY = key_of(b"the key of the tests' sessions..")
+IDS = ContentIds(b"the secret of the tests' tenant..")
 
 
 class StillClock:
@@ -53,8 +56,12 @@ class World:
         self.image.mkdir()
         self.workspace.mkdir()
         self.backend = LocalDirectory(self.store_directory)
-        self.store = SnapshotStore(self.backend)
+        self.store = self.new_store()
         self._numbers = itertools.count()
+
+    def new_store(self) -> SnapshotStore:
+        """One that remembers nothing."""
+        return SnapshotStore(self.backend, IDS)
 
     def write_image(self, memory: bytes, **others: bytes) -> None:
         (self.image / "pages.img").write_bytes(memory)
@@ -74,27 +81,32 @@ class World:
         index: TreeIndex | None = None,
         pins: Mapping[str, str] | None = None,
         store: SnapshotStore | None = None,
+        key: Key = KEY,
     ) -> SavedSnapshot:
         staging = self.fresh("staging")
         captured = capture(self.workspace, staging, index)
-        saved = (store or self.store).save(
-            image_dir=self.image,
-            workspace=captured,
-            parent=parent and parent.id,
-            pins=pins or {},
-            snapshot_id=SnapshotId(f"snp_{name}"),
-        )
+        store = store or self.store
+        with store.lease() as lease:
+            saved = store.save(
+                image_dir=self.image,
+                workspace=captured,
+                parent=parent and parent.ref,
+                pins=pins or {},
+                snapshot_id=SnapshotId(f"snp_{name}"),
+                key=key,
+                lease=lease,
+            )
         shutil.rmtree(staging)
         return saved
 
     def restored_image(self, saved: SavedSnapshot) -> dict[str, bytes]:
         target = self.root / f"restored-{next(self._numbers)}"
-        self.store.restore_image(saved.id, saved.manifest_digest, target)
+        self.store.restore_image(saved.ref, target)
         return contents(target)
 
     def restored_workspace(self, saved: SavedSnapshot) -> Path:
         target = self.fresh("restored")
-        self.store.restore_workspace(saved.id, saved.manifest_digest, target)
+        self.store.restore_workspace(saved.ref, target)
         return target
 
     def object_paths(self) -> list[Path]:
@@ -118,14 +130,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def pack_ref_of(path: Path) -> PackRef:
-    """The reference that a pack's own header implies, to check a pack that no manifest names."""
-    head = path.read_bytes()
-    items, frames = int.from_bytes(head[8:12], "little"), int.from_bytes(head[12:16], "little")
-    item_bytes = 16 if head[:8] == b"TORPAK1P" else 36
-    return PackRef(bytes.fromhex(path.name), 16 + 40 * frames + item_bytes * items)
-
-
 def settled(index: TreeIndex) -> TreeIndex:
     """The index as if its cut had come long after every change, so that no file counts as fresh."""
     return replace(index, cut_wall_ns=index.cut_wall_ns + SETTLED_NS)
@@ -144,4 +148,41 @@ def _restamped(node: DirNode, directory: Path) -> DirNode:
             children[name] = _restamped(child, path)
         else:
             children[name] = replace(child, stamp=Stamp.of(path.lstat()))
-    return replace(node, children=children)
+    stamp = Stamp.of(directory.lstat())
+    return directory_node(node.meta, stamp, children, node.digest, attributes=node.attributes, left_out=node.left_out)
+
+
+def time_stamps_move(directory: Path) -> None:
+    """Return when a change in the file system gets another time than those so far; some count in milliseconds."""
+    probe = directory / "time-stamps"
+    probe.touch()
+    before = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == before:
+        os.utime(probe)
+
+
+class HashingWriter:
+    """Stores nothing."""
+
+    def put(self, data: bytes) -> bytes:
+        return IDS.of_object(data)
+
+
+def flat(captured: TreeCapture) -> dict[bytes, object]:
+    """All that a capture found, by path; hard links by the first of their names."""
+    found: dict[bytes, object] = {}
+    groups: dict[int, bytes] = {}
+
+    def add(node: Node, path: bytes) -> None:
+        if isinstance(node, DirNode):
+            found[path] = (node.meta, node.attributes, node.left_out)
+            for name, child in sorted(node.children.items()):
+                add(child, path + b"/" + name)
+        elif isinstance(node, FileNode):
+            group = groups.setdefault(node.link, path) if node.link else None
+            found[path] = (node.meta, node.attributes, node.size, node.content.encoded, group)
+        else:
+            found[path] = (node.meta, node.target)
+
+    add(store_tree(captured, HashingWriter()), b"")  # type: ignore[arg-type]
+    return found

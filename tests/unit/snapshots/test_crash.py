@@ -7,35 +7,41 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.unit.snapshots.making import World, contents, pack_ref_of, page, pages, tiny_disk_at
+from tests.unit.snapshots.making import KEY, World, contents, page, pages, tiny_disk_at
 
 from torpor.core import crash
 from torpor.core.errors import MachineUnfit
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
-from torpor.snapshots.pack import PackIndex
-from torpor.snapshots.store import SavedSnapshot, SnapshotStore
+from torpor.snapshots.manifest import SnapshotRef
+from torpor.snapshots.store import SavedSnapshot
 
 SAVE_CHILD = """
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tests.unit.snapshots.making import IDS, KEY
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
+from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.store import SnapshotStore
-root = Path(sys.argv[1])
+root, parent_digest = Path(sys.argv[1]), sys.argv[2]
 (root / "staging").mkdir(exist_ok=True)
-saved = SnapshotStore(LocalDirectory(root / "store")).save(
+store = SnapshotStore(LocalDirectory(root / "store"), IDS)
+saved = store.save(
     image_dir=root / "image",
     workspace=capture(root / "workspace", root / "staging"),
-    parent=SnapshotId("snp_parent"),
+    parent=SnapshotRef(id=SnapshotId("snp_parent"), manifest_digest=parent_digest, key=KEY),
     pins={},
     snapshot_id=SnapshotId("snp_child"),
+    key=KEY,
+    lease=store.lease(),
 )
 print(saved.manifest_digest)
 """
@@ -63,21 +69,24 @@ def parent(world: World) -> SavedSnapshot:
     return parent
 
 
-def save_in_child(world: World, crash_at: str | None) -> "subprocess.CompletedProcess[str]":
+def save_in_child(world: World, parent: SavedSnapshot, crash_at: str | None) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "TORPOR_CRASH_POINT": crash_at} if crash_at else dict(os.environ)
-    command = [sys.executable, "-c", SAVE_CHILD, str(world.root)]
+    command = [sys.executable, "-c", SAVE_CHILD, str(world.root), parent.manifest_digest]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def check_objects_are_whole(world: World) -> None:
-    """Everything that the store shows is complete, whether or not anything refers to it."""
+    """Everything that the store shows is complete, whether or not anything refers to it.
+
+    Of packs that no manifest names nobody has the key: their heads and lengths are checked.
+    """
     store = LocalDirectory(world.store_directory)
     assert list((world.store_directory / "partial").iterdir()) == []
-    paths = {path.name: path for path in world.object_paths()}
-    for key in store.list("packs/"):
-        path = paths[key.removeprefix("packs/")]
-        data, ref = path.read_bytes(), pack_ref_of(path)
-        PackIndex(ref, data[: ref.index_bytes]).check(data)
+    for name in store.list("packs/"):
+        data = store.get(name)
+        head = data[: 20 + int.from_bytes(data[8:12], "little")]
+        assert name == f"packs/{sha256(head).hexdigest()}"
+        assert len(data) == int.from_bytes(data[12:20], "little")
 
 
 POINTS = [name for name in crash.CRASH_POINTS if name.startswith(("backend.", "snapshot."))]
@@ -89,19 +98,20 @@ def test_kill_at_any_pass_of_a_crash_point_spares_what_was_saved(
 ) -> None:
     for at_pass in itertools.count(1):
         world.backend.delete("manifests/snp_child")
-        done = save_in_child(world, f"{point}:{at_pass}")
+        done = save_in_child(world, parent, f"{point}:{at_pass}")
         is_killed = done.returncode == -signal.SIGKILL
         assert is_killed or done.returncode == 0, done.stderr
         check_objects_are_whole(world)
-        assert world.store.verify(parent.id, parent.manifest_digest) == []
+        assert world.store.verify(parent.ref) == []
         assert contents(world.restored_workspace(parent)) == {"file": b"parent"}
         assert world.restored_image(parent)["pages.img"] == pages(range(50))
         if world.backend.exists("manifests/snp_child"):
             assert point in ("snapshot.manifest_written", "backend.linked") or not is_killed
         if not is_killed:
             assert at_pass > 1, "the crash point was never passed"
-            child = SnapshotId("snp_child")
-            world.store.restore_image(child, done.stdout.strip(), world.root / "restored-child")
+            child = SnapshotRef(id=SnapshotId("snp_child"), manifest_digest=done.stdout.strip(), key=KEY)
+            world.store.restore_image(child, world.root / "restored-child")
+            assert world.store.verify(child) == []
             assert contents(world.root / "restored-child") == contents(world.image)
             return
 
@@ -141,7 +151,7 @@ class TestNoSpace:
                 assert "manifests/" not in "".join(set(world.backend.list("")) - before)
             filler.write_bytes(b"")
             check_objects_are_whole(world)
-            assert world.store.verify(parent.id, parent.manifest_digest) == []
+            assert world.store.verify(parent.ref) == []
             for key in set(world.backend.list("")) - before:
                 world.backend.delete(key)
         assert outcomes[0] == "no_space"
@@ -162,7 +172,7 @@ class TestNoSpace:
             target = tiny_disk / restore.__name__
             target.mkdir()
             with pytest.raises(MachineUnfit) as caught:
-                restore(saved.id, saved.manifest_digest, target)
+                restore(saved.ref, target)
             assert caught.value.code == "no_space"
 
     def test_file_size_limit_is_no_space_and_publishes_nothing(self, world: World, parent: SavedSnapshot) -> None:
@@ -178,12 +188,15 @@ except MachineUnfit as error:
     print(error.code)
 """
         done = subprocess.run(
-            [sys.executable, "-c", program, str(world.root)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, str(world.root), parent.manifest_digest],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout == "no_space\n"
         assert not world.backend.exists("manifests/snp_child")
         check_objects_are_whole(world)
-        assert world.store.verify(parent.id, parent.manifest_digest) == []
+        assert world.store.verify(parent.ref) == []
 
 
 def test_a_thousand_operations_leak_no_descriptor_and_no_thread(world: World) -> None:
@@ -198,8 +211,8 @@ def test_a_thousand_operations_leak_no_descriptor_and_no_thread(world: World) ->
         for _ in range(40):
             world.restored_image(saved)
             world.restored_workspace(saved)
-            world.store.verify(saved.id, saved.manifest_digest)
+            world.store.verify(saved.ref)
             capture(world.workspace, world.fresh("staging"))
-            SnapshotStore(world.backend)
+            world.new_store()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

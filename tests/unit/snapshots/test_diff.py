@@ -7,7 +7,6 @@ import pytest
 from tests.unit.snapshots.making import World
 
 from torpor.snapshots.diff import Change
-from torpor.snapshots.store import SavedSnapshot
 
 
 @pytest.fixture
@@ -55,31 +54,27 @@ EXPECTED = [
 ]
 
 
-def of(saved: SavedSnapshot) -> tuple:
-    return saved.id, saved.manifest_digest
-
-
 def test_diff_of_two_snapshots_lists_each_change(world: World) -> None:
     before = world.save("a")
     change_everything(world.workspace)
     after = world.save("b", before)
-    assert world.store.diff(of(before), of(after)) == EXPECTED
-    assert world.store.diff(of(after), of(after)) == []
+    assert world.store.diff(before.ref, after.ref) == EXPECTED
+    assert world.store.diff(after.ref, after.ref) == []
 
 
 def test_diff_with_a_directory_lists_the_same(world: World) -> None:
     before = world.save("a")
-    assert world.store.diff_directory(*of(before), world.workspace) == []
+    assert world.store.diff_directory(before.ref, world.workspace) == []
     change_everything(world.workspace)
-    assert world.store.diff_directory(*of(before), world.workspace) == EXPECTED
+    assert world.store.diff_directory(before.ref, world.workspace) == EXPECTED
 
 
 def test_diff_backwards_swaps_added_and_removed(world: World) -> None:
     before = world.save("a")
     (world.workspace / "new").write_bytes(b"x")
     after = world.save("b", before)
-    assert world.store.diff(of(before), of(after)) == [Change(b"new", "added")]
-    assert world.store.diff(of(after), of(before)) == [Change(b"new", "removed")]
+    assert world.store.diff(before.ref, after.ref) == [Change(b"new", "added")]
+    assert world.store.diff(after.ref, before.ref) == [Change(b"new", "removed")]
 
 
 def test_diff_with_a_directory_enters_no_link(world: World) -> None:
@@ -87,4 +82,4 @@ def test_diff_with_a_directory_enters_no_link(world: World) -> None:
     outside = world.fresh("outside")
     (outside / "file").write_bytes(b"x")
     (world.workspace / "way-out").symlink_to(outside)
-    assert world.store.diff_directory(*of(before), world.workspace) == [Change(b"way-out", "added")]
+    assert world.store.diff_directory(before.ref, world.workspace) == [Change(b"way-out", "added")]

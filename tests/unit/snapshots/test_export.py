@@ -23,7 +23,7 @@ class Pull(World):
 
     def __call__(self) -> ExportReport:
         saved = self.save(f"s{next(self._numbers)}")
-        report = self.store.export_workspace(saved.id, saved.manifest_digest, self.mine)
+        report = self.store.export_workspace(saved.ref, self.mine)
         assert contents(self.precious) == {"keys": b"precious"}
         assert not [path for path in self.mine.rglob("*") if path.name.startswith(".torpor-")]
         return report

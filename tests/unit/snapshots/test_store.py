@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.unit.snapshots.making import World, contents, page, pages
+from tests.unit.snapshots.making import IDS, KEY, World, contents, page, pages
 
 from torpor.core.errors import Conflict, Damaged, InvalidInput
 from torpor.core.ids import SnapshotId
 from torpor.snapshots import fold
-from torpor.snapshots.manifest import PagedFile, decode_extents, encode_extents, encode_manifest
+from torpor.snapshots.manifest import PagedFile, SnapshotRef, decode_extents, encode_extents, encode_manifest
 from torpor.snapshots.pages import Extent
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
@@ -65,7 +65,7 @@ def test_sharing_needs_no_memory_of_the_parent_in_this_process(world: World) -> 
     world.write_image(pages(range(200)))
     first = world.save("a")
     world.write_image(pages(range(1, 201)))
-    second = world.save("b", first, store=SnapshotStore(world.backend))
+    second = world.save("b", first, store=world.new_store())
     assert second.new_pages == 1
     assert second.parent_problem == ""
     assert world.restored_image(second) == contents(world.image)
@@ -84,7 +84,7 @@ def test_empty_memory_image_is_restored_empty(world: World) -> None:
 
 def test_pins_are_kept_as_given(world: World) -> None:
     saved = world.save("a", pins={"runsc": "sha256:00", "cpu": "sse4 ñ"})
-    assert world.store.read_manifest(saved.id, saved.manifest_digest).pins == {"runsc": "sha256:00", "cpu": "sse4 ñ"}
+    assert world.store.read_manifest(saved.ref).pins == {"runsc": "sha256:00", "cpu": "sse4 ñ"}
 
 
 def test_manifest_names_its_parent_but_restores_without_it(world: World) -> None:
@@ -93,9 +93,9 @@ def test_manifest_names_its_parent_but_restores_without_it(world: World) -> None
     world.write_image(pages(range(10, 60)))
     second = world.save("b", first)
     world.backend.delete("manifests/snp_a")
-    assert world.store.read_manifest(second.id, second.manifest_digest).parent == first.id
+    assert world.store.read_manifest(second.ref).parent == first.id
     assert world.restored_image(second) == contents(world.image)
-    assert world.store.verify(second.id, second.manifest_digest) == []
+    assert world.store.verify(second.ref) == []
 
 
 def test_packs_of_which_no_page_is_left_are_not_named(world: World) -> None:
@@ -103,7 +103,7 @@ def test_packs_of_which_no_page_is_left_are_not_named(world: World) -> None:
     first = world.save("a")
     world.write_image(pages(range(20, 30)))
     second = world.save("b", first)
-    manifest = world.store.read_manifest(second.id, second.manifest_digest)
+    manifest = world.store.read_manifest(second.ref)
     assert len(manifest.page_packs) == 1
     third = world.save("c", second)
     assert third.new_pages == 0
@@ -125,7 +125,7 @@ def test_missing_parent_costs_sharing_and_is_reported(world: World) -> None:
     world.write_image(pages(range(20)))
     first = world.save("a")
     world.backend.delete("manifests/snp_a")
-    second = world.save("b", first, store=SnapshotStore(world.backend))
+    second = world.save("b", first, store=world.new_store())
     assert second.new_pages == 20
     assert "manifests/snp_a" in second.parent_problem
     assert world.restored_image(second) == contents(world.image)
@@ -134,7 +134,7 @@ def test_missing_parent_costs_sharing_and_is_reported(world: World) -> None:
 def test_pack_that_went_away_is_not_referred_to_again(world: World) -> None:
     world.write_image(pages(range(20)))
     first = world.save("a")
-    manifest = world.store.read_manifest(first.id, first.manifest_digest)
+    manifest = world.store.read_manifest(first.ref)
     world.backend.delete(manifest.page_packs[0].key)
     second = world.save("b", first)
     assert second.new_pages == 20
@@ -151,13 +151,13 @@ def test_capture_can_only_be_saved_as_a_child_of_what_it_was_compared_with(world
 def test_capture_that_shares_files_with_a_lost_parent_is_refused_not_saved_incomplete(world: World) -> None:
     (world.workspace / "file").write_bytes(b"shared")
     first = world.save("a")
-    for ref in world.store.read_manifest(first.id, first.manifest_digest).object_packs:
+    for ref in world.store.read_manifest(first.ref).object_packs:
         world.backend.delete(ref.key)
     with pytest.raises(Damaged) as caught:
         world.save("b", first, index=first.tree)
     assert caught.value.code == "snapshot_object_missing"
     third = world.save("c", first)
-    assert world.store.verify(third.id, third.manifest_digest) == []
+    assert world.store.verify(third.ref) == []
 
 
 def test_restore_refuses_a_directory_that_is_not_empty(world: World) -> None:
@@ -166,7 +166,7 @@ def test_restore_refuses_a_directory_that_is_not_empty(world: World) -> None:
     (target / "precious").write_bytes(b"x")
     for restore in (world.store.restore_image, world.store.restore_workspace):
         with pytest.raises(InvalidInput) as caught:
-            restore(saved.id, saved.manifest_digest, target)
+            restore(saved.ref, target)
         assert caught.value.code == "directory_not_empty"
     assert contents(target) == {"precious": b"x"}
 
@@ -183,12 +183,12 @@ class TestDamage:
         return world.save("b", parent)
 
     def restore(self, world: World, saved: SavedSnapshot) -> None:
-        store = SnapshotStore(world.backend)
-        store.restore_image(saved.id, saved.manifest_digest, world.fresh("image"))
-        store.restore_workspace(saved.id, saved.manifest_digest, world.fresh("workspace"))
+        store = world.new_store()
+        store.restore_image(saved.ref, world.fresh("image"))
+        store.restore_workspace(saved.ref, world.fresh("workspace"))
 
     def needed_objects(self, world: World, saved: SavedSnapshot) -> list[Path]:
-        manifest = world.store.read_manifest(saved.id, saved.manifest_digest)
+        manifest = world.store.read_manifest(saved.ref)
         keys = [f"manifests/{saved.id}", *(ref.key for ref in manifest.packs)]
         paths = [path for path in world.object_paths() if any(key.endswith(path.name) for key in keys)]
         assert len(paths) == len(keys) == 5
@@ -202,7 +202,7 @@ class TestDamage:
                 bad = bytearray(good)
                 bad[at] ^= 1 << chance.randrange(8)
                 path.write_bytes(bad)
-                problems = world.store.verify(saved.id, saved.manifest_digest)
+                problems = world.store.verify(saved.ref)
                 assert len(problems) == 1
                 assert path.name in problems[0]
                 with pytest.raises(Damaged, match=path.name) as caught:
@@ -217,7 +217,7 @@ class TestDamage:
             good = path.read_bytes()
             for length in (0, len(good) // 2, len(good) - 1):
                 path.write_bytes(good[:length])
-                assert any(path.name in problem for problem in world.store.verify(saved.id, saved.manifest_digest))
+                assert any(path.name in problem for problem in world.store.verify(saved.ref))
                 with pytest.raises(Damaged, match=path.name):
                     self.restore(world, saved)
             path.write_bytes(good)
@@ -226,7 +226,7 @@ class TestDamage:
         for path in self.needed_objects(world, saved):
             good = path.read_bytes()
             path.unlink()
-            assert any(path.name in problem for problem in world.store.verify(saved.id, saved.manifest_digest))
+            assert any(path.name in problem for problem in world.store.verify(saved.ref))
             with pytest.raises(Damaged, match=path.name) as caught:
                 self.restore(world, saved)
             assert caught.value.code == "snapshot_object_missing"
@@ -236,22 +236,22 @@ class TestDamage:
         self, world: World, saved: SavedSnapshot
     ) -> None:
         (path,) = (path for path in world.object_paths() if path.name == "snp_b")
-        manifest = world.store.read_manifest(saved.id, saved.manifest_digest)
-        path.write_bytes(encode_manifest(replace(manifest, pins={"runsc": "another"})))
+        manifest = world.store.read_manifest(saved.ref)
+        path.write_bytes(encode_manifest(replace(manifest, pins={"runsc": "another"}), KEY))
         with pytest.raises(Damaged, match="snp_b"):
-            world.store.read_manifest(saved.id, saved.manifest_digest)
+            world.store.read_manifest(saved.ref)
 
     def test_manifest_of_another_snapshot_is_no_parent(self, world: World, saved: SavedSnapshot) -> None:
         by_name = {path.name: path for path in world.object_paths()}
         by_name["snp_b"].write_bytes(by_name["snp_a"].read_bytes())
-        child = world.save("child", saved, store=SnapshotStore(world.backend))
+        child = world.save("child", saved, store=world.new_store())
         assert "manifest of snp_a" in child.parent_problem
 
-    def test_wrong_parent_manifest_can_lose_sharing_but_never_reaches_a_child(
+    def test_lying_parent_manifest_costs_sharing_and_never_reaches_a_child(
         self, world: World, saved: SavedSnapshot
     ) -> None:
-        """`save` does not know the parent's digest: a manifest that decodes but lies must be harmless."""
-        manifest = world.store.read_manifest(saved.id, saved.manifest_digest)
+        """One that was sealed with the very key, but is not the one that was committed."""
+        manifest = world.store.read_manifest(saved.ref)
         (file,) = (file for file in manifest.files if isinstance(file, PagedFile))
         lies = [Extent(extent.count, extent.pack, 0) for extent in decode_extents(file.extents)]
         others = tuple(other for other in manifest.files if other is not file)
@@ -259,25 +259,27 @@ class TestDamage:
             manifest, files=(*others, PagedFile(file.name, file.size, file.page_list, encode_extents(lies)))
         )
         (path,) = (path for path in world.object_paths() if path.name == "snp_b")
-        path.write_bytes(encode_manifest(lying))
-        child = world.save("child", saved, store=SnapshotStore(world.backend))
-        assert child.new_pages > 0
+        path.write_bytes(encode_manifest(lying, KEY))
+        child = world.save("child", saved, store=world.new_store())
+        assert "not what was written" in child.parent_problem
+        assert child.new_pages == child.total_pages
         assert world.restored_image(child) == contents(world.image)
-        assert world.store.verify(child.id, child.manifest_digest) == []
+        assert world.store.verify(child.ref) == []
 
     def test_broken_parent_manifest_costs_sharing_and_is_reported(self, world: World, saved: SavedSnapshot) -> None:
         (path,) = (path for path in world.object_paths() if path.name == "snp_b")
         path.write_bytes(path.read_bytes()[:-1])
-        child = world.save("child", saved, store=SnapshotStore(world.backend))
+        child = world.save("child", saved, store=world.new_store())
         assert child.new_pages == child.total_pages
         assert "snp_b" in child.parent_problem
 
     def test_sound_snapshot_has_no_problems(self, world: World, saved: SavedSnapshot) -> None:
-        assert world.store.verify(saved.id, saved.manifest_digest) == []
+        assert world.store.verify(saved.ref) == []
 
     def test_snapshot_that_never_was_is_missing(self, world: World) -> None:
+        never = SnapshotRef(id=SnapshotId("snp_never"), manifest_digest="00" * 32, key=KEY)
         with pytest.raises(Damaged, match="snp_never") as caught:
-            world.store.restore_image(SnapshotId("snp_never"), "00" * 32, world.root / "x")
+            world.store.restore_image(never, world.root / "x")
         assert caught.value.code == "snapshot_object_missing"
         assert not (world.root / "x").exists()
 
@@ -289,7 +291,7 @@ def test_saves_and_restores_of_several_sessions_at_once_do_not_disturb_each_othe
     for number in range(4):
         (tmp_path / f"world{number}").mkdir()
         worlds.append(World(tmp_path / f"world{number}", store=tmp_path / "store"))
-    store = SnapshotStore(worlds[0].backend)
+    store = SnapshotStore(worlds[0].backend, IDS)
 
     def live(number: int) -> None:
         world, saved = worlds[number], None
@@ -313,9 +315,9 @@ def test_hundredth_snapshot_names_few_packs_and_restores(world: World, monkeypat
         world.write_image(pages(range(step, step + 20)), checkpoint=os.urandom(300))
         (world.workspace / f"file{step}").write_bytes(b"step %d" % step)
         saved = world.save(f"s{step}", saved, index=saved and saved.tree)
-        assert len(world.store.read_manifest(saved.id, saved.manifest_digest).object_packs) <= 8
+        assert len(world.store.read_manifest(saved.ref).object_packs) <= 8
     assert saved is not None
-    assert world.store.verify(saved.id, saved.manifest_digest) == []
+    assert world.store.verify(saved.ref) == []
     assert contents(world.restored_workspace(saved)) == contents(world.workspace)
 
 
@@ -327,6 +329,6 @@ def test_index_cache_is_bounded_and_a_forgotten_parent_is_read_again(
     first = world.save("a")
     world.write_image(pages(range(100, 180)))
     world.save("b")
-    assert list(world.store._cache) == ["snp_b"]
+    assert [snapshot_id for snapshot_id, _ in world.store._cache] == ["snp_b"]
     world.write_image(pages(range(1, 81)))
     assert world.save("c", first).new_pages == 1

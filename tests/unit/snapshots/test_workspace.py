@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.snapshots.making import StillClock, World, settled, tiny_disk_at, with_stamps_of
+from tests.unit.snapshots.making import KEY, StillClock, World, settled, tiny_disk_at, with_stamps_of
 
 from torpor.core.errors import Damaged, InvalidInput, SandboxFailed
-from torpor.snapshots import capture as capture_module
-from torpor.snapshots.capture import StagedDir, StagedFile, TreeCapture, capture
-from torpor.snapshots.objects import BLOCK_BYTES
+from torpor.snapshots import aside as aside_module
+from torpor.snapshots import scan as scan_module
+from torpor.snapshots.capture import TreeCapture, capture
+from torpor.snapshots.objects import CHUNK_BYTES_MAX
+from torpor.snapshots.scan import StagedDir, StagedFile
 from torpor.snapshots.store import SavedSnapshot
 from torpor.snapshots.tree import DEPTH_MAX, DirNode, FileNode, decode_directory
 
@@ -64,11 +66,11 @@ class TestRoundTrip:
     def check(self, world: World) -> SavedSnapshot:
         saved = world.save("a")
         assert listing(world.restored_workspace(saved)) == listing(world.workspace)
-        assert world.store.diff_directory(saved.id, saved.manifest_digest, world.workspace) == []
+        assert world.store.diff_directory(saved.ref, world.workspace) == []
         return saved
 
     def test_files_of_all_sizes(self, world: World) -> None:
-        for size in (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES + 7):
+        for size in (0, 1, CHUNK_BYTES_MAX - 1, CHUNK_BYTES_MAX, CHUNK_BYTES_MAX + 1, 3 * CHUNK_BYTES_MAX + 7):
             (world.workspace / f"random{size}").write_bytes(os.urandom(size))
             (world.workspace / f"zeros{size}").write_bytes(bytes(size))
         self.check(world)
@@ -196,7 +198,7 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     first = world.save("a")
     assert listing(world.restored_workspace(first)) == listing(world.workspace)
     world.workspace = world.fresh("restored")
-    index = world.store.restore_workspace(first.id, first.manifest_digest, world.workspace)
+    index = world.store.restore_workspace(first.ref, world.workspace)
     for name in os.listdir(os.fsencode(world.workspace)):
         if name in other:
             os.rename(os.fsencode(world.workspace) + b"/" + name, os.fsencode(world.root) + b"/aside")
@@ -204,9 +206,9 @@ def test_any_tree_comes_back_after_any_other(tmp_path_factory: pytest.TempPathFa
     build(os.fsencode(world.workspace), dict(other.items()))
     second = world.save("b", first, index=index)
     assert listing(world.restored_workspace(second)) == listing(world.workspace)
-    assert world.store.verify(second.id, second.manifest_digest) == []
-    changes = world.store.diff((first.id, first.manifest_digest), (second.id, second.manifest_digest))
-    assert changes == world.store.diff_directory(first.id, first.manifest_digest, world.workspace)
+    assert world.store.verify(second.ref) == []
+    changes = world.store.diff(first.ref, second.ref)
+    assert changes == world.store.diff_directory(first.ref, world.workspace)
 
 
 def test_times_beyond_64_bits_of_nanoseconds_are_kept_as_near_as_possible(world: World, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ class TestSparse:
     def test_many_small_islands_do_not_grow_by_being_restored(self, world: World) -> None:
         with (world.workspace / "islands").open("wb") as file:
             for at in range(50):
-                file.seek(at * BLOCK_BYTES)
+                file.seek(at * CHUNK_BYTES_MAX)
                 file.write(b"x" * 4096)
         restored = world.restored_workspace(world.save("a")) / "islands"
         assert restored.stat().st_blocks * 512 <= 60 * 4096
@@ -256,8 +258,8 @@ class TestSparse:
 
     def test_content_does_not_depend_on_where_the_holes_are(self, world: World) -> None:
         with (world.workspace / "holes").open("wb") as file:
-            file.truncate(BLOCK_BYTES * 2 + 5)
-        (world.workspace / "written").write_bytes(bytes(BLOCK_BYTES * 2 + 5))
+            file.truncate(CHUNK_BYTES_MAX * 2 + 5)
+        (world.workspace / "written").write_bytes(bytes(CHUNK_BYTES_MAX * 2 + 5))
         root = world.save("a").tree.root
         assert isinstance(root.children[b"holes"], FileNode)
         assert isinstance(root.children[b"written"], FileNode)
@@ -313,6 +315,8 @@ class TestUnchanged:
             parent=None,
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
+            key=KEY,
+            lease=world.store.lease(),
         )
         again = capture(world.workspace, world.fresh("staging"), first.tree)
         assert staged_names(again) == ({b"file"} if is_read else set())
@@ -373,7 +377,7 @@ class TestUnchanged:
         (world.workspace / "link").symlink_to("d")
         saved = world.save("a")
         target = world.fresh("restored")
-        index = world.store.restore_workspace(saved.id, saved.manifest_digest, target)
+        index = world.store.restore_workspace(saved.ref, target)
         again = capture(target, world.fresh("staging"), settled(index))
         assert again.root is index.root
         assert index.root.digest == saved.tree.root.digest
@@ -400,11 +404,13 @@ class TestUnchanged:
             parent=None,
             pins={},
             snapshot_id="snp_a",  # type: ignore[arg-type]
+            key=KEY,
+            lease=world.store.lease(),
         )
         assert (world.restored_workspace(saved) / "big").read_bytes() == at_the_cut
 
     def test_memory_for_small_files_is_bounded(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(capture_module, "_IN_MEMORY_BYTES_MAX", 2500)
+        monkeypatch.setattr(aside_module, "_IN_MEMORY_BYTES_MAX", 2500)
         for number in range(5):
             (world.workspace / f"file{number}").write_bytes(os.urandom(1000))
         staging = world.fresh("staging")
@@ -425,7 +431,7 @@ class TestHostile:
         assert set(captured.skipped) == expected
         saved = world.save("a")
         assert list(world.restored_workspace(saved).iterdir()) == []
-        assert world.store.diff_directory(saved.id, saved.manifest_digest, world.workspace) == []
+        assert world.store.diff_directory(saved.ref, world.workspace) == []
 
     def test_capture_never_reads_through_a_link(self, world: World) -> None:
         secret = world.root / "secret"
@@ -468,7 +474,7 @@ class TestHostile:
         assert (restored.joinpath(*["d"] * DEPTH_MAX) / "file").read_bytes() == b"x"
 
     def test_too_many_files_are_refused(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(capture_module, "ENTRIES_MAX", 10)
+        monkeypatch.setattr(scan_module, "ENTRIES_MAX", 10)
         for number in range(11):
             (world.workspace / str(number)).touch()
         with pytest.raises(SandboxFailed) as caught:
@@ -477,7 +483,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/etc", b"a\0b"])
     def test_directory_object_with_a_name_that_leads_out_is_damaged(self, name: bytes) -> None:
-        entry = b"l\xff\x01" + bytes(16) + len(name).to_bytes(2, "little") + name + b"\x01\x00x"
+        entry = b"l\xff\x01" + bytes(16) + len(name).to_bytes(2, "little") + bytes(4) + name + b"\x01\x00x"
         with pytest.raises(Damaged, match="not allowed"):
             decode_directory(entry)
 
@@ -488,5 +494,5 @@ class TestHostile:
         outside, target = world.fresh("outside"), world.fresh("target")
         (target / "d").symlink_to(outside)
         with pytest.raises(InvalidInput):
-            world.store.restore_workspace(saved.id, saved.manifest_digest, target)
+            world.store.restore_workspace(saved.ref, target)
         assert list(outside.iterdir()) == []

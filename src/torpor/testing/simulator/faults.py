@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
+from torpor.testing.simulator.gateway import ON_BUDGET
 from torpor.testing.simulator.store import Row
 from torpor.testing.simulator.tasks import Task
 
@@ -26,6 +27,7 @@ def kill_sandbox(world: World) -> bool:
     if world.sandbox is None or not world.sandbox.alive:
         return False
     world.sandbox.alive = False
+    world.count_if_held("sandbox")
     return True
 
 
@@ -91,6 +93,31 @@ def say(world: World, message: int) -> Task:
         world.node.resolved()
 
 
+def raise_budget(world: World) -> bool:
+    if world.db.limit is None or world.db.ended:
+        return False
+    world.people.add(_raise(world))
+    return True
+
+
+def _raise(world: World) -> Task:
+    """A person raises the budget: the limit, every held call's release and the status are one transaction."""
+    rules, db = world.rules, world.db
+    if db.limit is None or db.ended:
+        return
+    rows: list[Row] = [(kinds.BUDGET_CHANGED, 0, None, None, db.limit + 1 + int(world.random() * 3))]
+    rows += [(kinds.WAITPOINT_RESOLVED, 0, call_id, None, None) for call_id in db.held()]
+    if db.status is kinds.WAITING:
+        rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.RUNNING))
+    written = db.append(None, *rows)
+    if rules.fsync_before_telling:
+        db.fsync()
+    yield
+    world.witness.told_raise(written)
+    if world.node is not None and rules.raise_wakes_held_calls:
+        world.node.wake(ON_BUDGET)
+
+
 def checkpoint(world: World) -> bool:
     node = world.node
     if node is None or not node.serving:
@@ -110,7 +137,7 @@ def hibernate(world: World) -> bool:
 def rewind(world: World) -> bool:
     """A person goes back to some checkpoint of the present timeline."""
     node = world.node
-    if node is None or not node.serving or world.db.status is not kinds.RUNNING:
+    if node is None or not node.serving or not node.runs:
         return False
     points = [point for point in world.db.checkpoints if world.db.timeline.holds(point.seq)]
     point = points[int(world.random() * len(points))]
@@ -150,6 +177,7 @@ HAPPENINGS: dict[str, Callable[[World], bool]] = {
     "power cut": power_cut,
     "silence node": silence_node,
     "message": send_message,
+    "raise budget": raise_budget,
     "checkpoint": checkpoint,
     "hibernate": hibernate,
     "rewind": rewind,

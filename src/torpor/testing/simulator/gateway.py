@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torpor.core.call import CallState
 from torpor.core.delivery import Tape
 from torpor.core.join import StreamEnd
+from torpor.core.money import Verdict
 from torpor.core.output import OutputTrack
 from torpor.testing.simulator import kinds
-from torpor.testing.simulator.store import CallRow, Row, new_entry
+from torpor.testing.simulator.store import WORST_CASE, CallRow, Row, new_entry
 from torpor.testing.simulator.streams import STDOUT, Frame, HostStream, StreamStatus
 from torpor.testing.simulator.tasks import Task
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torpor.testing.simulator.node import Node
 
 ON_RESOLVED = "resolved"
+ON_BUDGET = "budget"
 ON_COMMIT = "committed"
 ON_SETTLED = "settled"
 ON_LOGGED = "logged"
@@ -215,7 +217,7 @@ class Gateway:
         """A barrier call waits until a committed checkpoint holds its stream with nothing answered (RECOVERY 7)."""
         node = self.node
         while not node.is_covered(row.call_id):
-            while node.db.status is not kinds.RUNNING:
+            while not node.runs:
                 yield ON_STATUS_CHANGE
             node.life.add(node.checkpoint())
             yield ON_COMMIT
@@ -227,6 +229,8 @@ class Gateway:
         node = self.node
         world = node.world
         if sent is None:
+            if world.plan.limit is not None and row.ask.is_llm:
+                yield from self.admit(row)
             sent = node.append((kinds.CALL_SENT, node.incarnation, row.call_id, None, None))
             if world.rules.fsync_before_send:
                 node.db.fsync()
@@ -251,6 +255,38 @@ class Gateway:
         node.db.fsync()
         del node.pumps[row.call_id]
         node.wake(row.call_id)
+        node.wake(ON_BUDGET)
+
+    def admit(self, row: CallRow) -> Task:
+        """Under a budget: return when the call's worst case fits, to be reserved in the transaction that sends it.
+
+        A call that does not fit beside what is reserved waits for an end; one that does not fit at all is held until a
+        person raises the budget, and then asks again. What is held is in the log, so whoever comes next asks as well.
+        """
+        node = self.node
+        rules = node.world.rules
+        while rules.held_call_asks_again or not row.held:
+            verdict = rules.decide(node.db.account(), WORST_CASE)
+            if verdict is Verdict.SEND:
+                if not rules.reserved_with_the_sending:
+                    yield
+                return
+            if verdict is Verdict.HOLD:
+                self._hold(row)
+            yield ON_BUDGET
+
+    def _hold(self, row: CallRow) -> None:
+        """One transaction: the waitpoint, unless the call has one, and the status."""
+        node = self.node
+        rows: list[Row] = []
+        if not row.held:
+            rows.append((kinds.WAITPOINT_CREATED, node.incarnation, row.call_id, None, None))
+        if node.db.status is kinds.RUNNING:
+            rows.append((kinds.SESSION_STATUS, node.incarnation, None, None, kinds.WAITING))
+        if rows:
+            node.append(*rows)
+            node.db.fsync()
+            node.world.held()
 
     def answer_with_message(self, row: CallRow) -> Task:
         """A call that receives a message waits for one; its answer and the inbox's cursor are one transaction."""

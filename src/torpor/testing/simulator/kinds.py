@@ -8,6 +8,7 @@ from torpor.core.events import Kind
 from torpor.core.session import SessionStatus
 
 AGENT_EXITED = Kind.AGENT_EXITED.value
+BUDGET_CHANGED = Kind.BUDGET_CHANGED.value
 CALL_COMPLETED = Kind.CALL_COMPLETED.value
 CALL_DELIVERED = Kind.CALL_DELIVERED.value
 CALL_DIVERGED = Kind.CALL_DIVERGED.value
@@ -27,6 +28,7 @@ SESSION_CREATED = Kind.SESSION_CREATED.value
 SESSION_REWOUND = Kind.SESSION_REWOUND.value
 SESSION_STATUS = Kind.SESSION_STATUS.value
 STREAM_RESET = Kind.STREAM_RESET.value
+WAITPOINT_CREATED = Kind.WAITPOINT_CREATED.value
 WAITPOINT_RESOLVED = Kind.WAITPOINT_RESOLVED.value
 
 # Rows that are no events: pieces of answers and of output, which the log refers to.
@@ -36,3 +38,4 @@ NO_EVENTS = frozenset({HEAD, CHUNK, OUTPUT})
 SENT, ANSWERED, FAILED = CallState.SENT, CallState.ANSWERED, CallState.FAILED
 UNKNOWN = CallState.UNKNOWN
 RUNNING, WAKING, ASLEEP = SessionStatus.RUNNING, SessionStatus.WAKING, SessionStatus.ASLEEP
+WAITING = SessionStatus.WAITING

@@ -193,6 +193,18 @@ MUTATIONS: dict[str, Mutation] = {
     "message-without-wake": _mutation(
         "8", {5, 8}, "a message is accepted without its wake request", _flag("wake_with_the_message")
     ),
+    "held-call-sent": _mutation(
+        "1", {3}, "the next node sends a held call without asking the budget", _flag("held_call_asks_again")
+    ),
+    "raise-wakes-nobody": _mutation(
+        "1", {5}, "a held call is not told that the budget was raised", _flag("raise_wakes_held_calls")
+    ),
+    "budget-forgets-torn": _mutation(
+        "1", {3}, "an attempt whose cost nobody knows costs nothing", _flag("unknown_costs_count")
+    ),
+    "reserve-before-sending": _mutation(
+        "1", {3}, "a call is admitted in one transaction and sent in the next", _flag("reserved_with_the_sending")
+    ),
     "exit-told-first": _mutation(
         "11", {8}, "people hear of an exit before it is committed", _flag("exit_commits_before_telling")
     ),

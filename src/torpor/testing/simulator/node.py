@@ -17,7 +17,15 @@ from torpor.core.redo import RedoSet
 from torpor.core.session import SessionStatus
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
-from torpor.testing.simulator.gateway import ON_COMMIT, ON_LOGGED, ON_RESOLVED, ON_SETTLED, ON_STATUS_CHANGE, Gateway
+from torpor.testing.simulator.gateway import (
+    ON_BUDGET,
+    ON_COMMIT,
+    ON_LOGGED,
+    ON_RESOLVED,
+    ON_SETTLED,
+    ON_STATUS_CHANGE,
+    Gateway,
+)
 from torpor.testing.simulator.guest import Guest, Sandbox
 from torpor.testing.simulator.store import ROOT_SEQ, Cut, Incarnation, Row
 from torpor.testing.simulator.streams import StreamStatus
@@ -184,6 +192,7 @@ class Node:
         self.append((kinds.SESSION_STATUS, self.incarnation, None, None, status))
         self.db.fsync()
         self.wake(ON_STATUS_CHANGE)
+        self.wake(ON_BUDGET)
 
     def wake(self, key: Hashable) -> None:
         for tasks in self._all_tasks:
@@ -203,6 +212,12 @@ class Node:
             yield kind
         return self.gateway.answers.pop(kind)
 
+    @property
+    def runs(self) -> bool:
+        """Whether the agent runs, though one of its calls may be held."""
+        status = self.db.status
+        return status is kinds.RUNNING or status is kinds.WAITING
+
     def pump_alive(self, call_id: CallId) -> bool:
         return call_id in self.pumps
 
@@ -210,7 +225,7 @@ class Node:
 
     def checkpoint(self) -> Task:
         """Cut, resume, and commit in the background (RECOVERY 3)."""
-        if self.cutting or self.db.status is not kinds.RUNNING:
+        if self.cutting or not self.runs:
             return
         number = self._begin_cut()
         cut, guest, workspace = yield from self._cut(number)
@@ -378,7 +393,7 @@ class Node:
     def finish(self, code: int) -> Task:
         """The agent ended: its status is committed before init may go (RECOVERY 11)."""
         rules = self.world.rules
-        while self.db.status is not kinds.RUNNING:
+        while not self.runs:
             yield ON_STATUS_CHANGE
         rest = self.gateway.output.finish()
         rows: list[Row] = []
@@ -426,6 +441,7 @@ _WITH_SANDBOX = frozenset(
     {
         SessionStatus.CREATED,
         SessionStatus.RUNNING,
+        SessionStatus.WAITING,
         SessionStatus.HIBERNATING,
         SessionStatus.WAKING,
         SessionStatus.RECOVERING,

@@ -61,7 +61,7 @@ class Recovery:
         """The ladder: adopt the live sandbox, or restore the newest eligible checkpoint, or an older one."""
         db = node.db
         rows = self._settle_calls(node)
-        if db.status is kinds.RUNNING or db.status is SessionStatus.HIBERNATING:
+        if node.runs or db.status is SessionStatus.HIBERNATING:
             rows.append((kinds.SESSION_STATUS, 0, None, None, SessionStatus.RECOVERING))
         if rows:
             node.append(*rows)

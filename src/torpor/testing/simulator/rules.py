@@ -21,6 +21,7 @@ from torpor.core.checkpoint import (
 from torpor.core.ids import CallId
 from torpor.core.join import StreamEnd
 from torpor.core.lease import TakeOver, take_over
+from torpor.core.money import Account, Verdict, decide
 from torpor.core.redo import RedoSet, redo_set_after_recovery
 
 
@@ -42,6 +43,7 @@ class Rules:
     redo_set: Callable[[Iterable[Call], Checkpoint, Timeline], RedoSet] = redo_set_after_recovery
     stream_end: Callable[[StreamEnd], StreamEnd] = as_it_ended
     take_over: Callable[..., TakeOver] = take_over
+    decide: Callable[[Account, int], Verdict] = decide
 
     check_owner_token: bool = True
     fsync_before_send: bool = True
@@ -74,3 +76,7 @@ class Rules:
     close_logged_before_forgotten: bool = True
     cut_names_logged_calls_only: bool = True
     missing_output_counts: bool = True
+    held_call_asks_again: bool = True
+    raise_wakes_held_calls: bool = True
+    reserved_with_the_sending: bool = True
+    unknown_costs_count: bool = True

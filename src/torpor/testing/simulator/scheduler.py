@@ -24,7 +24,9 @@ class Plan:
         budget: there is one, so that a call's sending is a step of its own after its intent.
         cluster: silent owners lose the session by time, on another machine; else by SIGKILL, on this one.
         happenings: (step, what), the next one last.
+        limit: the session's budget at its start; most have none.
         refusal_rate: how often upstream refuses a sending for now.
+        kills_while_held: as those, of a session that the budget has just made wait.
         kills_after_commit: further kills, each within `SOON` steps of a commit, when there is something to restore.
         messages: how many messages people have to say.
         sleepy: how often the node puts the session to sleep when nothing else is to be done.
@@ -37,6 +39,8 @@ class Plan:
         "fickle",
         "happenings",
         "kills_after_commit",
+        "kills_while_held",
+        "limit",
         "messages",
         "patience",
         "programs",
@@ -60,8 +64,15 @@ class Plan:
         self.sleepy = int(random() * 3)
         self.happenings = self._happenings(random)
         # Drawn apart, so that the schedules of all other seeds stay what they are.
-        self.budget = Random(f"budget {seed}").random() < 0.4
-        self.refusal_rate = 0.3 if Random(f"refusals {seed}").random() < 0.15 else 0.0
+        apart = Random(f"refusals {seed}").random
+        self.refusal_rate = 0.3 if apart() < 0.15 else 0.0
+        self.limit = int(apart() * 5) if apart() < 0.12 else None
+        self.kills_while_held = 0
+        if self.limit is not None:
+            self.kills_while_held = 1 + int(apart() * 3)
+            raises = [(int(apart() * HORIZON), "raise budget") for _ in range(int(apart() * 3))]
+            self.happenings = sorted([*self.happenings, *raises], reverse=True)
+        self.budget = self.limit is not None or Random(f"budget {seed}").random() < 0.5
 
     def _happenings(self, random: Callable[[], float]) -> list[tuple[int, str]]:
         drawn = [(int(random() * HORIZON), kill(random)) for _ in range(int(random() * 3))]

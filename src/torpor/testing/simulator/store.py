@@ -1,4 +1,4 @@
-"""What outlives a process: the database as a log of transactions, written versus fsynced, and the snapshot store.
+"""What outlives a process: the database as a log of transactions, written versus fsynced.
 
 `kill -9` of a node loses nothing that was written. A power cut keeps what was fsynced and any beginning of the rest.
 Every fact is a row, and the state is a fold over them, so that a power cut folds again.
@@ -17,14 +17,16 @@ from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind, seal
 from torpor.core.ids import CallId, CheckpointId, NodeId, SessionId, SnapshotId
 from torpor.core.lease import Lease, check_owner_token
+from torpor.core.money import Account
 from torpor.core.redo import RedoEntry
 from torpor.core.session import ENDED, SessionStatus, check_transition
 from torpor.testing.simulator import kinds
 from torpor.testing.simulator.asks import Ask
-from torpor.testing.simulator.guest import Guest
 from torpor.testing.simulator.rules import Rules
 
 SESSION = SessionId("ses_simulated")
+WORST_CASE, COST = 2, 1
+"""What a model call may cost, and does, if its answer ends properly."""
 ROOT_SEQ = 1
 
 Row: TypeAlias = tuple[str, int, CallId | None, int | None, Any]
@@ -53,6 +55,7 @@ class CallRow:
         "attempts",
         "call_id",
         "ended_seq",
+        "held",
         "incarnation",
         "intended_seq",
         "message",
@@ -71,6 +74,8 @@ class CallRow:
         self.intended_seq = seq
         self.ended_seq: int | None = None
         self.state = CallState.INTENDED
+        self.held = False
+        """It has a waitpoint that nobody has resolved."""
         self.attempts: list[AttemptRow] = []
         self.value: Call | None = None
         self.message: int | None = None
@@ -211,6 +216,7 @@ class Database:
         "incarnation",
         "incarnations",
         "lease",
+        "limit",
         "messages",
         "output",
         "replaced",
@@ -223,13 +229,13 @@ class Database:
         "transactions",
     )
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, limit: int | None = None) -> None:
         self.rules = rules
         self.transactions: list[tuple[Row, ...]] = []
         self.synced = 0
         self.call_count = 0
         self._empty()
-        self.append(0, (kinds.SESSION_CREATED, 0, None, None, None))
+        self.append(0, (kinds.SESSION_CREATED, 0, None, None, limit))
         self.fsync()
 
     def _empty(self) -> None:
@@ -237,6 +243,7 @@ class Database:
         self.calls: dict[CallId, CallRow] = {}
         self.checkpoints: list[Checkpoint] = []
         self.status = SessionStatus.CREATED
+        self.limit: int | None = None
         self.ended = False
         self.lease: Lease | None = None
         self.incarnation = 0
@@ -292,6 +299,24 @@ class Database:
         taken = {row.message for row in self.calls.values() if row.message is not None and holds(row.intended_seq)}
         return next((message for message in self.messages if message not in taken), None)
 
+    def account(self) -> Account:
+        """Where the session stands under its budget: an attempt costs its worst case, until it ended properly."""
+        spent = reserved = 0
+        for row in self.calls.values():
+            if row.ask.is_llm:
+                for attempt in row.attempts:
+                    if attempt.finished:
+                        spent += COST
+                    elif row.state is kinds.SENT and attempt is row.attempts[-1]:
+                        reserved += WORST_CASE
+                    elif self.rules.unknown_costs_count:
+                        spent += WORST_CASE
+        return Account(limit=self.limit, spent=spent, reserved=reserved)
+
+    def held(self) -> list[CallId]:
+        """Calls that the budget holds."""
+        return [row.call_id for row in self.calls.values() if row.held]
+
     def streams_at(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with calls that a later rewind asked anew standing for the ones that were open at its cut."""
         if not self.replaced:
@@ -328,6 +353,10 @@ class Database:
             fold = _FOLDS.get(kind)
             if fold is not None:
                 fold(self, row)
+
+
+def _fold_created(db: Database, row: Row) -> None:
+    db.limit = row[4]
 
 
 def _fold_status(db: Database, row: Row) -> None:
@@ -402,8 +431,20 @@ def _fold_checkpoint(db: Database, row: Row) -> None:
     db.checkpoints.append(row[4])
 
 
-def _fold_message(db: Database, row: Row) -> None:
-    db.messages[row[4]] = db.head
+def _fold_waitpoint(db: Database, row: Row) -> None:
+    _call(db, row).held = True
+
+
+def _fold_resolved(db: Database, row: Row) -> None:
+    """A message for the session, or the end of a call's hold."""
+    if row[2] is None:
+        db.messages[row[4]] = db.head
+    else:
+        _call(db, row).held = False
+
+
+def _fold_budget(db: Database, row: Row) -> None:
+    db.limit = row[4]
 
 
 def _fold_output(db: Database, row: Row) -> None:
@@ -430,6 +471,7 @@ def _call(db: Database, row: Row) -> CallRow:
 
 
 _FOLDS: dict[str, Callable[[Database, Row], None]] = {
+    kinds.SESSION_CREATED: _fold_created,
     kinds.SESSION_STATUS: _fold_status,
     kinds.LEASE_ACQUIRED: _fold_lease,
     kinds.INCARNATION_STARTED: _fold_incarnation,
@@ -443,41 +485,10 @@ _FOLDS: dict[str, Callable[[Database, Row], None]] = {
     kinds.CALL_TORN: _fold_torn,
     kinds.CALL_UNKNOWN: _fold_torn,
     kinds.CHECKPOINT_COMMITTED: _fold_checkpoint,
-    kinds.WAITPOINT_RESOLVED: _fold_message,
+    kinds.WAITPOINT_CREATED: _fold_waitpoint,
+    kinds.WAITPOINT_RESOLVED: _fold_resolved,
+    kinds.BUDGET_CHANGED: _fold_budget,
     kinds.OUTPUT: _fold_output,
     kinds.SESSION_REWOUND: _fold_rewound,
     kinds.AGENT_EXITED: _fold_exited,
 }
-
-
-class Snapshot:
-    """One image with the workspace of its cut. Its packs survive a power cut only when synced."""
-
-    __slots__ = ("damaged", "guest", "name", "synced", "workspace")
-
-    def __init__(self, name: str, guest: Guest | None, workspace: int) -> None:
-        self.name = name
-        self.guest = guest
-        self.workspace = workspace
-        self.synced = False
-        self.damaged = False
-
-
-class SnapshotStore:
-    """Snapshots by name; those that no checkpoint names are garbage."""
-
-    __slots__ = ("snapshots",)
-
-    def __init__(self) -> None:
-        self.snapshots: dict[str, Snapshot] = {}
-
-    def stage(self, guest: Guest | None, workspace: int) -> Snapshot:
-        snapshot = Snapshot(f"snp_{len(self.snapshots) + 1}", guest, workspace)
-        self.snapshots[snapshot.name] = snapshot
-        return snapshot
-
-    def lose_unsynced(self) -> None:
-        """A power cut: packs that were not fsynced have holes, which their hashes show."""
-        for snapshot in self.snapshots.values():
-            if not snapshot.synced:
-                snapshot.damaged = True

@@ -13,19 +13,21 @@ from torpor.core.call import CallState
 from torpor.core.checkpoint import Checkpoint, holds_barrier
 from torpor.core.ids import CallId
 from torpor.testing.simulator import kinds
+from torpor.testing.simulator.store import COST, WORST_CASE
 
 if TYPE_CHECKING:
     from torpor.testing.simulator.asks import Ask
     from torpor.testing.simulator.guest import Guest, Sandbox
     from torpor.testing.simulator.node import Node
-    from torpor.testing.simulator.store import CallRow, Snapshot
+    from torpor.testing.simulator.snapshots import Snapshot
+    from torpor.testing.simulator.store import CallRow
     from torpor.testing.simulator.streams import GuestStream, StreamStatus
     from torpor.testing.simulator.world import World
 
 INVARIANTS = {
     1: "sendings = 1 + node deaths while open + refusals; none once completed; a sandbox's death adds none",
     2: "a socket receives a prefix of exactly one attempt, and ends cleanly only if it is answered",
-    3: "nothing leaves unless what it depends on is fsynced",
+    3: "nothing leaves unless what it depends on is fsynced: its rows, its reservation, a held call's release",
     4: "one owner: no row of a superseded token, one holder of a FIFO pair, one running sandbox",
     5: "a checkpoint has one set of open streams; each is answered, sent again or reset; none hangs",
     6: "an answer is consumed once, not across a rewind; k equal requests are k calls, and a retry is one",
@@ -91,12 +93,22 @@ class Witness:
         self.check(1, sends <= allowed, "{} is sent {} times after {} deaths of its node", call_id, sends, deaths)
         if node is self.world.node:
             self.check(1, row.state is kinds.SENT, "{} is sent once more, though it is {}", call_id, row.state)
+        if db.limit is not None and row.ask.is_llm:
+            self._may_spend(node, row, db.limit)
         if row.ask.kind == "barrier":
             self.check(7, sends == 1, "barrier call {} is sent twice", call_id)
             covered = any(holds_barrier(point, call_id) for point in db.checkpoints)
             self.check(7, covered, "barrier call {} is sent without a checkpoint that holds it", call_id)
         if sends == 1 and row.ask.kind != "read":
             self._pays(row)
+
+    def _may_spend(self, node: Node, row: CallRow, limit: int) -> None:
+        """A call under a budget leaves only if it is not held, and if all that was sent so far fits at its worst."""
+        if node is self.world.node:
+            self.check(3, not row.held, "{} is sent while it is held", row.call_id)
+        attempts = [attempt for other in self.world.db.calls.values() if other.ask.is_llm for attempt in other.attempts]
+        most = sum(COST if attempt.finished else WORST_CASE for attempt in attempts)
+        self.check(3, most <= limit, "{} leaves, and {} may be spent of {}", row.call_id, most, limit)
 
     def _pays(self, row: CallRow) -> None:
         """A new call for a request is right only if every earlier one serves another wish of the agent."""
@@ -258,6 +270,10 @@ class Witness:
         """A person is told that the message was accepted."""
         self.check(3, self.world.db.synced >= transaction, "message {} is confirmed before it is durable", message)
         self.confirmed.append(message)
+
+    def told_raise(self, transaction: int) -> None:
+        """A person is told that the budget was raised."""
+        self.check(3, self.world.db.synced >= transaction, "a raise is confirmed before it is durable")
 
     def told_exit(self, node: Node, code: int, transaction: int) -> None:
         """A person is told how the session ended."""

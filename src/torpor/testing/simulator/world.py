@@ -7,13 +7,14 @@ from random import Random
 
 from torpor.core.errors import TorporError
 from torpor.testing.simulator import kinds
-from torpor.testing.simulator.faults import HAPPENINGS, decide_unknown, hibernate, send_message
+from torpor.testing.simulator.faults import HAPPENINGS, decide_unknown, hibernate, raise_budget, send_message
 from torpor.testing.simulator.guest import Guest, Sandbox
 from torpor.testing.simulator.node import Node
 from torpor.testing.simulator.recovery import Recovery
 from torpor.testing.simulator.rules import Rules
 from torpor.testing.simulator.scheduler import SOON, Plan, kill
-from torpor.testing.simulator.store import Cut, Database, SnapshotStore
+from torpor.testing.simulator.snapshots import SnapshotStore
+from torpor.testing.simulator.store import Cut, Database
 from torpor.testing.simulator.tasks import TaskSet
 from torpor.testing.simulator.upstream import Upstream
 from torpor.testing.simulator.witness import Violation, Witness
@@ -75,7 +76,7 @@ class World:
         self.steps = 0
         self._nonce = 0
         self.boot_id = "boot-1"
-        self.db = Database(rules)
+        self.db = Database(rules, self.plan.limit)
         self.store = SnapshotStore()
         self.witness = Witness(self, checked if checked is not None else Counter())
         self.upstream = Upstream(self)
@@ -161,6 +162,8 @@ class World:
         """Everything waits for somebody outside: let the world do what it would do in time."""
         if self.node is None:
             self.start_node()
+        elif self.db.limit is not None and self.db.held() and raise_budget(self):
+            pass
         elif self.needs_person:
             self.needs_person = False
             self.below_floor_allowed = True
@@ -192,6 +195,7 @@ class World:
         if node is self.node:
             self.node = None
             self.witness.node_stopped()
+            self.count_if_held("node")
         else:
             self.silent.remove(node)
             if self.plan.cluster:
@@ -201,6 +205,7 @@ class World:
         """SIGKILL through its pidfd."""
         self.silent.pop()
         self.witness.node_stopped()
+        self.count_if_held("node")
 
     def got_flock(self, node: Node) -> bool:
         """Whether the lock is to be had; in a cluster: whether the lease ran out."""
@@ -245,8 +250,24 @@ class World:
         plan = self.plan
         if plan.kills_after_commit and self.random() < 0.6:
             plan.kills_after_commit -= 1
-            plan.happenings.append((self.steps + int(self.random() * SOON), kill(self.random)))
-            plan.happenings.sort(reverse=True)
+            self._add_kill()
+
+    def held(self) -> None:
+        """The budget made the session wait: it may die now, at every step until somebody raises it."""
+        self.stats["held"] += 1
+        plan = self.plan
+        if plan.kills_while_held and self.random() < 0.6:
+            plan.kills_while_held -= 1
+            self._add_kill()
+
+    def _add_kill(self) -> None:
+        happenings = self.plan.happenings
+        happenings.append((self.steps + int(self.random() * SOON), kill(self.random)))
+        happenings.sort(reverse=True)
+
+    def count_if_held(self, died: str) -> None:
+        if self.db.limit is not None and self.db.held():
+            self.stats[f"{died} died while a call was held"] += 1
 
     def count(self, what: str) -> None:
         self.stats[what] += 1

@@ -1,2 +1,2 @@
-INSERT INTO attempt (call_id, number, sent_ns, head, chunk_count, body_bytes, finished)
-VALUES (:call_id, :number, :sent_ns, :head, :chunk_count, :body_bytes, :finished)
+INSERT INTO attempt (call_id, number, sent_ns, head, chunk_count, body_bytes, finished, reserved_nanousd, cost_nanousd)
+VALUES (:call_id, :number, :sent_ns, :head, :chunk_count, :body_bytes, :finished, :reserved_nanousd, :cost_nanousd)

@@ -1,0 +1,1 @@
+SELECT * FROM session_key WHERE session_id = :session_id

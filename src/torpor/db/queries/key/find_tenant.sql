@@ -1,0 +1,1 @@
+SELECT * FROM tenant WHERE tenant_id = :tenant_id

@@ -1,0 +1,1 @@
+SELECT * FROM session_key ORDER BY session_id

@@ -1,0 +1,77 @@
+"""One save, or one restore, beside one collection: every schedule in which each of the two is interrupted at most once.
+
+Either of them begins; the other comes in before any of its operations, and is left at any of its own.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from tests.unit.snapshots.collecting import Scene, Work
+from tests.unit.snapshots.stepping import Task
+
+SAVE_OF_GARBAGE = "a save that shares what is garbage, whose index is in memory"
+SAVE_THEN_FORGOTTEN = "a save whose parent is forgotten once it has begun"
+RESTORE_THEN_FORGOTTEN = "a restore of what is forgotten once it has begun"
+
+
+def begin(what: str) -> tuple[Scene, Work]:
+    scene = Scene()
+    scene.run(scene.save("a", 0, length=2))
+    if what == RESTORE_THEN_FORGOTTEN:
+        return scene, scene.restore(0)
+    if what == SAVE_THEN_FORGOTTEN:
+        return scene, scene.save("a", 1, length=2)
+    scene.rows.clear()
+    return scene, scene.save("a", 1, length=2, knows=scene.ever[0])
+
+
+def count_steps(work: Work) -> int:
+    task, steps = Task("counted", work), 0
+    while not task.done:
+        task.step()
+        steps += 1
+    task.check()
+    return steps
+
+
+def schedules(what: str) -> Iterator[tuple[bool, int, int]]:
+    scene, work = begin(what)
+    steps = count_steps(work)
+    scene.rows.clear()
+    collect_steps = count_steps(scene.collect())
+    assert steps > 5
+    assert collect_steps > 10
+    scene.close()
+    for first, second in itertools.product(range(1, steps + 1), range(1, collect_steps + 1)):
+        yield False, first, second
+        yield True, second, first
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", [SAVE_OF_GARBAGE, SAVE_THEN_FORGOTTEN, RESTORE_THEN_FORGOTTEN])
+def test_no_schedule_of_two_loses_anything(what: str) -> None:
+    for collects_first, first_steps, second_steps in schedules(what):
+        scene, work = begin(what)
+        old = set(scene.rows)
+        task, collector = Task(what, work), Task("collect", scene.collect())
+        one, other = (collector, task) if collects_first else (task, collector)
+        for _ in range(first_steps):
+            one.step()
+        if collects_first and what != SAVE_OF_GARBAGE:
+            task.step()
+            task.step()  # It has its lease, and has read the rows.
+            task.step()
+        for snapshot_id in old:
+            scene.rows.pop(snapshot_id, None)
+        for _ in range(second_steps):
+            other.step()
+        while not (one.done and other.done):
+            for stepped in (one, other):
+                for _ in range(100):  # A collector that waits for the other never ends before it.
+                    stepped.step()
+        one.check()
+        other.check()
+        scene.check()
+        scene.check_at_rest()
+        scene.close()
