@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene, wrapped_key
 
-from torpor.core.call import Call, CallState
+from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
@@ -413,31 +413,6 @@ async def test_call_goes_its_way_from_intent_to_answer(scene: Scene) -> None:
     assert [event.parent_seq for event in events] == [1, None, None, call.intended_seq]
     session = await scene.read(lambda tx: sessions.get(tx, scene.session_id))
     assert session.cursor_seq == call.intended_seq
-
-
-async def test_a_call_sent_at_once_is_as_one_that_is_sent_after(scene: Scene) -> None:
-    def work(tx: Transaction) -> tuple[Call, Call]:
-        after = scene.intend(tx)
-        calls.mark_sent(tx, **scene.owner, call_id=after.call_id, wall_ns=NOW, usage_asked=True)
-        at_once = scene.intend(tx, at_once=True, usage_asked=True)
-        assert at_once == calls.load_call(tx, at_once.call_id)
-        return calls.load_call(tx, after.call_id), at_once
-
-    after, at_once = await scene.write(work)
-    assert (at_once.state, at_once.attempts) == (after.state, after.attempts)
-    events = (await scene.read(lambda tx: log.events(tx, scene.session_id)))[-4:]
-    assert [event.kind for event in events] == ["call.intended", "call.sent"] * 2
-    assert events[1].data == events[3].data
-    assert [event.parent_seq for event in events] == [1, None, after.intended_seq, None]
-
-
-@pytest.mark.parametrize("is_llm", [True, False])
-async def test_a_budget_is_asked_before_a_model_call_is_sent(scene: Scene, is_llm: bool) -> None:
-    def work(tx: Transaction) -> Call:
-        tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
-        return scene.intend(tx, at_once=True, is_llm=is_llm)
-
-    assert (await scene.write(work)).state is (CallState.INTENDED if is_llm else CallState.SENT)
 
 
 async def test_torn_call_is_sent_again_as_its_next_attempt(scene: Scene) -> None:

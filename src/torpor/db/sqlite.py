@@ -163,9 +163,11 @@ class SqliteDatabase:
                 except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
                     for write in batch:
                         write.failure = error
-                with suppress(RuntimeError):  # their loop was closed: nobody waits any more
-                    batch[0].waiting.get_loop().call_soon_threadsafe(_tell, batch)
-                if self._commits >= COMMITS_PER_COPY:
+            # Told once the writer is free, or a brief write that follows would find it taken.
+            with suppress(RuntimeError):  # their loop was closed: nobody waits any more
+                batch[0].waiting.get_loop().call_soon_threadsafe(_tell, batch)
+            if self._commits >= COMMITS_PER_COPY:
+                with self._using_writer:
                     self._copy_wal()
 
     def _commit_here(self, write: _Write) -> bool:

@@ -1,142 +1,28 @@
-"""Connections to providers: what is sent over them, how an exchange ends, which of them are used again, and the way."""
+"""Connections to providers: what is sent over them, how an exchange ends, which of them are used again."""
 
 import asyncio
-import base64
-import datetime as dt
-import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from tests.unit.gateway.providers import (
+    KEY,
+    LENGTH,
+    WHOLE,
+    Answering,
+    ask,
+    listening,
+    outgoing,
+    provider,
+    refused,
+    says,
+    says_nothing,
+    upstream_at,
+)
 
-from torpor.config import KeySource, Secret, Upstream
 from torpor.core.clock import SystemClock
 from torpor.gateway import connection, connections, upstream
-from torpor.gateway.dialects import OPENAI_CHAT
-from torpor.gateway.dialects.base import Route
 from torpor.gateway.failure import NoAnswer
-from torpor.gateway.routing import Destination
-from torpor.gateway.upstream import Outgoing, UpstreamClient
-
-KEY = "sk-real-0123456789abcdefghijklmnop"
-LENGTH = b"content-length:"
-WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-PROXIES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy")
-Answering = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def listening(serve: Answering, tls: ssl.SSLContext | None = None) -> AsyncGenerator[str]:
-    """A server that leaves no connection behind; gives its address."""
-    tasks: list[asyncio.Task[None]] = []
-
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
-            try:
-                await serve(reader, writer)
-            finally:
-                writer.close()
-                await writer.wait_closed()
-
-    async with asyncio.TaskGroup() as group:
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            tasks.append(group.create_task(carry(reader, writer)))
-
-        server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls, limit=1 << 20)
-        async with server:
-            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        for task in tasks:
-            task.cancel()
-
-
-@dataclass(slots=True)
-class Provider:
-    """A server that was told what to do with each request; keeps the heads and bodies that it read."""
-
-    answering: Answering
-    url: str = ""
-    connections: int = 0
-    heads: list[bytes] = field(default_factory=list)
-    bodies: list[bytes] = field(default_factory=list)
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        while not writer.is_closing():
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line[:15] == LENGTH), 0)
-            self.heads.append(head)
-            self.bodies.append(await reader.readexactly(length))
-            await self.answering(reader, writer)
-
-
-@asynccontextmanager
-async def provider(answering: Answering, tls: ssl.SSLContext | None = None) -> AsyncGenerator[Provider]:
-    made = Provider(answering)
-    async with listening(made.serve, tls) as address:
-        made.url = f"{'https' if tls else 'http'}://{address}"
-        yield made
-
-
-def says(*pieces: bytes, close: bool = False) -> Answering:
-    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-        if close:
-            writer.close()
-
-    return answer
-
-
-async def says_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read()
-
-
-def upstream_at(url: str, **fields: float) -> Upstream:
-    key = KeySource(value=Secret(KEY))
-    return Upstream(name="openai", family="openai", base_url=url, key=key, bearer=True, **fields)  # type: ignore[arg-type]
-
-
-def outgoing(body: bytes = b"{}", method: str = "POST", **headers: str) -> Outgoing:
-    return Outgoing(
-        destination=Destination(
-            dialect=OPENAI_CHAT, route=Route(path="/v1/chat/completions", is_llm=True), candidates=()
-        ),
-        model=None,
-        method=method,
-        query="",
-        headers=tuple(headers.items()),
-        body=body,
-    )
-
-
-async def ask(client: UpstreamClient, asked: Upstream, request: Outgoing | None = None) -> tuple[int, bytes]:
-    """The status and the whole body."""
-    async with client.send(request or outgoing(), asked) as answer:
-        body = b""
-        while data := await answer.next():
-            body += data
-        return answer.status, body
-
-
-async def refused(client: UpstreamClient, asked: Upstream, request: Outgoing | None = None) -> str:
-    with pytest.raises(NoAnswer) as failed:
-        await ask(client, asked, request)
-    return failed.value.code
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in PROXIES:
-        monkeypatch.delenv(name, raising=False)
-
+from torpor.gateway.upstream import UpstreamClient
 
 # --- an exchange --------------------------------------------------------------------------------------------------
 
@@ -375,161 +261,3 @@ async def test_an_address_where_nobody_listens_is_tried_again(monkeypatch: pytes
     async with UpstreamClient(SystemClock()) as client:
         assert await refused(client, upstream_at(served.url)) == "upstream_unreachable"
     assert len(tried) == 3
-
-
-# --- the way ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that vouches for itself, with its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "provider")])
-    now = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now)
-        .not_valid_after(now.replace(year=2120))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("authority") / "both.pem"
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
-    return path
-
-
-@pytest.fixture
-def tls(authority: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """A provider's; the client trusts it."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(authority)
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return context
-
-
-@dataclass(slots=True)
-class Proxy:
-    url: str = ""
-    asked: list[bytes] = field(default_factory=list)
-    passed: bytearray = field(default_factory=bytearray)
-
-
-@asynccontextmanager
-async def proxy(answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n") -> AsyncGenerator[Proxy]:
-    """Tunnels, and keeps what passes towards the provider."""
-    made = Proxy()
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bytearray) -> None:
-        while data := await reader.read(65536):
-            kept += data
-            writer.write(data)
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        made.asked.append(head)
-        writer.write(answer)
-        if b" 200 " not in answer:
-            return
-        host, _, port = head.split(b" ")[1].decode().rpartition(":")
-        there, back = await asyncio.open_connection(host, int(port))
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(copy(reader, back, made.passed))
-                group.create_task(copy(there, writer, bytearray()))
-        except* ConnectionError:
-            pass
-        finally:
-            back.close()
-            with suppress(ConnectionError):
-                await back.wait_closed()
-
-    async with listening(serve) as address:
-        made.url = address
-        yield made
-
-
-async def test_https_is_spoken_with_whom_the_authorities_vouch_for(tls: ssl.SSLContext) -> None:
-    spoken: list[str | None] = []
-
-    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        spoken.append(writer.get_extra_info("ssl_object").selected_alpn_protocol())
-        writer.write(WHOLE)
-
-    async with provider(answer, tls) as served, UpstreamClient(SystemClock()) as client:
-        for _ in range(2):
-            assert await ask(client, upstream_at(served.url)) == (200, b"ok")
-        assert (spoken, served.connections) == (["http/1.1"] * 2, 1)
-
-
-async def test_a_provider_that_nobody_vouches_for_gets_no_request(
-    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(upstream, "CONNECT_RETRY_SECONDS", ())
-    monkeypatch.delenv("SSL_CERT_FILE")
-    async with provider(says(WHOLE), tls) as served, UpstreamClient(SystemClock()) as client:
-        assert await refused(client, upstream_at(served.url)) == "upstream_unreachable"
-        assert served.heads == []
-
-
-@pytest.mark.parametrize("login", ["", "me:p%40ss@"])
-async def test_a_proxy_of_the_environment_sees_only_where_https_goes(
-    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, login: str
-) -> None:
-    async with proxy() as between, provider(says(WHOLE), tls) as served:
-        monkeypatch.setenv("HTTPS_PROXY", f"http://{login}{between.url}")
-        async with UpstreamClient(SystemClock()) as client:
-            for _ in range(2):
-                assert await ask(client, upstream_at(served.url)) == (200, b"ok")
-    [asked] = between.asked
-    authority = served.url.removeprefix("https://").encode()
-    assert asked.splitlines()[:2] == [b"CONNECT " + authority + b" HTTP/1.1", b"host: " + authority]
-    assert (b"proxy-authorization: Basic " + base64.b64encode(b"me:p@ss") in asked) == bool(login)
-    assert between.passed
-    assert KEY.encode() not in between.passed
-    assert len(served.heads) == 2
-
-
-async def test_no_proxy_means_none(tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with proxy() as between, provider(says(WHOLE), tls) as served:
-        monkeypatch.setenv("HTTPS_PROXY", between.url)
-        monkeypatch.setenv("NO_PROXY", "example.org, 127.0.0.1")
-        async with UpstreamClient(SystemClock()) as client:
-            assert await ask(client, upstream_at(served.url)) == (200, b"ok")
-    assert between.asked == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "the proxy said 407 Proxy Authentication Required"),
-        (b"nonsense\r\n\r\n", "the proxy did not answer in HTTP"),
-        (b"", "the proxy did not answer in HTTP"),
-    ],
-)
-async def test_a_proxy_that_refuses_is_asked_once(
-    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
-) -> None:
-    async with proxy(answer) as between, provider(says(WHOLE), tls) as served:
-        monkeypatch.setenv("HTTPS_PROXY", between.url)
-        async with UpstreamClient(SystemClock()) as client:
-            with pytest.raises(NoAnswer, match=said) as failed:
-                await ask(client, upstream_at(served.url))
-    assert failed.value.code == "upstream_unreachable"
-    assert (len(between.asked), served.heads) == (1, [])
-
-
-async def test_a_proxy_of_an_unknown_kind_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
-    async with UpstreamClient(SystemClock()) as client:
-        with pytest.raises(NoAnswer, match="a proxy that is not http"):
-            await ask(client, upstream_at("https://127.0.0.1:1"))
