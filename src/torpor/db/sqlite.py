@@ -229,13 +229,18 @@ class SqliteDatabase:
                 write.failure = error
 
     def _copy_wal(self) -> None:
-        """Copy the WAL into the file, as far as readers allow; the next writes begin it anew if that was all of it."""
+        """Copy the WAL into the file, as far as readers allow, and begin it anew if that was all of it.
+
+        The first commit of a new WAL syncs its header, whatever `synchronous` says: it is made here, where no loop waits.
+        """
         connection, self._commits = self._writer, 0
         if connection is None or self._sync_failed:
             return
         try:
             with self._translating():
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if copied["log"] == copied["checkpointed"]:
+                    connection.execute("UPDATE durability SET mark = mark + 1")
         except TorporError as error:
             logger.warning("the WAL is not copied: %s", error)
 

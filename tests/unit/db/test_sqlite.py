@@ -347,6 +347,27 @@ async def test_the_wal_is_copied_between_commits(
         assert other.execute("SELECT COUNT(*) FROM event").fetchone() == (202,)
 
 
+async def test_no_brief_write_begins_the_wal_anew(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That syncs its header: on the caller's thread a disk would stop the loop."""
+    monkeypatch.setattr(sqlite, "COMMITS_PER_COPY", 2)
+    scene = await new_scene(database)
+
+    def generation() -> bytes:
+        """What the header says of itself."""
+        return (tmp_path / "torpor.db-wal").read_bytes()[:32]
+
+    seen: set[bytes] = set()
+    for _ in range(20):
+        await scene.write(lambda tx: append(tx, scene))
+        await asyncio.wrap_future(database._writer_thread.submit(lambda: None))  # type: ignore[attr-defined]
+        seen.add(before := generation())
+        await database.write(lambda tx: append(tx, scene), durable=False, brief=True)
+        assert generation() == before
+    assert len(seen) > 5
+
+
 async def test_reader_cannot_write(database: Database) -> None:
     scene = await new_scene(database)
     with pytest.raises(MachineUnfit):
