@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from typer.testing import CliRunner
 
 from torpor.cli.main import app
 from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
-from torpor.core.events import Kind
+from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId
 from torpor.core.money import Bill
-from torpor.db import budgets, calls, log, notes, redaction, requests, verify
+from torpor.db import budgets, calls, checkpoints, log, notes, redaction, requests, verify
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import heads, spans, transfer, turns
 from torpor.runtime.home import Home
@@ -63,6 +64,32 @@ async def test_turns_say_what_each_cost(scene: Scene, tmp_path: Path, monkeypatc
     await scene.write(lambda tx: scene.answer(tx, b"of unknown price"), durable=True)
     done = await asyncio.to_thread(CliRunner().invoke, app, ["turns", scene.session_id, "--json"])
     assert [json.loads(line)["cost"] for line in done.stdout.splitlines()] == ["0.0000015", None]
+
+
+async def test_turns_tell_standing_still_from_not_living(scene: Scene) -> None:
+    """A checkpoint in the first turn; in the second a death with a restore; in the third a node's death alone."""
+    second = 1_000_000_000
+
+    def event(tx: Transaction, kind: Kind, incarnation: int, at: int, **data: object) -> None:
+        draft = EventDraft(kind=kind, incarnation=incarnation, data=data)
+        log.append(tx, **scene.owner, drafts=[draft], wall_ns=NOW + at * second)
+
+    def work(tx: Transaction) -> None:
+        event(tx, Kind.RECOVERY_CHOSEN, 1, 0, mode="boot")
+        call_id = scene.answer(tx, b"1")
+        point = replace(scene.checkpoint(1, calls.load_call(tx, call_id).intended_seq), freeze_ns=7)
+        checkpoints.commit(tx, **scene.owner, checkpoint=point, wall_ns=NOW)
+        scene.answer(tx, b"2")
+        event(tx, Kind.INCARNATION_ENDED, 1, 3)
+        event(tx, Kind.LEASE_ACQUIRED, 1, 4)
+        event(tx, Kind.RECOVERY_CHOSEN, 2, 5, mode="restore")
+        scene.answer(tx, b"3")
+        event(tx, Kind.LEASE_ACQUIRED, 2, 6)
+        event(tx, Kind.RECOVERY_CHOSEN, 2, 60, mode="adopt")
+
+    await scene.write(work)
+    listed = await scene.read(lambda tx: turns.list_turns(tx, scene.session_id))
+    assert [(turn.frozen_ns, turn.down_ns) for turn in listed] == [(7, 0), (0, 5 * second), (0, 0)]
 
 
 async def test_unknown_turn_is_not_found(scene: Scene) -> None:

@@ -231,7 +231,8 @@ class SqliteDatabase:
     def _copy_wal(self) -> None:
         """Copy the WAL into the file, as far as readers allow, and begin it anew if that was all of it.
 
-        The first commit of a new WAL syncs its header, whatever `synchronous` says: it is made here, where no loop waits.
+        The first commit of a new WAL syncs its header, whatever `synchronous` says: it is made here, where
+        no loop waits.
         """
         connection, self._commits = self._writer, 0
         if connection is None or self._sync_failed:

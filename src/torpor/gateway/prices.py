@@ -100,7 +100,7 @@ def _listed_version() -> str:
 
 @cache
 def _snapshot() -> Any:
-    """All that genai-prices lists. It stays, so collections shall not walk it: they would stop every stream for that."""
+    """All that genai-prices lists. It stays: a collection that walked it would stop every stream meanwhile."""
     from genai_prices.data_snapshot import get_snapshot
 
     snapshot = get_snapshot()
