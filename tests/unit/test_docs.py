@@ -5,16 +5,16 @@ What a command prints is compared by running it (tests/e2e/test_readme_tour.py);
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
 
 from torpor import config
-from torpor.cli.main import app
+from torpor.cli.commands import COMMANDS, load
 from torpor.core import errors
 from torpor.core.crash import CRASH_POINTS
 from torpor.core.events import Kind
@@ -97,19 +97,17 @@ def codes_in_source() -> set[str]:
 
 def commands() -> dict[str, list[str]]:
     """Every command with its options, those of a group by both their words."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    return dict(commands_of(group, ""))
+    return dict(commands_of({name: load(name) for name in COMMANDS}, ""))
 
 
-def commands_of(group: typer.core.TyperGroup, before: str) -> Iterator[tuple[str, list[str]]]:
-    for name, command in group.commands.items():
+def commands_of(commands: Mapping[str, Any], before: str) -> Iterator[tuple[str, list[str]]]:
+    for name, command in commands.items():
         words = [
             word for parameter in command.params if parameter.param_type_name == "option" for word in parameter.opts
         ]
         yield before + name, [word for word in words if word not in {"--help", "-h"}]
         if isinstance(command, typer.core.TyperGroup):
-            yield from commands_of(command, f"{before}{name} ")
+            yield from commands_of(command.commands, f"{before}{name} ")
 
 
 def section(text: str, heading: str) -> str:

@@ -8,13 +8,11 @@ import typer
 
 from torpor import wire
 from torpor.cli.printer import out, print_json, print_rows
+from torpor.cli.reading import standing
 from torpor.core.call import Call
 from torpor.core.clock import SystemClock
-from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text, parse_dollars
-from torpor.core.session import ENDED
-from torpor.db import budgets, calls, sessions, waitpoints
-from torpor.db.database import Transaction
+from torpor.db import calls
 from torpor.node import open_node, socket_of
 from torpor.runtime.runtime import open_runtime
 
@@ -24,8 +22,8 @@ _TOKENS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_cr
 
 
 def register(app: typer.Typer) -> None:
-    app.command("cost", short_help="What a session's calls cost, by model and by call.")(cost)
-    app.command("budget", short_help="What a session may spend; raises it.")(budget)
+    app.command("cost")(cost)
+    app.command("budget")(budget)
 
 
 def cost(
@@ -68,21 +66,6 @@ def budget(
         out.print(f"{'held':>10}  call {point['call']}, which may cost {_dollars(point['needed'])}", markup=False)
     if state["hint"]:
         out.print(state["hint"], markup=False)
-
-
-def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
-    """Where a session stands with its budget, what it waits on, and what a person can do about that."""
-    session = sessions.get(tx, session_id)
-    account = budgets.account(tx, session_id)
-    points = [] if session.status in ENDED else waitpoints.open_waitpoints(tx, session_id)
-    return {
-        "session": session_id,
-        "budget": None if account.limit is None else dollars_text(account.limit),
-        "spent": dollars_text(account.spent),
-        "reserved": dollars_text(account.reserved),
-        "waits_on": [{"kind": point.kind.value, "call": point.call_id, **point.data} for point in points],
-        "hint": f"torpor budget {session.name or session_id} --add DOLLARS lets it go on" if points else "",
-    }
 
 
 async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:

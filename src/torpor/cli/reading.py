@@ -5,12 +5,10 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from torpor.cli import timeline
-from torpor.cli.costs import standing
 from torpor.cli.printer import (
     cell,
     err,
@@ -23,14 +21,19 @@ from torpor.cli.printer import (
     print_rows,
     printable,
 )
-from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
+from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text
-from torpor.core.session import MAY_HOLD_SANDBOX
-from torpor.db import budgets, calls, checkpoints, outputs, sessions
+from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
+from torpor.db import budgets, sessions, waitpoints
+from torpor.db.database import Transaction
 from torpor.runtime.leasing import is_held, read_holder
-from torpor.runtime.runtime import Runtime, open_runtime
+from torpor.runtime.reader import Reader, open_reader
+
+if TYPE_CHECKING:
+    from torpor.core.checkpoint import Checkpoint
+    from torpor.runtime.runtime import Runtime
 
 T = TypeVar("T")
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
@@ -38,17 +41,27 @@ JSON = typer.Option("--json", help="One JSON object a line.")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ls", short_help="List sessions.")(ls)
-    app.command("show", short_help="Show one session.")(show)
-    app.command("log", short_help="The session's timeline, or its events.")(timeline.log)
-    app.command("output", short_help="What the agent wrote to stdout and stderr.")(output)
-    app.command("checkpoints", short_help="List a session's checkpoints.")(list_checkpoints)
-    app.command("diff", short_help="What the session changed in its workspace.")(diff)
-    app.command("pull", short_help="Bring the session's workspace back.")(pull)
+    app.command("ls")(ls)
+    app.command("show")(show)
+    app.command("output")(output)
+    app.command("checkpoints")(list_checkpoints)
+    app.command("diff")(diff)
+    app.command("pull")(pull)
 
 
-def with_runtime(work: Callable[[Runtime], Awaitable[T]]) -> T:
+def with_reader(work: Callable[[Reader], Awaitable[T]]) -> T:
+    """Run one piece of work on rows of sessions alone."""
+
+    async def opened() -> T:
+        async with open_reader(os.environ, SystemClock()) as reader:
+            return await work(reader)
+
+    return asyncio.run(opened())
+
+
+def with_runtime(work: Callable[["Runtime"], Awaitable[T]]) -> T:
     """Run one piece of work on an open runtime."""
+    from torpor.runtime.runtime import open_runtime
 
     async def opened() -> T:
         async with open_runtime(os.environ, SystemClock()) as runtime:
@@ -63,26 +76,27 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
     A session that says `running` without a node has lost it: `torpor resume` goes on with it.
     """
 
-    async def work(runtime: Runtime) -> list[dict[str, Any]]:
-        found = await runtime.database.read(sessions.list_newest)
-        spent = await runtime.database.read(budgets.costs)
-        return [_row(runtime, session, spent.get(session.session_id)) for session in found]
+    async def work(reader: Reader) -> list[dict[str, Any]]:
+        found = await reader.database.read(sessions.list_newest)
+        spent = await reader.database.read(budgets.costs)
+        return [_row(reader, session, spent.get(session.session_id)) for session in found]
 
     columns = ("session", "name", "status", "node", "age", "events", "cost", "command")
-    print_rows(with_runtime(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
+    print_rows(with_reader(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
 
 
 def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Show one session: its status, its node, its calls and checkpoints, and how far back a crash would go."""
+    from torpor.db import calls, checkpoints
 
-    async def work(runtime: Runtime) -> dict[str, Any]:
-        found = await runtime.session(session)
-        points = await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
-        made = await runtime.database.read(lambda tx: calls.load_calls(tx, found.session_id))
+    async def work(reader: Reader) -> dict[str, Any]:
+        found = await reader.session(session)
+        points = await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
+        made = await reader.database.read(lambda tx: calls.load_calls(tx, found.session_id))
         newest = max(points, key=lambda point: point.seq, default=None)
-        spent = await runtime.database.read(budgets.costs)
-        state = await runtime.database.read(lambda tx: standing(tx, found.session_id))
-        return _row(runtime, found, spent.get(found.session_id)) | {
+        spent = await reader.database.read(budgets.costs)
+        state = await reader.database.read(lambda tx: standing(tx, found.session_id))
+        return _row(reader, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
             "attempts": sum(len(call.attempts) for call in made),
@@ -97,7 +111,7 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "image": found.spec.get("image", {}).get("name"),
         }
 
-    fields = with_runtime(work)
+    fields = with_reader(work)
     if json:
         print_json(fields)
         return
@@ -108,10 +122,11 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
 
 def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """List a session's checkpoints, oldest first: when, why, how long the agent stood still, what they cost."""
+    from torpor.db import checkpoints
 
-    async def work(runtime: Runtime) -> list[Checkpoint]:
-        found = await runtime.session(session)
-        return await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
+    async def work(reader: Reader) -> list["Checkpoint"]:
+        found = await reader.session(session)
+        return await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
 
     rows = [
         {
@@ -131,7 +146,7 @@ def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSO
             "wall_ns": point.wall_ns,
             "snapshot": point.snapshot_id,
         }
-        for point in with_runtime(work)
+        for point in with_reader(work)
     ]
     columns = ("number", "seq", "reason", "incarnation", "open_calls", "froze", "committed_in", "image", "stored")
     print_rows(rows, columns, as_json=json, empty="no checkpoints")
@@ -142,19 +157,20 @@ def output(
     stderr: Annotated[bool, typer.Option("--stderr", help="Its stderr instead of its stdout.")] = False,
 ) -> None:
     """Print what the agent wrote, byte for byte, each byte once however often it was restored."""
+    from torpor.db import outputs
 
-    async def work(runtime: Runtime) -> bytes:
-        found = await runtime.session(session)
-        return await runtime.database.read(lambda tx: outputs.read(tx, found.session_id, 2 if stderr else 1))
+    async def work(reader: Reader) -> bytes:
+        found = await reader.session(session)
+        return await reader.database.read(lambda tx: outputs.read(tx, found.session_id, 2 if stderr else 1))
 
-    sys.stdout.buffer.write(with_runtime(work))
+    sys.stdout.buffer.write(with_reader(work))
     sys.stdout.buffer.flush()
 
 
 def diff(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """List the files that the session added, changed or removed, up to its newest checkpoint."""
 
-    async def work(runtime: Runtime) -> list[dict[str, Any]]:
+    async def work(runtime: "Runtime") -> list[dict[str, Any]]:
         found = await runtime.session(session)
         changes = await runtime.diff(found.session_id)
         return [{"what": change.what, "path": os.fsdecode(change.path)} for change in changes]
@@ -180,7 +196,7 @@ def pull(
     Points out files that could make this machine run code of the agent's (.git/hooks, .envrc, ...).
     """
 
-    async def work(runtime: Runtime) -> tuple[Path, Any]:
+    async def work(runtime: "Runtime") -> tuple[Path, Any]:
         found = await runtime.session(session)
         target = directory or Path(str(found.spec.get("workspace_source", "")))
         if not str(target):
@@ -198,11 +214,26 @@ def pull(
         err.print(printable(path), markup=False)
 
 
-def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
-    lock = runtime.home.lock(session.session_id)
+def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
+    """Where a session stands with its budget, what it waits on, and what a person can do about that."""
+    session = sessions.get(tx, session_id)
+    account = budgets.account(tx, session_id)
+    points = [] if session.status in ENDED else waitpoints.open_waitpoints(tx, session_id)
+    return {
+        "session": session_id,
+        "budget": None if account.limit is None else dollars_text(account.limit),
+        "spent": dollars_text(account.spent),
+        "reserved": dollars_text(account.reserved),
+        "waits_on": [{"kind": point.kind.value, "call": point.call_id, **point.data} for point in points],
+        "hint": f"torpor budget {session.name or session_id} --add DOLLARS lets it go on" if points else "",
+    }
+
+
+def _row(reader: Reader, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
+    lock = reader.home.lock(session.session_id)
     holder = read_holder(lock) if is_held(lock) else None
     node = f"pid {holder.pid}" if holder else ("none: resume it" if session.status in MAY_HOLD_SANDBOX else "")
-    age = (runtime.clock.wall_ns() - session.created_ns) / 1e9
+    age = (reader.clock.wall_ns() - session.created_ns) / 1e9
     return {
         "session": session.session_id,
         "name": session.name,

@@ -28,9 +28,9 @@ class Raw(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command("turns", short_help="One line a turn: model, tokens, tools, time.")(turns)
-    app.command("turn", short_help="What the model saw in a turn, and what it answered.")(turn)
-    app.command("diff-turns", short_help="What changed between the requests of two turns.")(diff_turns)
+    app.command("turns")(turns)
+    app.command("turn")(turn)
+    app.command("diff-turns")(diff_turns)
 
 
 def turns(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:

@@ -38,6 +38,7 @@ from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
 from torpor.runtime.home import Home
 from torpor.runtime.master_key import MasterKeys
+from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
@@ -78,7 +79,7 @@ class Request:
     """A workspace of any size may be copied."""
 
 
-class Runtime:
+class Runtime(Reader):
     """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
 
     def __init__(
@@ -93,12 +94,10 @@ class Runtime:
         stores: SessionStores,
         clock: Clock,
     ) -> None:
-        self.home = home
+        super().__init__(home=home, database=database, clock=clock)
         self.upstreams = upstreams
         self.prices = prices
         self.retention = retention
-        self.database = database
-        self.clock = clock
         self.backend = backend
         self.stores = stores
 
@@ -198,10 +197,6 @@ class Runtime:
             await records.release()
         finally:
             lock.release()
-
-    async def session(self, text: str) -> sessions.Session:
-        """Find a session by id, unique beginning of an id, or name."""
-        return await self.database.read(lambda tx: sessions.find(tx, text))
 
     async def newest_checkpoint(self, session_id: SessionId) -> Checkpoint:
         """The one whose files are the newest.
