@@ -107,6 +107,8 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
+            "parent": found.parent.session_id if found.parent else None,
+            "forked_at_seq": found.parent.seq if found.parent else None,
             "workspace_source": found.spec.get("workspace_source"),
             "image": found.spec.get("image", {}).get("name"),
         }
