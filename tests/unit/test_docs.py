@@ -266,3 +266,17 @@ def test_every_relative_link_resolves(path: Path) -> None:
 def test_no_page_uses_a_synonym_of_a_glossary_word(path: Path) -> None:
     found = [match[0] for match in AVOIDED.finditer(prose(path.read_text()))]
     assert found == []
+
+
+def test_every_test_that_the_claims_name_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page("docs/claims.md"))
+    assert len(named) > 50
+    tests = {file: (ROOT / "tests" / file).read_text() for file, _ in named}
+    assert [f"{file}::{test}" for file, test in named if f"def test_{test}(" not in tests[file]] == []
+
+
+def test_every_row_of_the_claims_names_a_test() -> None:
+    rows = [
+        line for line in page("docs/claims.md").splitlines() if line.startswith("| ") and "| shown by |" not in line
+    ]
+    assert [row for row in rows if "::" not in row] == []
