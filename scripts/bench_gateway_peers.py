@@ -201,6 +201,7 @@ async def serve_torpor(upstream_url: str, scratch: Path) -> None:
     from torpor.core.ids import new_session_id
     from torpor.db import sessions
     from torpor.db.database import open_database
+    from torpor.node import spare_collections
 
     directory = scratch / "torpor"
     directory.mkdir()
@@ -219,6 +220,7 @@ async def serve_torpor(upstream_url: str, scratch: Path) -> None:
     )
     try:
         async with stage.node():
+            spare_collections()  # As a node does.
             print(stage.url, flush=True)
             await asyncio.Event().wait()
     finally:

@@ -229,6 +229,7 @@ class Rows:
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
             "sessions.forget": {},
+            "log.hold": {"wall_ns": NOW},
             "log.append": {"drafts": [NOTE, NOTE], "wall_ns": NOW},
             "calls.intend": {"call": self.call, "head": REQUEST_HEAD, "body": self.body, "wall_ns": NOW},
             "calls.mark_sent": {"call_id": self.intended.call_id, "wall_ns": NOW},

@@ -5,16 +5,16 @@ What a command prints is compared by running it (tests/e2e/test_readme_tour.py);
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
 
 from torpor import config
-from torpor.cli.main import app
+from torpor.cli.commands import COMMANDS, load
 from torpor.core import errors
 from torpor.core.crash import CRASH_POINTS
 from torpor.core.events import Kind
@@ -97,19 +97,17 @@ def codes_in_source() -> set[str]:
 
 def commands() -> dict[str, list[str]]:
     """Every command with its options, those of a group by both their words."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    return dict(commands_of(group, ""))
+    return dict(commands_of({name: load(name) for name in COMMANDS}, ""))
 
 
-def commands_of(group: typer.core.TyperGroup, before: str) -> Iterator[tuple[str, list[str]]]:
-    for name, command in group.commands.items():
+def commands_of(commands: Mapping[str, Any], before: str) -> Iterator[tuple[str, list[str]]]:
+    for name, command in commands.items():
         words = [
             word for parameter in command.params if parameter.param_type_name == "option" for word in parameter.opts
         ]
         yield before + name, [word for word in words if word not in {"--help", "-h"}]
         if isinstance(command, typer.core.TyperGroup):
-            yield from commands_of(command, f"{before}{name} ")
+            yield from commands_of(command.commands, f"{before}{name} ")
 
 
 def section(text: str, heading: str) -> str:
@@ -268,3 +266,17 @@ def test_every_relative_link_resolves(path: Path) -> None:
 def test_no_page_uses_a_synonym_of_a_glossary_word(path: Path) -> None:
     found = [match[0] for match in AVOIDED.finditer(prose(path.read_text()))]
     assert found == []
+
+
+def test_every_test_that_the_claims_name_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page("docs/claims.md"))
+    assert len(named) > 50
+    tests = {file: (ROOT / "tests" / file).read_text() for file, _ in named}
+    assert [f"{file}::{test}" for file, test in named if f"def test_{test}(" not in tests[file]] == []
+
+
+def test_every_row_of_the_claims_names_a_test() -> None:
+    rows = [
+        line for line in page("docs/claims.md").splitlines() if line.startswith("| ") and "| shown by |" not in line
+    ]
+    assert [row for row in rows if "::" not in row] == []

@@ -4,18 +4,20 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.unit.db.scene import NOW, Scene, new_scene
+from tests.unit.db.scene import NOW, Scene, acquire, new_scene
 from typer.testing import CliRunner
 
 from torpor.cli.main import app
 from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
-from torpor.core.events import Kind
-from torpor.core.ids import CallId
+from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import CallId, SessionId, new_session_id
 from torpor.core.money import Bill
-from torpor.db import budgets, calls, log, notes, redaction, requests, verify
+from torpor.db import budgets, calls, checkpoints, log, notes, redaction, requests, sessions, verify
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import heads, spans, transfer, turns
 from torpor.runtime.home import Home
@@ -63,6 +65,77 @@ async def test_turns_say_what_each_cost(scene: Scene, tmp_path: Path, monkeypatc
     await scene.write(lambda tx: scene.answer(tx, b"of unknown price"), durable=True)
     done = await asyncio.to_thread(CliRunner().invoke, app, ["turns", scene.session_id, "--json"])
     assert [json.loads(line)["cost"] for line in done.stdout.splitlines()] == ["0.0000015", None]
+
+
+async def test_a_lineage_costs_what_all_of_its_sessions_cost(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORPOR_HOME", str(tmp_path))
+    await scene.write(lambda tx: scene.answer(tx, b"paid once", bill=Bill(cost_nanousd=1_500, prices="config.toml 1")))
+    child = SessionId(f"{scene.session_id[:-1]}{'1' if scene.session_id[-1] == '0' else '0'}")
+
+    def fork(tx: Transaction) -> int:
+        parent = sessions.Parent(session_id=scene.session_id, seq=2)
+        sessions.create(tx, session_id=child, name="child", spec={}, wall_ns=NOW + 1, parent=parent)
+        return acquire(tx, child, seen_token=0)
+
+    forked = Scene(scene.database, child, await scene.write(fork, durable=True))
+    for bill in (Bill(cost_nanousd=500, prices="config.toml 1"), None):
+        await forked.write(lambda tx, bill=bill: forked.answer(tx, b"a", bill=bill), durable=True)
+
+    async def costs(*arguments: str) -> dict[str, Any]:
+        done = await asyncio.to_thread(CliRunner().invoke, app, ["cost", *arguments, "--json"])
+        return json.loads(done.stdout)
+
+    alone, together = await costs("child"), await costs("child", "--lineage")
+    assert (alone["cost"], len(alone["calls"]), alone["without_cost"]) == ("0.0000005", 2, 1)
+    assert (together["cost"], together["input_tokens"], together["without_cost"]) == ("0.000002", 3, 1)
+    [model] = together["models"]
+    assert (model["calls"], model["cost"], model["input_tokens"]) == (3, "0.000002", 3)
+    lines = [(line["session"], line["parent"], line["calls"], line["cost"]) for line in together["sessions"]]
+    assert lines == [(scene.session_id, None, 1, "0.0000015"), (child, scene.session_id, 2, "0.0000005")]
+    assert await costs(scene.session_id, "--lineage") == together | {"session": scene.session_id}
+
+
+async def test_a_fork_comes_back_from_its_export_with_its_parent(scene: Scene, tmp_path: Path) -> None:
+    child = new_session_id(NOW + 10**9)
+    parent = sessions.Parent(session_id=scene.session_id, seq=2)
+    await scene.write(
+        lambda tx: sessions.create(tx, session_id=child, name=None, spec={}, wall_ns=NOW, parent=parent), durable=True
+    )
+    lines = await scene.read(lambda tx: [json.dumps(line) for line in transfer.export_lines(tx, child)])
+    other, _ = await imported(tmp_path / "other", lines)
+    assert (await other.read(lambda tx: sessions.get(tx, child))).parent == parent
+    await other.close()
+    forged = [lines[0].replace('"forked_at_seq": 2', '"forked_at_seq": 1'), *lines[1:]]
+    with pytest.raises(InvalidInput, match="its log does not hold"):
+        await imported(tmp_path / "forged", forged)
+
+
+async def test_turns_tell_standing_still_from_not_living(scene: Scene) -> None:
+    """A checkpoint in the first turn; in the second a death with a restore; in the third a node's death alone."""
+    second = 1_000_000_000
+
+    def event(tx: Transaction, kind: Kind, incarnation: int, at: int, **data: object) -> None:
+        draft = EventDraft(kind=kind, incarnation=incarnation, data=data)
+        log.append(tx, **scene.owner, drafts=[draft], wall_ns=NOW + at * second)
+
+    def work(tx: Transaction) -> None:
+        event(tx, Kind.RECOVERY_CHOSEN, 1, 0, mode="boot")
+        call_id = scene.answer(tx, b"1")
+        point = replace(scene.checkpoint(1, calls.load_call(tx, call_id).intended_seq), freeze_ns=7)
+        checkpoints.commit(tx, **scene.owner, checkpoint=point, wall_ns=NOW)
+        scene.answer(tx, b"2")
+        event(tx, Kind.INCARNATION_ENDED, 1, 3)
+        event(tx, Kind.LEASE_ACQUIRED, 1, 4)
+        event(tx, Kind.RECOVERY_CHOSEN, 2, 5, mode="restore")
+        scene.answer(tx, b"3")
+        event(tx, Kind.LEASE_ACQUIRED, 2, 6)
+        event(tx, Kind.RECOVERY_CHOSEN, 2, 60, mode="adopt")
+
+    await scene.write(work)
+    listed = await scene.read(lambda tx: turns.list_turns(tx, scene.session_id))
+    assert [(turn.frozen_ns, turn.down_ns) for turn in listed] == [(7, 0), (0, 5 * second), (0, 0)]
 
 
 async def test_unknown_turn_is_not_found(scene: Scene) -> None:

@@ -1,22 +1,20 @@
 """What sessions cost: `torpor cost` by model and call, `torpor budget` with the way to raise it."""
 
 import asyncio
-import os
 from typing import Annotated, Any
 
 import typer
 
 from torpor import wire
 from torpor.cli.printer import out, print_json, print_rows
+from torpor.cli.reading import standing, with_reader
 from torpor.core.call import Call
-from torpor.core.clock import SystemClock
-from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text, parse_dollars
-from torpor.core.session import ENDED
-from torpor.db import budgets, calls, sessions, waitpoints
+from torpor.db import calls, sessions
 from torpor.db.database import Transaction
+from torpor.db.sessions import Session
 from torpor.node import open_node, socket_of
-from torpor.runtime.runtime import open_runtime
+from torpor.runtime.reader import Reader
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 NODE_DEADLINE_SECONDS = 30
@@ -24,25 +22,32 @@ _TOKENS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_cr
 
 
 def register(app: typer.Typer) -> None:
-    app.command("cost", short_help="What a session's calls cost, by model and by call.")(cost)
-    app.command("budget", short_help="What a session may spend; raises it.")(budget)
+    app.command("cost")(cost)
+    app.command("budget")(budget)
 
 
 def cost(
     session: Annotated[str, SESSION],
+    lineage: Annotated[
+        bool, typer.Option("--lineage", help="With all that it comes from, and all from those.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show what a session's model calls cost, in US dollars, by model and by call.
+    """Show what a session's model calls cost, in US dollars, by model and by call; or a whole lineage, by session.
 
     A call whose model has no known price, or whose answer counted no tokens, has no cost. `[prices]` in config.toml
     gives prices for the calls to come.
     """
-    report = asyncio.run(_report(session))
+    report = with_reader(lambda reader: _report(reader, session, lineage=lineage))
     if json:
         print_json(report)
         return
-    columns = ("number", "call", "model", "state", "attempts", "input_tokens", "output_tokens", "cost")
-    print_rows(report["calls"], columns, as_json=False, empty="no model calls yet")
+    counted = ("input_tokens", "output_tokens", "cost")
+    if lineage:
+        print_rows(report["sessions"], ("session", "name", "parent", "calls", *counted), as_json=False, empty="")
+    else:
+        columns = ("number", "call", "model", "state", "attempts", *counted)
+        print_rows(report["calls"], columns, as_json=False, empty="no model calls yet")
     for model in report["models"]:
         out.print(f"{model['model'] or '(no model)'}: {model['calls']} calls, {_dollars(model['cost'])}", markup=False)
     out.print(f"in all {_dollars(report['cost'])}{_unknown(report['without_cost'])}", markup=False)
@@ -70,21 +75,6 @@ def budget(
         out.print(state["hint"], markup=False)
 
 
-def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
-    """Where a session stands with its budget, what it waits on, and what a person can do about that."""
-    session = sessions.get(tx, session_id)
-    account = budgets.account(tx, session_id)
-    points = [] if session.status in ENDED else waitpoints.open_waitpoints(tx, session_id)
-    return {
-        "session": session_id,
-        "budget": None if account.limit is None else dollars_text(account.limit),
-        "spent": dollars_text(account.spent),
-        "reserved": dollars_text(account.reserved),
-        "waits_on": [{"kind": point.kind.value, "call": point.call_id, **point.data} for point in points],
-        "hint": f"torpor budget {session.name or session_id} --add DOLLARS lets it go on" if points else "",
-    }
-
-
 async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
     async with open_node() as node:
         runtime = node.runtime
@@ -99,41 +89,57 @@ async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
         return await runtime.database.read(lambda tx: standing(tx, session_id))
 
 
-async def _report(text: str) -> dict[str, Any]:
-    async with open_runtime(os.environ, SystemClock()) as runtime:
-        session_id = (await runtime.session(text)).session_id
-        made = await runtime.database.read(lambda tx: calls.load_calls(tx, session_id))
-    rows = [_row(number, call) for number, call in enumerate((call for call in made if call.is_llm), 1)]
+async def _report(reader: Reader, text: str, *, lineage: bool) -> dict[str, Any]:
+    def read(tx: Transaction) -> list[tuple[Session, list[Call]]]:
+        found = sessions.find(tx, text)
+        counted = sessions.lineage(tx, found.session_id) if lineage else [found]
+        return [(one, [call for call in calls.load_calls(tx, one.session_id) if call.is_llm]) for one in counted]
+
+    session_id = (await reader.session(text)).session_id
+    by_session = await reader.database.read(read)
+    made = [call for _, of_it in by_session for call in of_it]
     by_model: dict[str | None, list[Call]] = {}
     for call in made:
-        if call.is_llm:
-            by_model.setdefault(call.model, []).append(call)
+        by_model.setdefault(call.model, []).append(call)
+    models = [{"model": model, "calls": len(of_it), **_sums(of_it)} for model, of_it in by_model.items()]
+    total = {"session": session_id, **_sums(made), "models": models}
+    if not lineage:
+        return total | {"calls": [_row(number, call) for number, call in enumerate(made, 1)]}
+    return total | {"sessions": [_line(one, of_it) for one, of_it in by_session]}
+
+
+def _line(session: Session, made: list[Call]) -> dict[str, Any]:
+    """One session of a lineage."""
+    parent = session.parent
     return {
-        "session": session_id,
-        "cost": _total([call for call in made if call.is_llm]),
-        "without_cost": sum(row["without_cost"] for row in rows),
-        "models": [
-            {"model": model, "calls": len(of_it), "cost": _total(of_it), **_tokens(of_it)}
-            for model, of_it in by_model.items()
-        ],
-        "calls": rows,
+        "session": session.session_id,
+        "name": session.name,
+        "parent": None if parent is None else parent.session_id,
+        "forked_at_seq": None if parent is None else parent.seq,
+        "calls": len(made),
+        **_sums(made),
     }
 
 
 def _row(number: int, call: Call) -> dict[str, Any]:
-    unknown = sum(attempt.cost_nanousd is None for attempt in call.attempts)
-    # The gateway's own words in place of an answer are an attempt without a cost.
-    unknown = 0 if call.state.value == "failed" else unknown
     return {
         "number": number,
         "call": call.call_id,
         "model": call.model,
         "state": call.state.value,
         "attempts": len(call.attempts),
-        **_tokens([call]),
-        "cost": _total([call]),
-        "without_cost": unknown,
+        **_sums([call]),
     }
+
+
+def _sums(made: list[Call]) -> dict[str, Any]:
+    """Tokens, known costs, and how many attempts have none that is known."""
+    return {**_tokens(made), "cost": _total(made), "without_cost": sum(map(_without_cost, made))}
+
+
+def _without_cost(call: Call) -> int:
+    # The gateway's own words in place of an answer are an attempt without a cost.
+    return 0 if call.state.value == "failed" else sum(attempt.cost_nanousd is None for attempt in call.attempts)
 
 
 def _tokens(made: list[Call]) -> dict[str, int]:

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True, help="Show the keys of the snapshots, or change the master key.")
     group.callback()(show)
     group.command("rotate", short_help="Make a new master key, and wrap every key by it.")(rotate_master)
-    app.add_typer(group, name="keys", short_help="The keys of the snapshots, by their ids.")
+    app.add_typer(group, name="keys")
 
 
 def show(context: typer.Context, json: Annotated[bool, JSON] = False) -> None:

@@ -19,10 +19,10 @@ NODE_DEADLINE_SECONDS = 120
 
 
 def register(app: typer.Typer) -> None:
-    app.command("checkpoint", short_help="Make a checkpoint now.")(checkpoint)
-    app.command("kill", short_help="End a session for good.")(kill)
-    app.command("stop", short_help="Checkpoint a session and free its sandbox.")(stop)
-    app.command("rm", short_help="Forget a session that does not run.")(remove)
+    app.command("checkpoint")(checkpoint)
+    app.command("kill")(kill)
+    app.command("stop")(stop)
+    app.command("rm")(remove)
 
 
 def checkpoint(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:

@@ -20,8 +20,8 @@ JSON = typer.Option("--json", help="One finding a line as JSON.")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("setup", short_help="Find or fetch runsc, and test it.")(setup)
-    app.command("doctor", short_help="Say what this machine lacks, and the remedy.")(doctor)
+    app.command("setup")(setup)
+    app.command("doctor")(doctor)
 
 
 def setup(

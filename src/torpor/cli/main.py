@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from torpor import __version__
-from torpor.cli import costs, keys, lifecycle, machine, reading, running, search, transfer, trust, turns, waiting
+from torpor.cli.commands import COMMANDS, MARKUP, CommandTable
 from torpor.cli.printer import err, print_error
 from torpor.core.errors import TorporError, innermost
 
@@ -19,18 +19,22 @@ Otherwise 0 done, 64 wrong input, 66 not found, 69 this machine lacks something,
 130 interrupted.
 """
 
+NOT_GIVEN = {"help": False, "install_completion": False, "show_completion": False} | {
+    name: {"help": False} for name in COMMANDS
+}
+"""Typer's own flags are None without this, and for a None it imports pydantic: longer than all of `torpor ls`."""
+
 app = typer.Typer(
     name="torpor",
+    cls=CommandTable,
     help="Runs any AI agent as a durable session: kill -9 anything, `torpor resume`, and it goes on.",
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     add_completion=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=MARKUP,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": NOT_GIVEN},
 )
-for group in (running, reading, waiting, turns, search, costs, trust, transfer, lifecycle, keys, machine):
-    group.register(app)
 
 
 def _print_version(wanted: bool) -> None:

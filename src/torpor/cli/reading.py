@@ -5,12 +5,10 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from torpor.cli import timeline
-from torpor.cli.costs import standing
 from torpor.cli.printer import (
     cell,
     err,
@@ -23,19 +21,23 @@ from torpor.cli.printer import (
     print_rows,
     printable,
 )
-from torpor.core.call import Call, CallState
-from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
-from torpor.core.events import Kind
-from torpor.core.ids import CallId
+from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text
 from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
-from torpor.core.way_back import way_back
-from torpor.db import budgets, calls, checkpoints, log, outputs, sessions
+from torpor.core.waitpoint import Waitpoint, WaitpointKind
+from torpor.db import budgets, sessions, waitpoints
+from torpor.db.database import Transaction
 from torpor.runtime.leasing import is_held, read_holder
-from torpor.runtime.runtime import Runtime, open_runtime
+from torpor.runtime.reader import Reader, open_reader
 from torpor.runtime.staging import Staging
+
+if TYPE_CHECKING:
+    from torpor.core.call import Call
+    from torpor.core.checkpoint import Checkpoint
+    from torpor.core.ids import CallId
+    from torpor.runtime.runtime import Runtime
 
 T = TypeVar("T")
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
@@ -43,17 +45,27 @@ JSON = typer.Option("--json", help="One JSON object a line.")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ls", short_help="List sessions.")(ls)
-    app.command("show", short_help="Show one session.")(show)
-    app.command("log", short_help="The session's timeline, or its events.")(timeline.log)
-    app.command("output", short_help="What the agent wrote to stdout and stderr.")(output)
-    app.command("checkpoints", short_help="List a session's checkpoints.")(list_checkpoints)
-    app.command("diff", short_help="What the session changed in its workspace.")(diff)
-    app.command("pull", short_help="Bring the session's workspace back.")(pull)
+    app.command("ls")(ls)
+    app.command("show")(show)
+    app.command("output")(output)
+    app.command("checkpoints")(list_checkpoints)
+    app.command("diff")(diff)
+    app.command("pull")(pull)
 
 
-def with_runtime(work: Callable[[Runtime], Awaitable[T]]) -> T:
+def with_reader(work: Callable[[Reader], Awaitable[T]]) -> T:
+    """Run one piece of work on rows of sessions alone."""
+
+    async def opened() -> T:
+        async with open_reader(os.environ, SystemClock()) as reader:
+            return await work(reader)
+
+    return asyncio.run(opened())
+
+
+def with_runtime(work: Callable[["Runtime"], Awaitable[T]]) -> T:
     """Run one piece of work on an open runtime."""
+    from torpor.runtime.runtime import open_runtime
 
     async def opened() -> T:
         async with open_runtime(os.environ, SystemClock()) as runtime:
@@ -68,27 +80,29 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
     A session that says `running` without a node has lost it: `torpor resume` goes on with it.
     """
 
-    async def work(runtime: Runtime) -> list[dict[str, Any]]:
-        found = await runtime.database.read(sessions.list_newest)
-        spent = await runtime.database.read(budgets.costs)
-        return [_row(runtime, session, spent.get(session.session_id)) for session in found]
+    async def work(reader: Reader) -> list[dict[str, Any]]:
+        found = await reader.database.read(sessions.list_newest)
+        spent = await reader.database.read(budgets.costs)
+        return [_row(reader, session, spent.get(session.session_id)) for session in found]
 
     columns = ("session", "name", "status", "node", "tier", "age", "events", "cost", "command")
-    print_rows(with_runtime(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
+    print_rows(with_reader(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
 
 
 def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Show one session: its status, its node, its calls and checkpoints, and how far back a crash would go."""
+    from torpor.core.events import Kind
+    from torpor.db import calls, checkpoints, log
 
-    async def work(runtime: Runtime) -> dict[str, Any]:
-        found = await runtime.session(session)
-        points = await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
-        made = await runtime.database.read(lambda tx: calls.load_calls(tx, found.session_id))
+    async def work(reader: Reader) -> dict[str, Any]:
+        found = await reader.session(session)
+        points = await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
+        made = await reader.database.read(lambda tx: calls.load_calls(tx, found.session_id))
         newest = max(points, key=lambda point: point.seq, default=None)
-        spent = await runtime.database.read(budgets.costs)
-        state = await runtime.database.read(lambda tx: standing(tx, found.session_id))
-        counts = await runtime.database.read(lambda tx: log.counts(tx, found.session_id))
-        return _row(runtime, found, spent.get(found.session_id)) | {
+        spent = await reader.database.read(budgets.costs)
+        state = await reader.database.read(lambda tx: standing(tx, found.session_id))
+        counts = await reader.database.read(lambda tx: log.counts(tx, found.session_id))
+        return _row(reader, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
             "attempts": sum(len(call.attempts) for call in made),
@@ -97,17 +111,19 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "newest_checkpoint": newest.number if newest else None,
             "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
-            **_crash(runtime, found, points, made),
+            **_crash(reader, found, points, made),
             "turns_skipped": counts[Kind.CHECKPOINT_SKIPPED],
             "checkpoints_overtaken": counts[Kind.CHECKPOINT_OVERTAKEN],
-            **_in_memory(runtime, found, points),
+            **_in_memory(reader, found, points),
             "stored_bytes": sum(point.stored_bytes for point in points),
             "exit_status": found.exit_status,
+            "parent": found.parent.session_id if found.parent else None,
+            "forked_at_seq": found.parent.seq if found.parent else None,
             "workspace_source": found.spec.get("workspace_source"),
             "image": found.spec.get("image", {}).get("name"),
         }
 
-    fields = with_runtime(work)
+    fields = with_reader(work)
     if json:
         print_json(fields)
         return
@@ -118,10 +134,11 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
 
 def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """List a session's checkpoints, oldest first: when, why, how long the agent stood still, what they cost."""
+    from torpor.db import checkpoints
 
-    async def work(runtime: Runtime) -> list[Checkpoint]:
-        found = await runtime.session(session)
-        return await runtime.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
+    async def work(reader: Reader) -> list["Checkpoint"]:
+        found = await reader.session(session)
+        return await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
 
     rows = [
         {
@@ -141,7 +158,7 @@ def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSO
             "wall_ns": point.wall_ns,
             "snapshot": point.snapshot_id,
         }
-        for point in with_runtime(work)
+        for point in with_reader(work)
     ]
     columns = ("number", "seq", "reason", "incarnation", "open_calls", "froze", "committed_in", "image", "stored")
     print_rows(rows, columns, as_json=json, empty="no checkpoints")
@@ -152,19 +169,20 @@ def output(
     stderr: Annotated[bool, typer.Option("--stderr", help="Its stderr instead of its stdout.")] = False,
 ) -> None:
     """Print what the agent wrote, byte for byte, each byte once however often it was restored."""
+    from torpor.db import outputs
 
-    async def work(runtime: Runtime) -> bytes:
-        found = await runtime.session(session)
-        return await runtime.database.read(lambda tx: outputs.read(tx, found.session_id, 2 if stderr else 1))
+    async def work(reader: Reader) -> bytes:
+        found = await reader.session(session)
+        return await reader.database.read(lambda tx: outputs.read(tx, found.session_id, 2 if stderr else 1))
 
-    sys.stdout.buffer.write(with_runtime(work))
+    sys.stdout.buffer.write(with_reader(work))
     sys.stdout.buffer.flush()
 
 
 def diff(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """List the files that the session added, changed or removed, up to its newest checkpoint."""
 
-    async def work(runtime: Runtime) -> list[dict[str, Any]]:
+    async def work(runtime: "Runtime") -> list[dict[str, Any]]:
         found = await runtime.session(session)
         changes = await runtime.diff(found.session_id)
         return [{"what": change.what, "path": os.fsdecode(change.path)} for change in changes]
@@ -190,7 +208,7 @@ def pull(
     Points out files that could make this machine run code of the agent's (.git/hooks, .envrc, ...).
     """
 
-    async def work(runtime: Runtime) -> tuple[Path, Any]:
+    async def work(runtime: "Runtime") -> tuple[Path, Any]:
         found = await runtime.session(session)
         target = directory or Path(str(found.spec.get("workspace_source", "")))
         if not str(target):
@@ -208,17 +226,44 @@ def pull(
         err.print(printable(path), markup=False)
 
 
-def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
-    lock = runtime.home.lock(session.session_id)
+def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
+    """Where a session stands with its budget, what it waits on, and what a person can do about that."""
+    session = sessions.get(tx, session_id)
+    account = budgets.account(tx, session_id)
+    points = [] if session.status in ENDED else waitpoints.open_waitpoints(tx, session_id)
+    return {
+        "session": session_id,
+        "budget": None if account.limit is None else dollars_text(account.limit),
+        "spent": dollars_text(account.spent),
+        "reserved": dollars_text(account.reserved),
+        "waits_on": [{"kind": point.kind.value, "call": point.call_id, **point.data} for point in points],
+        "hint": _hint(session, points),
+    }
+
+
+def _hint(session: sessions.Session, points: Sequence[Waitpoint]) -> str:
+    """The command that lets it go on."""
+    name = session.name or session.session_id
+    told = {
+        WaitpointKind.BUDGET: f"torpor budget {name} --add DOLLARS lets it go on",
+        WaitpointKind.ASK: f"torpor waitpoints {name} shows what it asks, torpor resolve {name} ANSWER answers",
+        WaitpointKind.MESSAGE: f"torpor send {name} TEXT is what it waits for",
+        WaitpointKind.TIMER: f"torpor resolve {name} lets it go on before its time",
+    }
+    return told[points[0].kind] if points else ""
+
+
+def _row(reader: Reader, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
+    lock = reader.home.lock(session.session_id)
     holder = read_holder(lock) if is_held(lock) else None
     node = f"pid {holder.pid}" if holder else ("none: resume it" if session.status in MAY_HOLD_SANDBOX else "")
-    age = (runtime.clock.wall_ns() - session.created_ns) / 1e9
+    age = (reader.clock.wall_ns() - session.created_ns) / 1e9
     return {
         "session": session.session_id,
         "name": session.name,
         "status": session.status.value,
         "node": node,
-        "tier": _tier(runtime, session),
+        "tier": _tier(reader, session),
         "age": human_age(age),
         "events": session.head_seq,
         "cost": None if cost_nanousd is None else dollars_text(cost_nanousd),
@@ -227,27 +272,30 @@ def _row(runtime: Runtime, session: sessions.Session, cost_nanousd: int | None) 
     }
 
 
-def _tier(runtime: Runtime, session: sessions.Session) -> str | None:
+def _tier(reader: Reader, session: sessions.Session) -> str | None:
     """Where the session's memory is, from the quickest to go on with to the slowest: sandbox, memory, store."""
     if session.status in ENDED:
         return None
     if session.status in MAY_HOLD_SANDBOX:
         return "sandbox"
-    return "memory" if Staging(runtime.home.root, session.session_id).images() else "store"
+    return "memory" if Staging(reader.home.root, session.session_id).images() else "store"
 
 
 def _crash(
-    runtime: Runtime, session: sessions.Session, points: Sequence[Checkpoint], made: Sequence[Call]
+    reader: Reader, session: sessions.Session, points: Sequence["Checkpoint"], made: Sequence["Call"]
 ) -> dict[str, Any]:
     """How far back a crash would go now; of a session that does not run, nothing would."""
-    has_node = is_held(runtime.home.lock(session.session_id))
+    from torpor.core.call import CallState
+    from torpor.core.way_back import way_back
+
+    has_node = is_held(reader.home.lock(session.session_id))
     by_id = {call.call_id: call for call in made}
 
-    def pump_alive(call_id: CallId) -> bool:
+    def pump_alive(call_id: "CallId") -> bool:
         return has_node and by_id[call_id].state is CallState.SENT
 
     back = way_back(points, by_id, pump_alive) if session.status in MAY_HOLD_SANDBOX else None
-    seconds = max(0, runtime.clock.wall_ns() - back.checkpoint.wall_ns) // 1_000_000_000 if back else None
+    seconds = max(0, reader.clock.wall_ns() - back.checkpoint.wall_ns) // 1_000_000_000 if back else None
     return {
         "crash_goes_back_to": back.checkpoint.number if back else None,
         "crash_undoes_turns": back.turns if back else None,
@@ -256,11 +304,11 @@ def _crash(
     }
 
 
-def _in_memory(runtime: Runtime, session: sessions.Session, points: Sequence[Checkpoint]) -> dict[str, Any]:
+def _in_memory(reader: Reader, session: sessions.Session, points: Sequence["Checkpoint"]) -> dict[str, Any]:
     """The session's images in memory; those that no checkpoint names wait for the store, as long as a node is there."""
-    images = Staging(runtime.home.root, session.session_id).images()
+    images = Staging(reader.home.root, session.session_id).images()
     stored = {point.snapshot_id for point in points}
-    has_node = is_held(runtime.home.lock(session.session_id))
+    has_node = is_held(reader.home.lock(session.session_id))
     return {
         "waiting_for_the_store": len(images.keys() - stored) if has_node else 0,
         "in_memory_bytes": sum(images.values()),

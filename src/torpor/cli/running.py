@@ -44,10 +44,8 @@ class TerminalWatcher(Watcher):
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
-        "run", context_settings={"allow_interspersed_args": False}, short_help="Run a command as a durable session."
-    )(run)
-    app.command("resume", short_help="Go on with a session whose node or sandbox died.")(resume)
+    app.command("run", context_settings={"allow_interspersed_args": False})(run)
+    app.command("resume")(resume)
 
 
 def run(

@@ -12,7 +12,7 @@ from torpor.runtime.search import MARK_END, MARK_START, Match, open_index
 
 
 def register(app: typer.Typer) -> None:
-    app.command("search", short_help="Find words in requests, answers, output and events.")(search)
+    app.command("search")(search)
 
 
 def search(

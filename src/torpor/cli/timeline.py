@@ -25,6 +25,10 @@ FOLLOW_SECONDS = 0.25
 NOTE_CHARACTERS_SHOWN = 200
 
 
+def register(app: typer.Typer) -> None:
+    app.command("log")(log)
+
+
 def log(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")],
     json: Annotated[bool, typer.Option("--json", help="One event a line, with all its fields.")] = False,

@@ -20,8 +20,8 @@ from torpor.runtime.runtime import Runtime
 
 
 def register(app: typer.Typer) -> None:
-    app.command("export", short_help="Write a session's context to a file, or as OpenTelemetry spans.")(export)
-    app.command("import", short_help="Bring an exported session back, to be read.")(import_)
+    app.command("export")(export)
+    app.command("import")(import_)
 
 
 def export(

@@ -27,8 +27,8 @@ _EVENTS_SHOWN = 20
 
 
 def register(app: typer.Typer) -> None:
-    app.command("redact", short_help="Erase content of a session for good.")(redact)
-    app.command("head", short_help="The head of a session's log; sign it, or check a signature.")(head)
+    app.command("redact")(redact)
+    app.command("head")(head)
 
 
 def redact(

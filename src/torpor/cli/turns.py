@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import human_bytes, milliseconds, out, print_json, print_rows, printable
+from torpor.cli.printer import human_age, human_bytes, milliseconds, out, print_json, print_rows, printable
 from torpor.cli.reading import JSON, SESSION, with_runtime
 from torpor.core.money import dollars_text
 from torpor.gateway.transcript import Asked, Message, Part
@@ -28,16 +28,16 @@ class Raw(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command("turns", short_help="One line a turn: model, tokens, tools, time.")(turns)
-    app.command("turn", short_help="What the model saw in a turn, and what it answered.")(turn)
-    app.command("diff-turns", short_help="What changed between the requests of two turns.")(diff_turns)
+    app.command("turns")(turns)
+    app.command("turn")(turn)
+    app.command("diff-turns")(diff_turns)
 
 
 def turns(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """List a session's turns, oldest first: model, tokens, cache hits, time, and the tools with their results.
 
     THINKING is from sending the request to the end of the answer, FROZEN how long the agent stood still for
-    checkpoints or did not live. COST is empty where no price is known.
+    checkpoints, DOWN how long it did not live: dead or asleep. COST is empty where no price is known.
     """
 
     async def work(runtime: Runtime) -> list[Turn]:
@@ -45,7 +45,8 @@ def turns(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False)
         return await runtime.database.read(lambda tx: turn_log.list_turns(tx, found.session_id))
 
     rows = [_row(turn) if json else _row(turn) | _told(turn) for turn in with_runtime(work)]
-    columns = ("turn", "model", "input", "output", "cached", "cost", "thinking", "frozen", "attempts", "ended", "tools")
+    times = ("thinking", "frozen", "down")
+    columns = ("turn", "model", "input", "output", "cached", "cost", *times, "attempts", "ended", "tools")
     print_rows(rows, columns, as_json=json, empty="no turns yet")
 
 
@@ -118,6 +119,7 @@ def _row(turn: Turn) -> dict[str, Any]:
         "cost": None if turn.call.cost_nanousd is None else dollars_text(turn.call.cost_nanousd),
         "thinking_ns": turn.thinking_ns,
         "frozen_ns": turn.frozen_ns,
+        "down_ns": turn.down_ns,
         "attempts": len(turn.call.attempts),
         "repeated": turn.repeated,
         "finish_reason": turn.finish_reason,
@@ -142,6 +144,7 @@ def _told(turn: Turn) -> dict[str, Any]:
         "cached": usage.get("cache_read_input_tokens"),
         "thinking": None if turn.thinking_ns is None else f"{turn.thinking_ns / 1e9:.1f} s",
         "frozen": milliseconds(turn.frozen_ns),
+        "down": human_age(turn.down_ns / 1e9) if turn.down_ns else None,
         "ended": printable(_short(turn.error or turn.damage or turn.finish_reason or turn.call.state.value, 60)),
         "tools": tools,
     }

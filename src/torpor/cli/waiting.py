@@ -31,10 +31,10 @@ _BY_A_PERSON = frozenset({WaitpointKind.ASK, WaitpointKind.TIMER})
 
 
 def register(app: typer.Typer) -> None:
-    app.command("waitpoints", short_help="List what sessions wait on.")(list_waitpoints)
-    app.command("resolve", short_help="Answer a session's question, or end its sleep.")(resolve)
-    app.command("send", short_help="Send a session a message.")(send)
-    app.command("tail", short_help="The messages that a session sends out.")(tail)
+    app.command("waitpoints")(list_waitpoints)
+    app.command("resolve")(resolve)
+    app.command("send")(send)
+    app.command("tail")(tail)
 
 
 def list_waitpoints(

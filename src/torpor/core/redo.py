@@ -87,6 +87,10 @@ class RedoSet:
             self.diverge()
         return None
 
+    def offers(self, key: RequestKey) -> bool:
+        """Whether a call answers this request."""
+        return self._find(key) is not None
+
     def leaves_path(self, key: RequestKey) -> bool:
         """Whether `match` of this request would be the divergence: a policy decides about it before it is matched."""
         return bool(self._expected) and self._find(key) is None

@@ -18,7 +18,7 @@ LINE_BYTES_MAX = 1 << 20
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 _QUOTE, _COMMA, _OPENING, _ENDING = ord('"'), ord(","), frozenset(b"[{"), frozenset(b",}")
 _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
-_USAGE, _FIELD = b'"usage"', b"data:"
+_USAGE, _FIELD, _OBJECT = b'"usage"', b"data:", re.compile(rb"data:\s*+\{")
 _CLEAR_NULL = re.compile(
     rb'"usage"\s*+:\s*+null(?:(?=\s*+\}\s*+\Z)|(\s*+,\s*+)'
     rb'(?=(?:"[^"\\]*+"\s*+:\s*+(?:"[^"\\]*+"|[\w.+-]++)\s*+(?:,\s*+|(?=\})))++\}\s*+\Z))'
@@ -135,7 +135,7 @@ def hidden_alike(true: bytes, masked: bytes) -> bytes:
 
 def _hiding(line: bytes) -> Edit | None:
     """What is taken out of a line; from its start on, the whole of it."""
-    if not line.startswith(_FIELD) or _USAGE not in line or len(line) > LINE_BYTES_MAX:
+    if _OBJECT.match(line) is None or _USAGE not in line or len(line) > LINE_BYTES_MAX:
         return None
     at = line.index(_USAGE)
     if (clear := _CLEAR_NULL.match(line, at)) is not None and line.count(_USAGE) == 1:

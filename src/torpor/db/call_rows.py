@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torpor.core.call import Attempt, Call, CallState, RequestKey, ResponseHead
@@ -45,7 +45,11 @@ class Chunk:
 
 def head_digest(head: ResponseHead) -> str:
     """SHA-256 (hex) of a response head, by which the log covers it."""
-    return hashlib.sha256(head_text(head).encode()).hexdigest()
+    return _digest_of_head(head_text(head))
+
+
+def _digest_of_head(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def body_facts(chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -74,6 +78,24 @@ def intent_data(call: NewCall | Call) -> dict[str, Any]:
         "request_bytes": call.request_bytes,
         "key": asdict(call.key),
     }
+
+
+def intended_call(session_id: SessionId, call: NewCall, *, intended_seq: int) -> Call:
+    """A new call as its row has it."""
+    return Call(
+        call_id=call.call_id,
+        session_id=session_id,
+        state=CallState.INTENDED,
+        key=call.key,
+        **_about(call),
+        incarnation=call.incarnation,
+        stream=call.stream,
+        request_bytes=call.request_bytes,
+        intended_seq=intended_seq,
+        ended_seq=None,
+        attempts=(),
+        usage={},
+    )
 
 
 def insert_call(tx: Transaction, session_id: SessionId, owner_token: int, call: NewCall, *, intended_seq: int) -> None:
@@ -132,19 +154,24 @@ def open_attempt(
         raise refusal(tx, call.session_id, owner_token, changed(call.call_id))
 
 
-def set_head(tx: Transaction, call: Call, owner_token: int, attempt: int, head: ResponseHead) -> None:
+def set_head(
+    tx: Transaction, session_id: SessionId, owner_token: int, call_id: CallId, attempt: int, head: ResponseHead
+) -> str:
+    """Keep a head with its attempt; gives its `head_digest`."""
+    text = head_text(head)
     if not tx.run(
         "call/set_head_fenced",
-        session_id=call.session_id,
+        session_id=session_id,
         owner_token=owner_token,
-        call_id=call.call_id,
+        call_id=call_id,
         number=attempt,
-        head=head_text(head),
+        head=text,
     ):
         otherwise = Conflict(
-            "head_refused", f"cannot record a head of call {call.call_id}: attempt {attempt} does not wait for one"
+            "head_refused", f"cannot record a head of call {call_id}: attempt {attempt} does not wait for one"
         )
-        raise refusal(tx, call.session_id, owner_token, otherwise)
+        raise refusal(tx, session_id, owner_token, otherwise)
+    return _digest_of_head(text)
 
 
 def append_chunk(
@@ -242,18 +269,20 @@ def _attempt_of(row: Row) -> Attempt:
 
 
 def head_text(head: ResponseHead) -> str:
-    fields = asdict(head)
+    values = {name: getattr(head, name) for name in _HEAD_FIELDS}
     if not head.usage_asked:
-        del fields[
-            "usage_asked"
-        ]  # heads were written before there was such a field, and their digests stand in the log
-    return encode_json(fields)
+        # Heads were written before there was such a field, and their digests stand in the log.
+        del values["usage_asked"]
+    return encode_json(values)
+
+
+_HEAD_FIELDS = tuple(field.name for field in fields(ResponseHead))
 
 
 def _head_of(text: str) -> ResponseHead:
-    fields: dict[str, Any] = decode_json(text)
-    headers = tuple((name, value) for name, value in fields.pop("headers"))
-    return ResponseHead(headers=headers, **fields)
+    values: dict[str, Any] = decode_json(text)
+    headers = tuple((name, value) for name, value in values.pop("headers"))
+    return ResponseHead(headers=headers, **values)
 
 
 def changed(call_id: CallId) -> Conflict:

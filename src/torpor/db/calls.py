@@ -6,6 +6,7 @@ chunk rows themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -23,8 +24,8 @@ from torpor.db.call_rows import (
     append_chunk,
     call_of,
     close_attempt,
-    head_digest,
     insert_call,
+    intended_call,
     intent_data,
     open_attempt,
     set_head,
@@ -33,7 +34,7 @@ from torpor.db.call_rows import (
 from torpor.db.database import Transaction
 from torpor.db.encoding import decode_json
 from torpor.db.fence import held_row
-from torpor.db.log import append
+from torpor.db.log import append, hold
 from torpor.db.requests import PreparedBody, RequestHead
 from torpor.db.sessions import set_cursor
 
@@ -47,25 +48,47 @@ def intend(
     head: RequestHead,
     body: PreparedBody,
     wall_ns: int,
+    at_once: bool = False,
+    usage_asked: bool = False,
 ) -> Call:
     """Record that a call will be made, before anything of it leaves the host: call, request and call.intended.
 
     It hangs on the branch's cursor, which moves onto it. `body` is `requests.prepare(...)` of the request's body.
+
+    Args:
+        at_once: its first attempt is opened as well, as by `mark_sent`, unless a budget has to be asked.
     """
     request = requests.store(tx, session_id=session_id, owner_token=owner_token, head=head, body=body)
-    draft = EventDraft(
+    log_head = hold(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+    at_once = at_once and not (call.is_llm and log_head.has_budget)
+    intended = EventDraft(
         kind=Kind.CALL_INTENDED,
         incarnation=call.incarnation,
         call_id=call.call_id,
-        parent_seq=held_row(tx, session_id, owner_token)["cursor_seq"],
+        parent_seq=log_head.cursor_seq,
         data={**intent_data(call), "request": request.facts, **({"hide_usage": True} if call.hide_usage else {})},
         refs=(request.manifest.hex(),),
     )
-    seq = append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0].seq
+    drafts = [intended]
+    if at_once:
+        data = _sent_data(1, usage_asked=usage_asked)
+        incarnation = log_head.incarnation
+        drafts.append(EventDraft(kind=Kind.CALL_SENT, incarnation=incarnation, call_id=call.call_id, data=data))
+    written = append(tx, session_id=session_id, owner_token=owner_token, drafts=drafts, wall_ns=wall_ns, head=log_head)
+    seq = written[0].seq
     insert_call(tx, session_id, owner_token, call, intended_seq=seq)
     set_cursor(tx, session_id=session_id, owner_token=owner_token, cursor_seq=seq)
     requests.attach(tx, session_id=session_id, owner_token=owner_token, call_id=call.call_id, request=request)
-    return load_call(tx, call.call_id)
+    made = intended_call(session_id, call, intended_seq=seq)
+    return _with_attempt(tx, made, owner_token, wall_ns) if at_once else made
+
+
+def _with_attempt(tx: Transaction, call: Call, owner_token: int, wall_ns: int) -> Call:
+    """A call of which nothing was sent yet, with its first attempt."""
+    open_attempt(tx, call, owner_token, 1, wall_ns)
+    set_state(tx, call, owner_token, CallState.SENT)
+    attempt = Attempt(number=1, sent_ns=wall_ns, head=None, chunk_count=0, body_bytes=0, finished=False)
+    return replace(call, state=CallState.SENT, attempts=(attempt,))
 
 
 def mark_sent(
@@ -87,11 +110,15 @@ def mark_sent(
     call = _call_to_move(tx, session_id, owner_token, call_id, CallState.SENT)
     number = len(call.attempts) + 1
     open_attempt(tx, call, owner_token, number, wall_ns, reserved_nanousd)
-    reserved = {} if reserved_nanousd is None else {"reserved": dollars_text(reserved_nanousd)}
-    asked = {"usage_asked": True} if usage_asked else {}
-    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, {"attempt": number, **reserved, **asked})
+    data = _sent_data(number, reserved_nanousd=reserved_nanousd, usage_asked=usage_asked)
+    _append(tx, owner_token, wall_ns, call, Kind.CALL_SENT, data)
     set_state(tx, call, owner_token, CallState.SENT)
     return Attempt(number=number, head=None, chunk_count=0, body_bytes=0, finished=False)
+
+
+def _sent_data(number: int, *, reserved_nanousd: int | None = None, usage_asked: bool = False) -> dict[str, Any]:
+    reserved = {} if reserved_nanousd is None else {"reserved": dollars_text(reserved_nanousd)}
+    return {"attempt": number, **reserved, **({"usage_asked": True} if usage_asked else {})}
 
 
 def note_retry(
@@ -123,10 +150,11 @@ def record_head(
     Raises:
         Conflict: `head_refused`, the call is not receiving this attempt, or it has a head.
     """
-    call = _held_call(tx, session_id, owner_token, call_id)
-    set_head(tx, call, owner_token, attempt, head)
-    data = {"attempt": attempt, "status": head.status, "head_digest": head_digest(head)}
-    _append(tx, owner_token, wall_ns, call, Kind.CALL_ANSWERING, data)
+    digest = set_head(tx, session_id, owner_token, call_id, attempt, head)
+    data = {"attempt": attempt, "status": head.status, "head_digest": digest}
+    log_head = hold(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+    draft = EventDraft(kind=Kind.CALL_ANSWERING, incarnation=log_head.incarnation, call_id=call_id, data=data)
+    append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns, head=log_head)
 
 
 def append_chunks(
@@ -357,14 +385,14 @@ def _record_response(
     """Add a whole response as one finished attempt."""
     number = len(call.attempts) + 1
     open_attempt(tx, call, owner_token, number, wall_ns)
-    set_head(tx, call, owner_token, number, head)
+    digest = set_head(tx, call.session_id, owner_token, call.call_id, number, head)
     chunks = [Chunk(number=0, offset_ns=0, data=body)] if body else []
     for chunk in chunks:
         append_chunk(tx, call.session_id, owner_token, call.call_id, number, chunk, open_state=call.state)
     packed = answers.pack(tx, call.call_id, number)
     close_attempt(tx, call, owner_token, number=number, body=packed.facts, finished=True)
     answers.store(tx, session_id=call.session_id, owner_token=owner_token, packed=packed)
-    return {"attempt": number, **packed.facts, "head_digest": head_digest(head)}
+    return {"attempt": number, **packed.facts, "head_digest": digest}
 
 
 def _append(
@@ -377,12 +405,14 @@ def _append(
     refs: Sequence[str] = (),
 ) -> Event:
     """Add one of the call's events; its ends hang on its call.intended."""
+    fence: dict[str, Any] = {"session_id": call.session_id, "owner_token": owner_token}
+    head = hold(tx, **fence, wall_ns=wall_ns)
     draft = EventDraft(
         kind=kind,
-        incarnation=held_row(tx, call.session_id, owner_token)["incarnation"],
+        incarnation=head.incarnation,
         call_id=call.call_id,
         parent_seq=call.intended_seq if kind in CONTEXT_KINDS else None,
         data=data,
         refs=refs,
     )
-    return append(tx, session_id=call.session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0]
+    return append(tx, **fence, drafts=[draft], wall_ns=wall_ns, head=head)[0]

@@ -6,6 +6,7 @@ three check the owner token, so a superseded node can do none of them.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind, seal
@@ -18,22 +19,55 @@ EVERYTHING = 2**62
 """A row limit that limits nothing."""
 
 
-def append(
-    tx: Transaction, *, session_id: SessionId, owner_token: int, drafts: Sequence[EventDraft], wall_ns: int
-) -> list[Event]:
-    """Add events behind the head, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Where the log ends, and what else the session's row says, held until the commit."""
+
+    seq: int
+    hash: str
+    cursor_seq: int
+    incarnation: int
+    has_budget: bool
+
+
+def hold(tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int) -> Head:
+    """Hold the head for an append that depends on it.
 
     Raises:
         Superseded: `owner_token` is not the session's.
     """
-    head = tx.one("log/hold_head", session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
-    if head is None:
+    row = tx.one("log/hold_head", session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+    if row is None:
         raise refusal(tx, session_id, owner_token, _head_moved(session_id))
+    return Head(
+        seq=row["head_seq"],
+        hash=row["head_hash"],
+        cursor_seq=row["cursor_seq"],
+        incarnation=row["incarnation"],
+        has_budget=row["budget_nanousd"] is not None,
+    )
+
+
+def append(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    drafts: Sequence[EventDraft],
+    wall_ns: int,
+    head: Head | None = None,
+) -> list[Event]:
+    """Add events behind the head, in order; `head` is what `hold` gave in this transaction, if it was asked.
+
+    Raises:
+        Superseded: `owner_token` is not the session's.
+    """
+    head = head or hold(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
     events: list[Event] = []
-    seq, prev_hash = head["head_seq"], head["head_hash"]
+    seq, prev_hash = head.seq, head.hash
     for draft in drafts:
         event = seal(session_id=session_id, seq=seq + 1, draft=draft, wall_ns=wall_ns, prev_hash=prev_hash)
-        if not tx.run("log/append_fenced", owner_token=owner_token, seen_seq=head["head_seq"], **_columns(event)):
+        if not tx.run("log/append_fenced", owner_token=owner_token, seen_seq=head.seq, **_columns(event)):
             raise refusal(tx, session_id, owner_token, _head_moved(session_id))
         events.append(event)
         seq, prev_hash = event.seq, event.hash
@@ -41,8 +75,8 @@ def append(
         "log/move_head_fenced",
         session_id=session_id,
         owner_token=owner_token,
-        seen_seq=head["head_seq"],
-        seen_hash=head["head_hash"],
+        seen_seq=head.seq,
+        seen_hash=head.hash,
         seq=seq,
         hash=prev_hash,
     )

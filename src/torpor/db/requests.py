@@ -5,7 +5,7 @@ A body is given back byte for byte. Its manifest's digest stands in call.intende
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from threading import Lock
 
 from torpor.core.errors import Conflict, Damaged, NotFound
@@ -111,7 +111,8 @@ def store(
             )
         digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=manifest.pack())
         _resolved.put(digest, manifest, body.digests)
-    text = encode_json(asdict(head)).encode()
+    fields = {"method": head.method, "target": head.target, "headers": head.headers}
+    text = encode_json(fields).encode()
     head_digest = blocks.put(tx, session_id=session_id, owner_token=owner_token, data=text)
     return StoredRequest(
         head_digest=head_digest, manifest=digest, body_digest=body.body_digest, body_bytes=body.size_bytes

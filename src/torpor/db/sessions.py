@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torpor.core.errors import Conflict, InvalidInput, NotFound, TorporError
-from torpor.core.events import GENESIS_HASH, EventDraft, Kind
+from torpor.core.events import GENESIS_HASH, Event, EventDraft, Kind
 from torpor.core.ids import NodeId, SessionId
 from torpor.core.lease import Lease
 from torpor.core.money import dollars_text
@@ -16,7 +16,7 @@ from torpor.core.session import SessionStatus, check_transition
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
 from torpor.db.fence import held_row, refusal
-from torpor.db.log import EVERYTHING, append
+from torpor.db.log import EVERYTHING, append, events
 
 NAME_CHARACTERS_MAX = 63
 _NAME_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -26,12 +26,21 @@ FIRST_OWNER_TOKEN = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """Where a session was forked from: the parent's events up to `seq` are its past too. The parent may be gone."""
+
+    session_id: SessionId
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """One row of the session table.
 
     Attributes:
         node_id, boot_id, pid: who acquired it last and has not released it.
         cursor_seq: the last context event of the current branch.
+        parent: None if it began by itself.
     """
 
     session_id: SessionId
@@ -50,6 +59,7 @@ class Session:
     updated_ns: int
     exit_status: int | None
     budget_nanousd: int | None
+    parent: Parent | None
 
     @property
     def lease(self) -> Lease | None:
@@ -73,15 +83,20 @@ def create(
     spec: Mapping[str, Any],
     wall_ns: int,
     budget_nanousd: int | None = None,
+    parent: Parent | None = None,
 ) -> Session:
     """Record a new session with its session.created event, which is the root of its tree.
 
+    That event of a fork names the parent's event that it begins at, with its hash: one chain covers the other.
+
     Raises:
         InvalidInput: the name is malformed.
+        NotFound: the parent has no such event, or is not there.
         Conflict: `session_name_taken`.
     """
     if name is not None:
         _check_name(name)
+    forked_at = None if parent is None else _event_of(tx, parent)
     created = tx.run(
         "session/insert_session",
         session_id=session_id,
@@ -90,6 +105,8 @@ def create(
         spec=encode_json(dict(spec)),
         head_hash=GENESIS_HASH,
         budget_nanousd=budget_nanousd,
+        parent_id=None if parent is None else parent.session_id,
+        forked_at_seq=None if parent is None else parent.seq,
         wall_ns=wall_ns,
     )
     if not created:
@@ -101,6 +118,8 @@ def create(
     data: dict[str, Any] = {"name": name, "spec": dict(spec)}
     if budget_nanousd is not None:
         data["budget"] = dollars_text(budget_nanousd)
+    if forked_at is not None:
+        data["parent"] = {"session": forked_at.session_id, "seq": forked_at.seq, "hash": forked_at.hash}
     draft = EventDraft(kind=Kind.SESSION_CREATED, incarnation=0, data=data)
     root = append(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, drafts=[draft], wall_ns=wall_ns)[0]
     set_cursor(tx, session_id=session_id, owner_token=FIRST_OWNER_TOKEN, cursor_seq=root.seq)
@@ -144,6 +163,11 @@ def find(tx: Transaction, text: str) -> Session:
 
 def list_newest(tx: Transaction, *, limit: int = EVERYTHING) -> list[Session]:
     return [_session_of(row) for row in tx.all("session/list_newest", row_limit=limit)]
+
+
+def lineage(tx: Transaction, session_id: SessionId) -> list[Session]:
+    """The session, all that it comes from and all that came from those, as far as they are there; oldest first."""
+    return [_session_of(row) for row in tx.all("session/list_lineage", session_id=session_id)]
 
 
 def list_of_node(tx: Transaction, node_id: NodeId) -> list[Session]:
@@ -288,6 +312,19 @@ def forget(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
         raise refusal(tx, session_id, owner_token, changed(session_id))
 
 
+def _event_of(tx: Transaction, parent: Parent) -> Event:
+    """The parent's event that a fork begins at."""
+    get(tx, parent.session_id)
+    found = events(tx, parent.session_id, after_seq=parent.seq - 1, limit=1) if parent.seq > 0 else []
+    if not found:
+        raise NotFound(
+            "event_not_found",
+            f"cannot fork session {parent.session_id} at event {parent.seq}: it has none of that number",
+            hint=f"`torpor log {parent.session_id}` lists them.",
+        )
+    return found[0]
+
+
 def _check_name(name: str) -> None:
     if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not _NAME_ALPHABET.issuperset(name) or name.startswith("ses_"):
         raise InvalidInput(
@@ -315,6 +352,9 @@ def _session_of(row: Row) -> Session:
         updated_ns=row["updated_ns"],
         exit_status=row["exit_status"],
         budget_nanousd=row["budget_nanousd"],
+        parent=None
+        if row["parent_id"] is None
+        else Parent(session_id=SessionId(row["parent_id"]), seq=row["forked_at_seq"]),
     )
 
 

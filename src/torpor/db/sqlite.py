@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_SECONDS = 10.0
 READERS = 2
 WRITES_PER_COMMIT_MAX = 64
-COMMITS_PER_CHECKPOINT = 64
-"""The WAL is copied into the file after so many: SQLite would do it within the commit that comes to 1000 pages."""
+COMMITS_PER_COPY = 200
+"""The WAL is copied into the file behind a commit of the writer's thread, once there were so many; some 1000 pages.
+
+That is mostly at the end of an answer. Brief writes have it done by one of them after four times as many.
+"""
 
 
 class SqliteTransaction:
@@ -160,14 +163,16 @@ class SqliteDatabase:
                 except BaseException as error:  # noqa: BLE001 - it is the callers' error, and this thread's work goes on
                     for write in batch:
                         write.failure = error
-                with suppress(RuntimeError):  # their loop was closed: nobody waits any more
-                    batch[0].waiting.get_loop().call_soon_threadsafe(_tell, batch)
-                if self._commits >= COMMITS_PER_CHECKPOINT:
+            # Told once the writer is free, or a brief write that follows would find it taken.
+            with suppress(RuntimeError):  # their loop was closed: nobody waits any more
+                batch[0].waiting.get_loop().call_soon_threadsafe(_tell, batch)
+            if self._commits >= COMMITS_PER_COPY:
+                with self._using_writer:
                     self._copy_wal()
 
     def _commit_here(self, write: _Write) -> bool:
         """Commit a brief write on the caller's thread; False if its turn has not come."""
-        if self._queued or self._commits >= COMMITS_PER_CHECKPOINT or not self._using_writer.acquire(blocking=False):
+        if self._queued or self._commits >= 4 * COMMITS_PER_COPY or not self._using_writer.acquire(blocking=False):
             return False
         try:
             self._commit([write], wait=False)
@@ -224,13 +229,19 @@ class SqliteDatabase:
                 write.failure = error
 
     def _copy_wal(self) -> None:
-        """Copy the WAL into the file, as far as readers allow; the next writes begin it anew if that was all of it."""
+        """Copy the WAL into the file, as far as readers allow, and begin it anew if that was all of it.
+
+        The first commit of a new WAL syncs its header, whatever `synchronous` says: it is made here, where
+        no loop waits.
+        """
         connection, self._commits = self._writer, 0
         if connection is None or self._sync_failed:
             return
         try:
             with self._translating():
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if copied["log"] == copied["checkpointed"]:
+                    connection.execute("UPDATE durability SET mark = mark + 1")
         except TorporError as error:
             logger.warning("the WAL is not copied: %s", error)
 

@@ -95,6 +95,10 @@ def _tree_problems(session: Row, events: Mapping[int, Event]) -> Iterator[Proble
                 yield Problem(code="parent_wrong", seq=seq, text=f"{event.kind} has a parent")
         elif parent is None or parent.seq >= seq or parent.kind not in CONTEXT_KINDS:
             yield Problem(code="parent_wrong", seq=seq, text=f"{event.parent_seq} is not an older context event")
+    told = events[1].data.get("parent") if events else None
+    parent = (told.get("session"), told.get("seq")) if isinstance(told, dict) else (told, told)
+    if parent != (session["parent_id"], session["forked_at_seq"]):
+        yield Problem(code="lineage_wrong", seq=1, text=f"the row says that it comes from {session['parent_id']}")
     cursor = events.get(session["cursor_seq"])
     if events and (cursor is None or cursor.kind not in CONTEXT_KINDS):
         yield Problem(code="cursor_wrong", seq=session["cursor_seq"], text="the cursor is on no context event")

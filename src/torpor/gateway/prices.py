@@ -5,11 +5,13 @@ a second, and a session without such calls needs none of it.
 """
 
 import fnmatch
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -96,10 +98,18 @@ def _listed_version() -> str:
     return f"genai-prices {genai_prices.__version__}"
 
 
-def _listed(source: Source) -> tuple[Any, Any] | None:
-    """The provider and the model as genai-prices lists them."""
+@cache
+def _snapshot() -> Any:
+    """All that genai-prices lists. It stays: a collection that walked it would stop every stream meanwhile."""
     from genai_prices.data_snapshot import get_snapshot
 
+    snapshot = get_snapshot()
+    gc.freeze()
+    return snapshot
+
+
+def _listed(source: Source) -> tuple[Any, Any] | None:
+    """The provider and the model as genai-prices lists them."""
     if source.model is None:
         return None
     places = [(None, source.base_url), (_PROVIDERS.get(source.family or ""), None)]
@@ -107,7 +117,7 @@ def _listed(source: Source) -> tuple[Any, Any] | None:
         if provider_id is None and url is None:
             continue
         try:
-            return get_snapshot().find_provider_model(source.model, None, provider_id, url)
+            return _snapshot().find_provider_model(source.model, None, provider_id, url)
         except LookupError:
             continue
     return None

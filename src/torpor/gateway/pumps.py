@@ -104,6 +104,7 @@ class Pumps:
         self._closing = asyncio.Event()
         self._ended = Pulse()
         self._pumps: dict[CallId, Pump | OwnPump] = {}
+        self._beginning: dict[asyncio.Future[Answer], bytes] = {}
         self._held: dict[CallId, _Held] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -136,7 +137,8 @@ class Pumps:
     @property
     def full(self) -> bool:
         held_bytes = sum(pump.request_bytes for pump in self._pumps.values())
-        return len(self._pumps) >= PUMPS_MAX or held_bytes > REQUESTS_BYTES_MAX
+        held_bytes += sum(map(len, self._beginning.values()))
+        return len(self._pumps) + len(self._beginning) >= PUMPS_MAX or held_bytes > REQUESTS_BYTES_MAX
 
     async def ready(self) -> None:
         """Wait until `run` runs."""
@@ -149,6 +151,8 @@ class Pumps:
         is sent all the same. This returns, or lets itself be cancelled, only when the log has it.
         """
         begun: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._beginning[begun] = intake.request.body
+        begun.add_done_callback(self._beginning.pop)
         task = self._spawn(self._begin(intake, intend, note, begun))
         task.add_done_callback(lambda _: begun.cancel())  # it may end before it began
         return await _settled(begun)

@@ -88,11 +88,8 @@ class Recorder:
                 self._append(tx, Kind.CALL_DIVERGED, call.incarnation, call.call_id, left.data)
             if note is not None:
                 self._append_note(tx, Kind.AGENT_TOLD, call.incarnation, call.call_id, note)
-            made = calls.intend(tx, **self.fence, call=call, head=head, body=prepared, wall_ns=wall_ns)
-            if not at_once or (call.is_llm and sessions.get(tx, self._session_id).budget_nanousd is not None):
-                return made
-            calls.mark_sent(tx, **self.fence, call_id=call.call_id, wall_ns=wall_ns, usage_asked=usage_asked)
-            return calls.load_call(tx, call.call_id)
+            new: dict[str, Any] = {"call": call, "head": head, "body": prepared, "wall_ns": wall_ns}
+            return calls.intend(tx, **self.fence, **new, at_once=at_once, usage_asked=usage_asked)
 
         call_made = await self._database.write(work, durable=True)
         crash_point("call.sent" if call_made.state is CallState.SENT else "call.intended")

@@ -1,14 +1,14 @@
 """The host's HTTP side of one session: every request of its agent, from its stream to the log and back.
 
 `serve` is the whole life of a stream; `inherit` is the same for a stream that another incarnation or node began. What
-answers a request is decided under one lock with the writes that record it, so the log tells the same story as memory.
-Pumps belong to `run` and outlive every stream and every sandbox.
+answers a request is decided one by one (`turnstile`), in the order of the writes that record it, so the log tells the
+same story as memory. Pumps belong to `run` and outlive every stream and every sandbox.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torpor.config import PriceRule, Upstream
 from torpor.core.branch import ContextTree
@@ -23,6 +23,7 @@ from torpor.core.join import StreamEnd, end_of_stream
 from torpor.core.redo import RedoSet, entry_of
 from torpor.db.database import Database
 from torpor.gateway.admission import LocalAnswer
+from torpor.gateway.attachment import Attachment, Beginning
 from torpor.gateway.billing import Billing
 from torpor.gateway.claim import Claim
 from torpor.gateway.crossroads import Crossroads
@@ -31,10 +32,11 @@ from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.own import CheckpointFor
 from torpor.gateway.prices import PriceBook
-from torpor.gateway.pumps import Answer, OnCall, Pumps
+from torpor.gateway.pumps import OnCall, Pumps
 from torpor.gateway.record import Departure, Recorder
 from torpor.gateway.request import Room
 from torpor.gateway.routing import Routing
+from torpor.gateway.turnstile import Turn, Turnstile
 from torpor.gateway.upstream import UpstreamClient
 from torpor.gateway.waits import OnWait, Waits
 from torpor.sandbox.streams import Stream, StreamGone
@@ -49,28 +51,6 @@ class OpenCall:
     call_id: CallId
     attempt: int
     untouched_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Attachment:
-    """A stream with the answer that it receives."""
-
-    stream: Stream
-    claim: Claim
-    answer: Answer
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it is known, and logged, how the stream ended."""
-
-    @property
-    def status(self) -> int | None:
-        """The status of the answer, once that is in the log."""
-        head = self.answer.recording.head
-        return head.status if head is not None else None
-
-    def may_have_left(self, intake: Intake) -> bool:
-        """Whether a request is equal to this stream's, whose client has closed its end, or all, of the connection."""
-        left = self.stream.half_closed or self.stream.closed is not None
-        return left and self.answer.call.key.logical == intake.key.logical
 
 
 def _tell_nobody(_what: str) -> None:
@@ -119,8 +99,9 @@ class Gateway:
         self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
         self._room = Room()
         self._to_tell: str | None = None
-        self._turnstile = asyncio.Lock()
-        self._open: dict[StreamId, _Attachment] = {}
+        self._turnstile = Turnstile()
+        self._beginning: dict[StreamId, Beginning] = {}
+        self._open: dict[StreamId, Attachment] = {}
         self._holders: dict[CallId, StreamId] = {}
         self._redo = RedoSet()
         self._tree = ContextTree(1)
@@ -154,7 +135,7 @@ class Gateway:
         Args:
             redo: what may answer its calls from the log; that of a new life is stored.
         """
-        async with self._turnstile:
+        async with self._turnstile.alone():
             if not adopted:
                 await self._recorder.store_redo(incarnation, redo)
             self._tree = await self._recorder.load_tree()
@@ -220,7 +201,7 @@ class Gateway:
     @asynccontextmanager
     async def quiet(self) -> AsyncGenerator[None]:
         """Hold all decisions about streams: the log's head and `open_streams` then agree, for a cut."""
-        async with self._turnstile:
+        async with self._turnstile.alone():
             yield
 
     def open_streams(self) -> dict[StreamId, OpenCall]:
@@ -241,24 +222,29 @@ class Gateway:
         """Calls that an equal request would join: a checkpoint keeps them."""
         return self._redo.joinable
 
-    async def _receive(self, stream: Stream, incarnation: int) -> _Attachment | LocalAnswer | None:
+    async def _receive(self, stream: Stream, incarnation: int) -> Attachment | LocalAnswer | None:
         """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
         async with AsyncExitStack() as reserved:
             taken_in = await take_in(stream, self._routing, self._room, reserved)
             return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
 
-    async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment:
+    async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""
         await self._pumps.ready()
         await self._settle(intake)
         while True:
             await self._pumps.room()
-            async with self._turnstile:
+            async with self._turnstile.turn() as turn:
+                concerns_others = self._concerns_others(intake)
+                if concerns_others:
+                    await turn.alone()
                 self._check_current(stream, incarnation)
                 if stream.closed is not None:
                     raise StreamGone(stream.id, "its client left before its turn came")
                 if self._pumps.full:
                     continue
+                if not concerns_others:
+                    return await self._begin(stream, intake, incarnation, turn)
                 if self._crossroads.open or not self._leaves_path(intake):
                     attachment = await self._attach(stream, intake, incarnation)
                     if attachment is not None:
@@ -266,7 +252,33 @@ class Gateway:
                     continue
             await self._crossroads.hold(stream, f"{intake.request.line.method} {intake.request.line.target}"[:200])
 
-    async def _attach(self, stream: Stream, intake: Intake, incarnation: int) -> _Attachment | None:
+    def _concerns_others(self, intake: Intake) -> bool:
+        """Whether what answers a request depends on how another decision ends, or the other way round.
+
+        It does not if the request can be nothing but a new call: no call is awaited or offered for it, it carries no
+        note, and no client of an equal one has left, or may have. Equal requests at once are calls of their own.
+        """
+        if self._redo.pending or self._to_tell is not None or self._redo.offers(intake.key):
+            return True
+        logical = intake.key.logical
+        if any(attachment.may_have_left(intake) for attachment in self._open.values()):
+            return True
+        return any(one.has_left and one.logical == logical for one in self._beginning.values())
+
+    async def _begin(self, stream: Stream, intake: Intake, incarnation: int, turn: Turn) -> Attachment:
+        """A call that is new whatever else is decided meanwhile."""
+        number = stream_id(stream)
+        self._beginning[number] = Beginning(stream=stream, logical=intake.key.logical)
+        turn.step_aside()
+        try:
+            attachment = await self._new_call(stream, intake, incarnation, ())
+            self._hold(attachment)
+        finally:
+            del self._beginning[number]
+        stream.acknowledge(intake.request.length)
+        return attachment
+
+    async def _attach(self, stream: Stream, intake: Intake, incarnation: int) -> Attachment | None:
         """None if the call that answers the request has lost its answer: from now on it answers nothing."""
         expected = self._redo.pending
         call_id = self._match(intake)
@@ -319,7 +331,7 @@ class Gateway:
 
     async def _new_call(
         self, stream: Stream, intake: Intake, incarnation: int, expected: tuple[CallId, ...]
-    ) -> _Attachment:
+    ) -> Attachment:
         call_id = self._recorder.new_call_id()
         left = None
         if expected:
@@ -347,11 +359,11 @@ class Gateway:
         self._tree.hang(answer.call.intended_seq)
         self._redo.attach(entry_of(answer.call))
         claim = intake.claim(call_id, stream_id(stream), incarnation)
-        return _Attachment(stream=stream, claim=claim, answer=answer)
+        return Attachment(stream=stream, claim=claim, answer=answer)
 
     async def _old_call(
         self, stream: Stream, intake: Intake, incarnation: int, call_id: CallId, kind: Kind
-    ) -> _Attachment | None:
+    ) -> Attachment | None:
         answer = await self._pumps.revive(call_id, announce=True)
         if answer is None:
             return None
@@ -359,7 +371,7 @@ class Gateway:
         self._tree.reach(answer.call.intended_seq)
         attempt = answer.recording.attempt
         await self._recorder.attach(kind, claim, cursor_seq=self._tree.cursor, attempt=attempt)
-        return _Attachment(stream=stream, claim=claim, answer=answer)
+        return Attachment(stream=stream, claim=claim, answer=answer)
 
     async def _lose(self, stream: Stream, call_id: CallId, *, expected: bool) -> None:
         """An answer in the log is damaged. The call is made anew, unless that would do something twice."""
@@ -371,9 +383,9 @@ class Gateway:
 
     async def _reattach(
         self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int
-    ) -> _Attachment | None:
+    ) -> Attachment | None:
         await self._pumps.ready()
-        async with self._turnstile:
+        async with self._turnstile.alone():
             self._check_current(stream, incarnation)
             # The cut that a restored stream comes from is younger than a cut made now would be worth.
             answer = await self._pumps.revive(call_id, announce=False)
@@ -389,13 +401,13 @@ class Gateway:
                 shape=shape,
                 hide_usage=hide_usage,
             )
-            attachment = _Attachment(stream=stream, claim=claim, answer=answer)
+            attachment = Attachment(stream=stream, claim=claim, answer=answer)
             await self._recorder.inherit(claim, attempt=answer.recording.attempt)
             self._hold(attachment)
             stream.acknowledge(stream.received)
             return attachment
 
-    async def _attend(self, stream: Stream, attachment: _Attachment) -> None:
+    async def _attend(self, stream: Stream, attachment: Attachment) -> None:
         """Deliver to a stream until it ends, and record how."""
         claim, answer = attachment.claim, attachment.answer
         dialect = dialect_named(answer.call.dialect)
@@ -407,12 +419,14 @@ class Gateway:
     async def _detach(
         self, stream: Stream, number: StreamId, call_id: CallId, incarnation: int, end: StreamEnd
     ) -> None:
-        async with self._turnstile:
+        async with self._turnstile.turn() as turn:
             if incarnation != self._incarnation:
                 return
             attachment = self._open.get(number)
             end = end_of_stream(end, attachment.status if attachment is not None else None)
             data = {"stream": number, "end": end.value, "taken_bytes": stream.taken}
+            if attachment is not None:
+                turn.step_aside()  # an equal request sees in `_open` that this client left, and waits
             await self._recorder.deliver(incarnation, call_id, data)
             stream.forget()
             if attachment is not None:
@@ -421,7 +435,7 @@ class Gateway:
             if self._holds(number, call_id):
                 self._redo.ended(call_id, end)
 
-    def _hold(self, attachment: _Attachment) -> None:
+    def _hold(self, attachment: Attachment) -> None:
         claim = attachment.claim
         self._open[claim.stream] = attachment
         self._holders[claim.call_id] = claim.stream
@@ -433,7 +447,7 @@ class Gateway:
     async def _break_off(self, stream: Stream, open_stream: OpenStream, call_id: CallId, incarnation: int) -> None:
         """The agent holds a part of an answer that can't be continued: it learns that, and may ask again."""
         data = {"stream": open_stream.stream, "taken_bytes": open_stream.taken, "attempt": open_stream.attempt}
-        async with self._turnstile:
+        async with self._turnstile.turn():
             await self._recorder.note(Kind.STREAM_RESET, incarnation, call_id, data)
         stream.reset()
         await closed(stream)

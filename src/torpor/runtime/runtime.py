@@ -39,6 +39,7 @@ from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
 from torpor.runtime.home import Home
 from torpor.runtime.image_cache import open_image_cache
 from torpor.runtime.master_key import MasterKeys
+from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec, visible_command
@@ -82,7 +83,7 @@ class Request:
     """A workspace of any size may be copied."""
 
 
-class Runtime:
+class Runtime(Reader):
     """One process's access to TORPOR_HOME. Build it with `open_runtime`."""
 
     def __init__(
@@ -97,12 +98,10 @@ class Runtime:
         stores: SessionStores,
         clock: Clock,
     ) -> None:
-        self.home = home
+        super().__init__(home=home, database=database, clock=clock)
         self.upstreams = upstreams
         self.prices = prices
         self.retention = retention
-        self.database = database
-        self.clock = clock
         self.images = open_image_cache(home.root, clock)
         self.backend = backend
         self.stores = stores
@@ -206,10 +205,6 @@ class Runtime:
             await records.release()
         finally:
             lock.release()
-
-    async def session(self, text: str) -> sessions.Session:
-        """Find a session by id, unique beginning of an id, or name."""
-        return await self.database.read(lambda tx: sessions.find(tx, text))
 
     async def newest_checkpoint(self, session_id: SessionId) -> Checkpoint:
         """The one whose files are the newest.

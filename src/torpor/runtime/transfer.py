@@ -196,6 +196,8 @@ _SESSION_FIELDS = (
     "updated_ns",
     "exit_status",
     "budget_nanousd",
+    "parent_id",
+    "forked_at_seq",
 )
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "block": ("session_id", "digest", "codec", "size_bytes", "data", "blob"),
@@ -223,7 +225,7 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-_NOT_ALWAYS = frozenset({"budget_nanousd", "reserved_nanousd", "cost_nanousd", _BLOB})
+_NOT_ALWAYS = frozenset({"budget_nanousd", "parent_id", "forked_at_seq", "reserved_nanousd", "cost_nanousd", _BLOB})
 """Columns that an export from before they existed lacks: then they are null."""
 
 

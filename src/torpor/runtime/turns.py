@@ -6,7 +6,7 @@ from the log; a tool's result is found in the pieces that the next requests brou
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,9 @@ class Turn:
 
     Attributes:
         thinking_ns: from the first sending to the end of the answer; None while it has none.
-        frozen_ns: how long the agent stood still for checkpoints, or did not live, before the next turn.
+        frozen_ns: how long the agent stood still for checkpoints before the next turn.
+        down_ns: how long it did not live before the next turn, dead or asleep: from the last event of a life until a
+            sandbox was made again. One that outlived its node was never down.
         damage: what of its request or answer can't be read any more; its tools are then not all known.
     """
 
@@ -50,6 +52,7 @@ class Turn:
     wall_ns: int
     thinking_ns: int | None
     frozen_ns: int
+    down_ns: int
     finish_reason: str | None
     tools: tuple[ToolUse, ...]
     repeated: int
@@ -122,7 +125,10 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
     found = [call for call in calls.load_calls(tx, session_id) if call.is_llm]
     events = log.events(tx, session_id)
     told = _told(events)
-    frozen = _frozen(tx, session_id, events, [call.intended_seq for call in found])
+    starts = [call.intended_seq for call in found]
+    points = checkpoints.list_intact(tx, session_id)
+    frozen = _by_turn(((point.seq, point.freeze_ns) for point in points), starts)
+    down = _by_turn(_downtimes(events), starts)
     turns: list[Turn] = []
     for number, call in enumerate(found, 1):
         mine = told.get(call.call_id, [])
@@ -136,6 +142,7 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
             wall_ns=mine[0].wall_ns if mine else 0,
             thinking_ns=ended.wall_ns - sent if ended is not None and sent is not None else None,
             frozen_ns=frozen.get(call.intended_seq, 0),
+            down_ns=down.get(call.intended_seq, 0),
             finish_reason=data.get("finish_reason"),
             tools=tools,
             repeated=sum(event.kind is Kind.CALL_REPEATED for event in mine),
@@ -185,21 +192,25 @@ def _told(events: Sequence[Event]) -> dict[CallId, list[Event]]:
     return told
 
 
-def _frozen(tx: Transaction, session_id: SessionId, events: Sequence[Event], starts: list[int]) -> dict[int, int]:
-    """By each turn's first seq: the freezes of its checkpoints, and the time without a living sandbox."""
-    stood: list[tuple[int, int]] = [(point.seq, point.freeze_ns) for point in checkpoints.list_intact(tx, session_id)]
-    last_ns = 0
-    for event in events:
-        if event.kind is Kind.RECOVERY_CHOSEN and event.incarnation > 1 and last_ns:
-            stood.append((event.seq, max(0, event.wall_ns - last_ns)))
-        if event.kind not in _AFTER_DEATH:
-            last_ns = event.wall_ns
-    frozen: dict[int, int] = {}
-    for seq, duration in stood:
+def _by_turn(durations: Iterable[tuple[int, int]], starts: Sequence[int]) -> dict[int, int]:
+    """Durations, each with its seq, summed up by the first seq of the turn that they are in."""
+    summed: dict[int, int] = {}
+    for seq, duration in durations:
         start = max((start for start in starts if start <= seq), default=None)
         if start is not None:
-            frozen[start] = frozen.get(start, 0) + duration
-    return frozen
+            summed[start] = summed.get(start, 0) + duration
+    return summed
+
+
+def _downtimes(events: Sequence[Event]) -> Iterator[tuple[int, int]]:
+    """How long no sandbox lived: a seq of that time, and its length."""
+    last: Event | None = None
+    for event in events:
+        chosen = event.kind is Kind.RECOVERY_CHOSEN and event.incarnation > 1
+        if chosen and last is not None and event.data.get("mode") != "adopt":
+            yield last.seq, max(0, event.wall_ns - last.wall_ns)
+        if event.kind not in _AFTER_DEATH:
+            last = event
 
 
 _AFTER_DEATH = frozenset(

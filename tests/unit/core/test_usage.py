@@ -93,6 +93,7 @@ def test_a_null_is_taken_out_wherever_it_stands() -> None:
         b'data: "usage"\n\ndata: ["usage"]\n\n',
         b"\n\n\n",
         b'data: {"choices":[{"usage":null}]}',
+        b'data:"usage":null}\n\n',
     ],
 )
 def test_everything_else_is_shown_as_it_is(stream: bytes) -> None:
@@ -163,7 +164,16 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("stream", [ASKED, ASKED.replace(b"\n", b"\r\n"), ASKED[:-2], event(usage=None, ending="")])
+@pytest.mark.parametrize(
+    "stream",
+    [
+        ASKED,
+        ASKED.replace(b"\n", b"\r\n"),
+        ASKED[:-2],
+        event(usage=None, ending=""),
+        b'data:"usage":null}\ndata:{"usage":null}\n',
+    ],
+)
 def test_a_mask_hides_as_much_as_there_was_before(pattern: bytes, stream: bytes) -> None:
     masked = re.sub(pattern, lambda match: b"*" * len(match[0]), stream)
     alike = hidden_alike(stream, masked)

@@ -57,7 +57,7 @@ class Scene:
     async def read(self, work: Callable[[Transaction], T]) -> T:
         return await self.database.read(work)
 
-    def new_call(self, key: str = "a") -> NewCall:
+    def new_call(self, key: str = "a", *, is_llm: bool = True) -> NewCall:
         self._streams += 1
         return NewCall(
             call_id=new_call_id(NOW),
@@ -69,12 +69,16 @@ class Scene:
             incarnation=0,
             stream=StreamId(self._streams),
             request_bytes=100,
+            is_llm=is_llm,
         )
 
-    def intend(self, tx: Transaction, body: bytes = b'{"messages":[]}') -> Call:
+    def intend(
+        self, tx: Transaction, body: bytes = b'{"messages":[]}', *, is_llm: bool = True, **sending: bool
+    ) -> Call:
+        """A new call; `sending` is `at_once` and `usage_asked`."""
         prepared = requests.prepare(body)
-        call = self.new_call()
-        return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW)
+        call = self.new_call(is_llm=is_llm)
+        return calls.intend(tx, **self.owner, call=call, head=REQUEST_HEAD, body=prepared, wall_ns=NOW, **sending)
 
     def send(self, tx: Transaction, body: bytes = b'{"messages":[]}', *, head: ResponseHead = HEAD) -> CallId:
         """A call whose answer has begun to arrive."""

@@ -36,6 +36,7 @@ OTHER_ROWS = {
     "the head's seq": "UPDATE session SET head_seq = head_seq - 1",
     "the head's hash": "UPDATE session SET head_hash = ''",
     "the cursor": "UPDATE session SET cursor_seq = 2",
+    "a parent": "UPDATE session SET parent_id = session_id, forked_at_seq = 1",
     "an answer changed": "UPDATE answer SET data = CAST('zeroonetwo' AS BLOB) WHERE data = CAST('012' AS BLOB)",
     "an answer's byte changed": "UPDATE answer SET data = CAST('zeroonetwa' AS BLOB) WHERE length(data) = 10",
     "a byte moved between chunks": "UPDATE answer SET layout = x'000402020204' WHERE length(data) = 10",

@@ -1,5 +1,6 @@
 """Prices: the user's own first, the listed ones else; a worst case that no answer exceeds."""
 
+import gc
 import json
 import time
 import tracemalloc
@@ -147,3 +148,12 @@ def test_prices_never_ask_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     PriceBook(()).bill(SONNET, {"input_tokens": 1}, {}, time.time_ns())
+
+
+def test_no_collection_walks_the_list_of_prices() -> None:
+    from genai_prices.data_snapshot import get_snapshot
+
+    assert LISTED.bill(openai("gpt-4o"), {"input_tokens": 1}, {}, NOW).cost_nanousd
+    listed = get_snapshot()
+    assert gc.is_tracked(listed)
+    assert not any(walked is listed for walked in gc.get_objects())
