@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+OLDEST_WITHOUT_CLOSED_WATCHES = 20260330
+"""The first release of runsc that does not save them."""
+
 MAGIC = b"gVisorSF"
 HASH_BYTES = 32
 OBJECTS = 1 << 63
@@ -38,7 +41,7 @@ KEY = "pkg/sentry/vfs.epollInterestKey"
 
 
 NUMBER_BYTES_MAX = 10
-UNREADABLE = (IndexError, KeyError, ValueError, RecursionError)
+UNREADABLE = (AttributeError, IndexError, KeyError, ValueError, RecursionError)
 
 
 class UnknownLayout(Exception):
@@ -69,7 +72,7 @@ _Found: TypeAlias = Mapping[int, _Struct]
 """Objects of one type, by their numbers."""
 
 
-def end_closed_watches(image: bytes) -> bytes | None:
+def end_closed_watches(image: bytes) -> bytearray | None:
     """The bytes of checkpoint.img with the watches of closed files ended; None if it has none.
 
     Raises:
@@ -91,7 +94,7 @@ def end_closed_watches(image: bytes) -> bytes | None:
     mended = bytearray(image)
     for watch in closed:
         _zero(mended, watch.starts[WATCH_FIELDS.index("mask")])
-    return bytes(mended)
+    return mended
 
 
 def _begin(image: bytes) -> int:

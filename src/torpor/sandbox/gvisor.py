@@ -306,7 +306,7 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
     return descriptor
 
 
-def _without_closed_watches(state: Path) -> bytes | None:
+def _without_closed_watches(state: Path) -> bytearray | None:
     """What to restore instead of the image's file of the kernel's objects; None: that file itself."""
     try:
         return end_closed_watches(state.read_bytes())
@@ -315,7 +315,7 @@ def _without_closed_watches(state: Path) -> bytes | None:
         return None
 
 
-def _in_memory(files: contextlib.ExitStack, content: bytes) -> int:
+def _in_memory(files: contextlib.ExitStack, content: bytearray) -> int:
     """A file in memory, at its beginning."""
     file = files.enter_context(os.fdopen(os.memfd_create("checkpoint"), "w+b"))
     file.write(content)
