@@ -6,8 +6,10 @@ found by its number and killed or adopted, never lost.
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from torpor.snapshots.capture import watch_tree
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.tree import TreeIndex
 from torpor.snapshots.watch import DirectoryWatch, open_watch
+
+logger = logging.getLogger(__name__)
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
@@ -55,6 +59,14 @@ class Incarnation:
     def clones(self) -> Path:
         """Where captures put clones of big files, on the workspace's file system; outside of the sandbox's sight."""
         return self.plan.directory / "clones"
+
+
+@dataclass(frozen=True, slots=True)
+class _Empty:
+    """A sandbox that nothing runs in; `is_slot`: it has waited for this for a while."""
+
+    sandbox: Sandbox
+    is_slot: bool
 
 
 def paused_mark(plan: SandboxPlan) -> Path:
@@ -91,11 +103,13 @@ class Incarnations:
 
     async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
-        sandbox = await self._empty_sandbox(number)
-        async with self._undone_on_failure(sandbox):
+
+        async def start(sandbox: Sandbox) -> Incarnation:
             tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.start()
             return await self._connect(number, sandbox, tree, watch)
+
+        return await self._fill(number, await self._empty_sandbox(number), start)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
@@ -109,11 +123,13 @@ class Incarnations:
         async with asyncio.TaskGroup() as both:
             rebuilt = both.create_task(self._rebuild(checkpoint)) if image is None else None
             made = both.create_task(self._empty_sandbox(number))
-        sandbox = made.result()
-        async with self._undone_on_failure(sandbox):
+
+        async def load(sandbox: Sandbox) -> Incarnation:
             tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.restore(rebuilt.result() if rebuilt else image or Path())
             return await self._connect(number, sandbox, tree, watch)
+
+        return await self._fill(number, made.result(), load)
 
     def _check_pins(self, checkpoint: Checkpoint) -> None:
         """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
@@ -158,12 +174,33 @@ class Incarnations:
         await sweep(self._home, self._session_id, self._spec, self._driver, keep)
         self._slot = None
 
-    async def _empty_sandbox(self, number: int) -> Sandbox:
+    async def _empty_sandbox(self, number: int) -> "_Empty":
         """The warm slot, if it is this number's and alive, else a new one."""
         slot, self._slot = self._slot, None
         if slot is not None and self._slot_number == number and await asyncio.to_thread(slot.alive):
-            return slot
-        return await self._create(number)
+            return _Empty(slot, is_slot=True)
+        return _Empty(await self._create(number), is_slot=False)
+
+    async def _fill(
+        self, number: int, empty: "_Empty", bring_to_life: Callable[[Sandbox], Awaitable[Incarnation]]
+    ) -> Incarnation:
+        """Bring a checkpoint to life in an empty sandbox.
+
+        What kills a sandbox often kills the slot beside it, a moment after it was found alive. That is no fault of the
+        checkpoint, so a slot that died is replaced by a new sandbox, once.
+        """
+        sandbox = empty.sandbox
+        if empty.is_slot:
+            async with self._undone_on_failure(sandbox):
+                try:
+                    return await bring_to_life(sandbox)
+                except SandboxFailed as failed:
+                    if await asyncio.to_thread(sandbox.alive):
+                        raise
+                    logger.warning("the warm slot died, its checkpoint goes into a new sandbox: %s", failed)
+            sandbox = await self._create(number)
+        async with self._undone_on_failure(sandbox):
+            return await bring_to_life(sandbox)
 
     async def _create(self, number: int) -> Sandbox:
         plan = sandbox_plan(self._home, self._session_id, self._spec, number)
