@@ -116,6 +116,7 @@ def test_a_refusal_of_runsc_is_told_at_the_point_that_it_broke(
 def test_a_runsc_that_is_driven_by_commands_alone_passes_too(bare: Stage, runsc: Path) -> None:
     status, points = examine(bare, TORPOR_RUNSC=wrapped(bare, runsc, "nothing"))
     assert (status, list(points)[-1]) == (0, "relay")
+    assert "20260330" in str(points["closed watches"]["remedy"])
 
 
 def test_a_sandbox_that_does_not_relay_is_told_so(bare: Stage, runsc: Path) -> None:

@@ -45,25 +45,30 @@ class MatrixSession:
 
     def kill_at(self, turn: int) -> None:
         """Checkpoint the session at the turn's point, kill -9 its sandbox, and let it go on once it is restored."""
-        point = POINTS[turn - 1]
+        point, body_bytes = POINTS[turn - 1], 0
         if point is Point.BETWEEN_TURNS:
             self._await_waiting_tool()
-            self._checkpoint(point, 0)
         else:
-            stop = self.model.await_stop(turn)
+            body_bytes = self.model.await_stop(turn).body_bytes
             self.log.wait("call.sent", turn)
-            self._checkpoint(point, stop.body_bytes)
-        self.kill_and_restore(turn)
+        self._checkpoint(point, body_bytes)
+        restored = self.kill_and_restore(turn)
+        assert _is_of(point, body_bytes, restored), f"restored from checkpoint {restored}, which is not of {point}"
         if point is not Point.BETWEEN_TURNS:
             self.model.release(turn)
 
-    def kill_and_restore(self, number: int) -> None:
-        """The session's kill of that number, from 1; it goes back to its newest checkpoint."""
+    def kill_and_restore(self, number: int) -> Checkpoint:
+        """The session's kill of that number, from 1; it goes back to its newest checkpoint, which is given."""
         made = self.newest_checkpoint()
         assert self.stage.sandbox_pids(), "there is no sandbox to kill"
         self.stage.kill_sandbox()
         chosen = self.log.wait("recovery.chosen", 1 + number)["data"]  # The first one is the boot.
-        assert (chosen["mode"], chosen["checkpoint"]) == ("restore", made.number), "not restored from the point itself"
+        # A cut that was under way at the kill is committed before the restore, and then it is the newest.
+        newest = self.newest_checkpoint()
+        rejected = [event["data"] for event in self.stage.events(NAME) if event["kind"] == "recovery.rejected"]
+        restored = (chosen["mode"], chosen["checkpoint"])
+        assert restored == ("restore", newest.number), f"{restored}, {made.number} was made; {rejected}"
+        return newest
 
     def end(self) -> str:
         """Wait for the agent's end; gives what it wrote."""
@@ -92,17 +97,8 @@ class MatrixSession:
         while True:
             assert time.monotonic() < deadline, f"the session never came to {point}"
             self.stage.torpor("checkpoint", NAME)
-            taken = [stream.taken for stream in self.newest_checkpoint().open_streams]
-            match point:
-                case Point.BETWEEN_TURNS if not taken:
-                    return
-                case Point.BEFORE_HEADERS if taken == [0]:
-                    return
-                # A chunk's frame comes with each piece, so what was taken in is more than the pieces are.
-                case Point.AFTER_HEADERS | Point.MID_TEXT | Point.MID_TOOL_CALL if taken and taken[0] > body_bytes:
-                    return
-                case _:
-                    continue
+            if _is_of(point, body_bytes, self.newest_checkpoint()):
+                return
 
     def _await_waiting_tool(self) -> None:
         deadline = time.monotonic() + POINT_SECONDS
@@ -147,6 +143,19 @@ class MatrixSession:
         assert thought == kinds.count("call.completed") == len(self.model.requests), kinds
         assert kinds.count("recovery.chosen") == 1 + len(POINTS), kinds
         assert "is whole" in self.stage.torpor("log", NAME, "--verify").stdout
+
+
+def _is_of(point: Point, body_bytes: int, checkpoint: Checkpoint) -> bool:
+    """The agent had all that the model sent until it stood still, and no more."""
+    taken = [stream.taken for stream in checkpoint.open_streams]
+    match point:
+        case Point.BETWEEN_TURNS:
+            return not taken
+        case Point.BEFORE_HEADERS:
+            return taken == [0]
+        case Point.AFTER_HEADERS | Point.MID_TEXT | Point.MID_TOOL_CALL:
+            # A chunk's frame comes with each piece, so what was taken in is more than the pieces are.
+            return bool(taken) and taken[0] > body_bytes
 
 
 @contextmanager

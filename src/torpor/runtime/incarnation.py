@@ -6,9 +6,10 @@ found by its number and killed or adopted, never lost.
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from torpor.snapshots.capture import watch_tree
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.tree import TreeIndex
 from torpor.snapshots.watch import DirectoryWatch, open_watch
+
+logger = logging.getLogger(__name__)
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
@@ -98,11 +101,13 @@ class Incarnations:
 
     async def boot(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A fresh sandbox with the checkpoint's workspace; its init waits for START."""
-        sandbox = await self._empty_sandbox(number, self._drivers.present)
-        async with self._undone_on_failure(sandbox):
+
+        async def start(sandbox: Sandbox) -> Incarnation:
             tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
             await sandbox.start()
             return await self._connect(number, sandbox, tree, watch)
+
+        return await self._fill(number, self._drivers.present, start)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
@@ -113,22 +118,16 @@ class Incarnations:
             SandboxFailed: the driver refused the image, or init did not answer.
         """
         driver = await asyncio.to_thread(self._driver_for, checkpoint)
-        async with AsyncExitStack() as undo:
-            async with asyncio.TaskGroup() as both:
-                staging = both.create_task(self._image(checkpoint))
-                filling = both.create_task(self._filled_sandbox(number, driver, checkpoint, undo))
-            (sandbox, tree, watch), image = filling.result(), staging.result()
-            await sandbox.restore(image)
-            restored = await self._connect(number, sandbox, tree, watch)
-            undo.pop_all()
-        return restored
+        async with asyncio.TaskGroup() as both:
+            staging = both.create_task(self._image(checkpoint))
 
-    async def _filled_sandbox(
-        self, number: int, driver: Driver, checkpoint: Checkpoint, undo: AsyncExitStack
-    ) -> tuple[Sandbox, TreeIndex, DirectoryWatch | None]:
-        sandbox = await self._empty_sandbox(number, driver)
-        undo.push_async_callback(_kill, sandbox)
-        return sandbox, *await self._fill_workspace(sandbox.plan, checkpoint)
+            async def load(sandbox: Sandbox) -> Incarnation:
+                tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
+                await sandbox.restore(await staging)
+                return await self._connect(number, sandbox, tree, watch)
+
+            living = both.create_task(self._fill(number, driver, load))
+        return living.result()
 
     def _driver_for(self, checkpoint: Checkpoint) -> Driver:
         """The driver that can restore an image, which is bound to what wrote it and to the machine's kind."""
@@ -171,13 +170,32 @@ class Incarnations:
         await sweep(self._home, self._session_id, self._spec, self._drivers.present, keep)
         self._slot = None
 
-    async def _empty_sandbox(self, number: int, driver: Driver) -> Sandbox:
-        """The warm slot, if it is this number's and driver's and alive, else a new one."""
+    async def _take_slot(self, number: int, driver: Driver) -> Sandbox | None:
+        """The warm slot, if it is this number's and driver's and alive."""
         slot, self._slot = self._slot, None
         fits = slot is not None and self._slot_number == number and slot.pins == driver.pins
-        if slot is not None and fits and await asyncio.to_thread(slot.alive):
-            return slot
-        return await self._create(number, driver)
+        return slot if slot is not None and fits and await asyncio.to_thread(slot.alive) else None
+
+    async def _fill(
+        self, number: int, driver: Driver, bring_to_life: Callable[[Sandbox], Awaitable[Incarnation]]
+    ) -> Incarnation:
+        """Bring a checkpoint to life in an empty sandbox: the warm slot if there is one, else a new one.
+
+        What kills a sandbox often kills the slot beside it, a moment after it was found alive. That is no fault of the
+        checkpoint, so a slot that died is replaced by a new sandbox, once.
+        """
+        slot = await self._take_slot(number, driver)
+        if slot is not None:
+            async with self._undone_on_failure(slot):
+                try:
+                    return await bring_to_life(slot)
+                except SandboxFailed as failed:
+                    if await asyncio.to_thread(slot.alive):
+                        raise
+                    logger.warning("the warm slot died, its checkpoint goes into a new sandbox: %s", failed)
+        sandbox = await self._create(number, driver)
+        async with self._undone_on_failure(sandbox):
+            return await bring_to_life(sandbox)
 
     async def _create(self, number: int, driver: Driver) -> Sandbox:
         plan = sandbox_plan(self._home, self._session_id, self._spec, number)

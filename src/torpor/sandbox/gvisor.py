@@ -7,6 +7,7 @@ What it never does, and why: no `runsc exec` (its descendants die at a restore),
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import platform
 import select
@@ -21,8 +22,11 @@ from torpor.core import pins
 from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
+from torpor.sandbox.closed_watches import UnknownLayout, end_closed_watches
 from torpor.sandbox.cpu import cpu_features
 from torpor.sandbox.driver import SandboxPlan
+
+logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 10
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
@@ -172,7 +176,10 @@ class GvisorSandbox:
             )
             return
         with contextlib.ExitStack() as files:
+            mended = await asyncio.to_thread(_without_closed_watches, image_directory / IMAGE_FILES[0])
             descriptors = [_open(files, image_directory / name, os.O_RDONLY) for name in IMAGE_FILES]
+            if mended is not None:
+                descriptors[0] = _in_memory(files, mended)
             await self._control("Network.CreateLinksAndRoutes", control.LOOPBACK_LINKS)
             await self._control("containerManager.Restore", {"HavePagesFile": True}, descriptors)
 
@@ -305,6 +312,23 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     files.callback(os.close, descriptor)
     return descriptor
+
+
+def _without_closed_watches(state: Path) -> bytearray | None:
+    """What to restore instead of the image's file of the kernel's objects; None: that file itself."""
+    try:
+        return end_closed_watches(state.read_bytes())
+    except UnknownLayout as unknown:
+        logger.warning("an image is restored as it is, which may bring watches of closed files back: %s", unknown)
+        return None
+
+
+def _in_memory(files: contextlib.ExitStack, content: bytearray) -> int:
+    """A file in memory, at its beginning."""
+    file = files.enter_context(os.fdopen(os.memfd_create("checkpoint"), "w+b"))
+    file.write(content)
+    file.seek(0)
+    return file.fileno()
 
 
 def _open_for_writing(process_directory: Path, device: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ The same examination decides at `torpor setup` and explains at `torpor doctor`.
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator
@@ -15,6 +16,8 @@ from pathlib import Path
 from torpor.core.clock import Clock
 from torpor.core.errors import TorporError, innermost
 from torpor.sandbox import process
+from torpor.sandbox.closed_watches import OLDEST_WITHOUT_CLOSED_WATCHES
+from torpor.sandbox.control import CONTROL_VERSIONS
 from torpor.sandbox.driver import Sandbox, SandboxPlan
 from torpor.sandbox.frames import AgentSpec
 from torpor.sandbox.gvisor import NAMESPACE, GvisorDriver, Runsc
@@ -66,7 +69,8 @@ def look_around(clock: Clock) -> list[Finding]:
 
 async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) -> list[Finding]:
     """Look at the machine, then do the round trip; findings in order, up to the first fatal failure."""
-    findings = [Finding(check="runsc", ok=True, detail=f"{runsc.path} ({runsc.version})"), *look_around(clock)]
+    findings = [Finding(check="runsc", ok=True, detail=f"{runsc.path} ({runsc.version})")]
+    findings += [*_watches(runsc), *look_around(clock)]
     if any(finding.fatal and not finding.ok for finding in findings):
         return findings
     scratch = Path(tempfile.mkdtemp(prefix="selftest-", dir=home))
@@ -86,6 +90,18 @@ async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) 
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(images, ignore_errors=True)
     return [*findings, *done]
+
+
+def _watches(runsc: Runsc) -> list[Finding]:
+    """Of releases before the one that fixed it only those are mended whose images can be read."""
+    date = re.search(r"20\d{6}", runsc.version)
+    if runsc.version in CONTROL_VERSIONS or date is None or int(date[0]) >= OLDEST_WITHOUT_CLOSED_WATCHES:
+        return []
+    detail = f"runsc {runsc.version} brings epoll watches of closed files back: programs on tokio may die at a restore"
+    remedy = (
+        f"Run `torpor setup` without TORPOR_RUNSC, or set that to a release from {OLDEST_WITHOUT_CLOSED_WATCHES} on."
+    )
+    return [Finding(check="closed watches", ok=False, detail=detail, remedy=remedy, fatal=False)]
 
 
 def _privilege(clock: Clock) -> Finding:
