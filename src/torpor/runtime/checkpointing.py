@@ -26,7 +26,7 @@ be lost with the sandbox, so it does nothing. A kill -9 leaves the sandbox pause
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
 from torpor.core.pins import Pins
 from torpor.core.retention import RetentionPolicy
+from torpor.db.roots import Move
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
@@ -373,12 +374,20 @@ class Checkpointer:
         if is_first:
             await self._share(saved.ref)
 
-    async def _forget_old(self) -> None:
-        """Apply the retention policy; not what the next snapshot is stored against, nor what is about to be."""
+    def in_use(self) -> set[SnapshotId]:
+        """What the next snapshot is stored against, and what is about to be."""
         in_use = {point.snapshot_id for point in (self._committed, self._newest) if point is not None}
-        in_use |= {self._base.id} if self._base is not None else set()
+        return in_use | ({self._base.id} if self._base is not None else set())
+
+    async def move(self, moves: Sequence[Move]) -> int:
+        """Let checkpoints name their repacked snapshots, but for those in use; gives how many do."""
+        in_use = self.in_use()
+        return len(await self._records.move([move for move in moves if move.seen_id not in in_use]))
+
+    async def _forget_old(self) -> None:
+        """Apply the retention policy."""
         try:
-            forgotten = await self._records.retain(self._retention, in_use=in_use, at_least=FORGOTTEN_AT_ONCE)
+            forgotten = await self._records.retain(self._retention, in_use=self.in_use(), at_least=FORGOTTEN_AT_ONCE)
         except Superseded:
             raise
         except TorporError as error:

@@ -61,6 +61,11 @@ class Staging:
         whole = (self.root / snapshot_id / "complete").exists() and self.root.stat().st_uid == os.geteuid()
         return self.image(snapshot_id) if whole else None
 
+    def rename(self, old: SnapshotId, new: SnapshotId) -> None:
+        """The same image is a snapshot of another id now."""
+        with contextlib.suppress(OSError):  # Mostly there is none. Without it a restore reads the store.
+            (self.root / old).rename(self.root / new)
+
     def discard(self, snapshot_id: SnapshotId) -> None:
         shutil.rmtree(self.root / snapshot_id, ignore_errors=True)
 

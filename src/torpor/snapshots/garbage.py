@@ -27,6 +27,7 @@ class Listing:
     manifests: Mapping[str, Entry]
     packs: Mapping[str, Entry]
     probes: Mapping[str, Entry]
+    blobs: Mapping[str, Entry]
     unknown: Sequence[Entry]
     now_ns: int
 
@@ -39,6 +40,7 @@ class Listing:
             manifests=kinds.get("manifests", {}),
             packs=kinds.get("packs", {}),
             probes=kinds.get("probes", {}),
+            blobs=kinds.get("blobs", {}),
             unknown=[entry for kind, found in kinds.items() if kind not in KINDS for entry in found.values()],
             now_ns=now_ns,
         )

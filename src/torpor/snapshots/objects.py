@@ -9,7 +9,6 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from torpor.core.crash import crash_point
@@ -126,10 +125,7 @@ class ObjectReader:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
-        ends = list(accumulate(pack.lengths_of(frame), initial=0))
-        return {
-            pack.ids_of(item, 1): raw[start:end] for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
-        }
+        return dict(pack.split(frame, raw))
 
 
 def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:

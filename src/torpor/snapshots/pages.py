@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torpor.snapshots.content_ids import PAGE_ID_BYTES
-from torpor.snapshots.pack import PackIndex, PackRef
+from torpor.snapshots.pack import HEAD_BYTES_MIN, PackIndex, PackRef
 
 # 1 MiB: a step's changed pages resemble each other, and frames of 256 KiB store a sixth more of them.
 PAGES_PER_FRAME = 256
@@ -60,6 +60,11 @@ class PageIndex:
             return dict(zip(ids, self.places, strict=True))
         pairs = zip(ids, self.places, strict=True)
         return {page: place for page, place in pairs if is_present[place >> 32]}
+
+
+def count_pages(ref: PackRef) -> int:
+    """How many pages a page pack has, from the length of its head: an id for each, and eight bytes for each frame."""
+    return (ref.head_bytes - HEAD_BYTES_MIN) * PAGES_PER_FRAME // (PAGE_ID_BYTES * PAGES_PER_FRAME + 8)
 
 
 EMPTY_INDEX = PageIndex((), b"", array("Q"))

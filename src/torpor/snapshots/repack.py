@@ -1,0 +1,200 @@
+"""Writes what is still needed of some packs into new ones, and the manifests that named them under new ids.
+
+Nothing that is there is changed: until a row names a new snapshot, the old one is the session's. Items are verified as
+they are read, and each new pack is read back before it is stored. Order and crash points are in docs/collecting.md.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from torpor.core.crash import crash_point
+from torpor.core.errors import Conflict
+from torpor.core.ids import SnapshotId
+from torpor.snapshots.backend import Backend
+from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
+from torpor.snapshots.lease import Lease
+from torpor.snapshots.manifest import (
+    Manifest,
+    PagedFile,
+    SnapshotRef,
+    WholeFile,
+    decode_extents,
+    encode_extents,
+    encode_manifest,
+    load_manifest,
+    manifest_key,
+)
+from torpor.snapshots.objects import ObjectWriter
+from torpor.snapshots.pack import PackBuilder, PackIndex, PackRef, read_object, read_pack_index
+from torpor.snapshots.pages import PAGES_PER_FRAME, PAGES_PER_PACK, extents_of
+from torpor.snapshots.usage import DeadWeight, Usage
+
+_STEP_LEVEL = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repacked:
+    """A snapshot, and another one with the same contents."""
+
+    old: SnapshotRef
+    new: SnapshotRef
+
+
+class Repacker:
+    """Empties packs. Use one for one run: `empty` the packs, then `rewrite` the snapshots that name them."""
+
+    def __init__(self, backend: Backend, ids: ContentIds, usage: Usage) -> None:
+        self._backend = backend
+        self._ids = ids
+        self._usage = usage
+        self._pages = _PageMover(backend, ids)
+        self._objects: dict[bytes, list[PackRef]] = {}
+        """New packs that together hold what was needed of an emptied one, by its name."""
+        self.stored_bytes = 0
+
+    def empty(self, weights: Sequence[DeadWeight], progress: Callable[[int], None]) -> None:
+        """Write what is needed of these packs into new ones, durable on return.
+
+        Raises:
+            Damaged: something that is needed is not what was saved.
+            MachineUnfit: no_space, storage_failed.
+        """
+        for done, weight in enumerate(weights, 1):
+            if weight.holds_pages:
+                self._pages.move(weight.ref, self._usage.pages[weight.ref.name])
+            else:
+                self._move_objects(weight.ref)
+            progress(done)
+        self._pages.finish()
+        self.stored_bytes += self._pages.stored_bytes
+
+    def names_emptied(self, manifest: Manifest) -> bool:
+        return any(ref.name in self._objects or ref.name in self._pages.places for ref in manifest.packs)
+
+    def rewrite(self, ref: SnapshotRef, snapshot_id: SnapshotId, lease: Lease) -> Repacked | None:
+        """A manifest of that new id with the same contents; None for a snapshot that names no emptied pack.
+
+        Raises:
+            Damaged, MachineUnfit: as `empty`.
+            Conflict: snapshot_exists, lease_lost.
+        """
+        manifest = load_manifest(self._backend, ref)
+        if not self.names_emptied(manifest):
+            return None
+        files, page_packs = self._move_files(manifest)
+        data = encode_manifest(
+            replace(
+                manifest,
+                snapshot_id=snapshot_id,
+                files=files,
+                page_packs=page_packs,
+                object_packs=tuple(self._renamed(manifest.object_packs)),
+            ),
+            ref.key,
+        )
+        lease.check()
+        if not self._backend.put(manifest_key(snapshot_id), data):
+            raise Conflict("snapshot_exists", f"cannot save snapshot {snapshot_id}: it exists")
+        self.stored_bytes += len(data)
+        crash_point("repack.stored")
+        new = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=ref.key)
+        return Repacked(old=ref, new=new)
+
+    def _move_objects(self, ref: PackRef) -> None:
+        writer = ObjectWriter(self._backend, self._ids, {})
+        pack = self._usage.objects.packs[ref.name]
+        for frame in pack.frames:
+            wanted = [pack.ids_of(item, 1) for item in range(frame.first_item, frame.first_item + frame.items)]
+            if any(digest in self._usage.needed for digest in wanted):
+                stored = read_object(self._backend, ref.key, frame.offset, frame.stored_bytes)
+                for digest, data in pack.split(frame, pack.open_frame(frame, stored)):
+                    if digest in self._usage.needed:
+                        writer.put(data)
+        writer.finish()
+        self._objects[ref.name] = [written.ref for written in writer.packs]
+        self.stored_bytes += writer.stored_bytes
+
+    def _renamed(self, refs: Iterable[PackRef]) -> Iterator[PackRef]:
+        for ref in refs:
+            yield from self._objects.get(ref.name, [ref])
+
+    def _move_files(self, manifest: Manifest) -> tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...]]:
+        """The image's files with the extents that they have now, and the packs that these name."""
+        packs: dict[PackRef, int] = {}
+        files = tuple(
+            PagedFile(file.name, file.size, file.page_list, self._move_extents(manifest, file, packs))
+            if isinstance(file, PagedFile)
+            else file
+            for file in manifest.files
+        )
+        return files, tuple(packs)
+
+    def _move_extents(self, manifest: Manifest, file: PagedFile, packs: dict[PackRef, int]) -> bytes:
+        places = array("Q")
+        for extent in decode_extents(file.extents):
+            old = manifest.page_packs[extent.pack]
+            moved = self._pages.places.get(old.name)
+            if moved is None:
+                first = packs.setdefault(old, len(packs)) << 32 | extent.first
+                places.extend(range(first, first + extent.count))
+            else:
+                for item in range(extent.first, extent.first + extent.count):
+                    number, place = moved[item]
+                    places.append(packs.setdefault(self._pages.packs[number].ref, len(packs)) << 32 | place)
+        return encode_extents(extents_of(places))
+
+
+class _PageMover:
+    """Collects pages of several packs into full new ones."""
+
+    def __init__(self, backend: Backend, ids: ContentIds) -> None:
+        self._backend = backend
+        self._ids = ids
+        self._builder = PackBuilder(ids, holds_pages=True, level=_STEP_LEVEL)
+        self._pages: list[bytes] = []
+        self._page_ids: list[bytes] = []
+        self.packs: list[PackIndex] = []
+        self.places: dict[bytes, dict[int, tuple[int, int]]] = {}
+        """By an emptied pack's name and item: which new pack, and which item of it."""
+        self.stored_bytes = 0
+
+    def move(self, ref: PackRef, needed: int) -> None:
+        """`needed` has a bit for each page that is."""
+        pack = read_pack_index(self._backend, ref)
+        places = self.places[ref.name] = {}
+        for frame in pack.frames:
+            wanted = needed >> frame.first_item & (1 << frame.items) - 1
+            if not wanted:
+                continue
+            raw = pack.open_frame(frame, read_object(self._backend, ref.key, frame.offset, frame.stored_bytes))
+            for at in range(frame.items):
+                if wanted >> at & 1:
+                    item = frame.first_item + at
+                    places[item] = len(self.packs), self._builder.items + len(self._pages)
+                    self._pages.append(raw[at * PAGE_BYTES : (at + 1) * PAGE_BYTES])
+                    self._page_ids.append(pack.ids_of(item, 1))
+                    if len(self._pages) == PAGES_PER_FRAME:
+                        self._close_frame()
+
+    def finish(self) -> None:
+        self._close_frame()
+        self._close_pack()
+
+    def _close_frame(self) -> None:
+        if self._pages:
+            self._builder.add_frame(b"".join(self._pages), self._page_ids)
+            self._pages, self._page_ids = [], []
+        if self._builder.items >= PAGES_PER_PACK:
+            self._close_pack()
+
+    def _close_pack(self) -> None:
+        if not self._builder.items:
+            return
+        index, data = self._builder.finish()
+        self._builder = PackBuilder(self._ids, holds_pages=True, level=_STEP_LEVEL)
+        if self._backend.put(index.ref.key, data):
+            self.stored_bytes += len(data)
+        self.packs.append(index)
+        crash_point("snapshot.pack_written")
