@@ -7,7 +7,7 @@ repacked, and everything else of a collection goes on.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torpor.core.clock import Clock
@@ -23,11 +23,7 @@ from torpor.runtime.session_store import SessionStores
 from torpor.runtime.staging import Staging
 from torpor.snapshots.collect import Progress
 from torpor.snapshots.content_ids import ContentIds
-from torpor.snapshots.garbage import Listing
-from torpor.snapshots.lease import Lease
-from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.repack import Repacked, Repacker
-from torpor.snapshots.usage import DeadWeight, Usage
 
 MOVES_AT_ONCE = 500
 """One message to a node is one line of bounded length."""
@@ -74,20 +70,19 @@ class Repacking:
             ids = ContentIds((await self._stores.keyring()).tenant.secret)
             refs = list((await self._stores.refs(found)).values())
             fixed = await self._in_use(found)
-            usage = Usage(self._backend, ids)
-            weights, touched = await asyncio.to_thread(self._look, usage, refs, fixed)
+            repacker = Repacker(self._backend, ids, grace_seconds=self._grace_seconds, progress=self._progress)
+            await asyncio.to_thread(repacker.look, refs, fixed)
         except TorporError as error:
             return RepackReport(note=f"nothing was repacked: {error}")
-        if not weights:
+        if not repacker.weights:
             return RepackReport()
-        repacker = Repacker(self._backend, ids, usage)
         lease = await asyncio.to_thread(self._backend.leases.hold)
         try:
-            made = await asyncio.to_thread(self._write, repacker, weights, touched, lease)
+            made = await asyncio.to_thread(repacker.write, lambda: new_snapshot_id(self._clock.wall_ns()), lease)
             moved = await self._move(found, made)
         finally:
             await asyncio.to_thread(lease.release)
-        return RepackReport(packs=len(weights), checkpoints=moved, stored_bytes=repacker.stored_bytes)
+        return RepackReport(packs=len(repacker.weights), checkpoints=moved, stored_bytes=repacker.stored_bytes)
 
     async def _in_use(self, found: Sequence[Root]) -> set[SnapshotId]:
         """What nodes compare their next snapshots with; of a node that does not say, everything."""
@@ -100,39 +95,6 @@ class Repacking:
                 else:
                     in_use |= set(answer["snapshots"])
         return in_use
-
-    def _look(
-        self, usage: Usage, refs: Sequence[SnapshotRef], in_use: Collection[SnapshotId]
-    ) -> tuple[list[DeadWeight], list[SnapshotRef]]:
-        """The packs to be emptied, and the snapshots that name them. Of what is in use, no pack is touched."""
-        kept: set[bytes] = set()
-        names: dict[SnapshotId, frozenset[bytes]] = {}
-        known: dict[bytes, bytes] = {}
-        for done, ref in enumerate(refs, 1):
-            named = frozenset(known.setdefault(pack.name, pack.name) for pack in usage.add(ref).packs)
-            if ref.id in in_use:
-                kept |= named
-            else:
-                names[ref.id] = named
-            self._progress("looking for dead weight", done, len(refs))
-        now_ns = self._backend.now_ns()
-        listing = Listing.of(self._backend.entries("packs/"), now_ns)
-        heavy = usage.dead_weight(listing.older(listing.packs, self._grace_seconds))
-        weights = [weight for weight in heavy if weight.ref.name not in kept]
-        emptied = {weight.ref.name for weight in weights}
-        return weights, [ref for ref in refs if emptied & names.get(ref.id, frozenset())]
-
-    def _write(
-        self, repacker: Repacker, weights: Sequence[DeadWeight], touched: Sequence[SnapshotRef], lease: Lease
-    ) -> list[Repacked]:
-        repacker.empty(weights, lambda done: self._progress("repacking", done, len(weights)))
-        made: list[Repacked] = []
-        for done, ref in enumerate(touched, 1):
-            rewritten = repacker.rewrite(ref, new_snapshot_id(self._clock.wall_ns()), lease)
-            if rewritten is not None:
-                made.append(rewritten)
-            self._progress("rewriting manifests", done, len(touched))
-        return made
 
     async def _move(self, found: Sequence[Root], made: Sequence[Repacked]) -> int:
         """Let the rows name the new snapshots, session by session; gives how many do."""

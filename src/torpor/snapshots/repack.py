@@ -5,7 +5,7 @@ they are read, and each new pack is read back before it is stored. Order and cra
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -13,7 +13,9 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.collect import Progress
 from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
+from torpor.snapshots.garbage import Listing
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
@@ -43,46 +45,74 @@ class Repacked:
 
 
 class Repacker:
-    """Empties packs. Use one for one run: `empty` the packs, then `rewrite` the snapshots that name them."""
+    """One run: `look` at every snapshot, then `write` what is needed of mostly dead packs anew."""
 
-    def __init__(self, backend: Backend, ids: ContentIds, usage: Usage) -> None:
+    def __init__(self, backend: Backend, ids: ContentIds, *, grace_seconds: float, progress: Progress) -> None:
+        """Args:
+        grace_seconds: younger packs are left alone.
+        """
         self._backend = backend
+        self._usage = Usage(backend, ids)
         self._ids = ids
-        self._usage = usage
+        self._grace_seconds = grace_seconds
+        self._progress = progress
         self._pages = _PageMover(backend, ids)
+        self._touched: list[SnapshotRef] = []
         self._objects: dict[bytes, list[PackRef]] = {}
         """New packs that together hold what was needed of an emptied one, by its name."""
+        self.weights: list[DeadWeight] = []
         self.stored_bytes = 0
 
-    def empty(self, weights: Sequence[DeadWeight], progress: Callable[[int], None]) -> None:
-        """Write what is needed of these packs into new ones, durable on return.
+    def look(self, refs: Sequence[SnapshotRef], in_use: Collection[SnapshotId] = ()) -> None:
+        """Find the packs to be emptied, `weights`. It has to be every snapshot: what none of them needs is dropped.
+
+        Args:
+            in_use: snapshots of which no pack is touched.
+
+        Raises:
+            Damaged: a snapshot can't be read, so nobody knows what it needs.
+        """
+        kept: set[bytes] = set()
+        names: dict[SnapshotId, frozenset[bytes]] = {}
+        known: dict[bytes, bytes] = {}
+        for done, ref in enumerate(refs, 1):
+            named = frozenset(known.setdefault(pack.name, pack.name) for pack in self._usage.add(ref).packs)
+            if ref.id in in_use:
+                kept |= named
+            else:
+                names[ref.id] = named
+            self._progress("looking for dead weight", done, len(refs))
+        now_ns = self._backend.now_ns()
+        listing = Listing.of(self._backend.entries("packs/"), now_ns)
+        heavy = self._usage.dead_weight(listing.older(listing.packs, self._grace_seconds))
+        self.weights = [weight for weight in heavy if weight.ref.name not in kept]
+        emptied = {weight.ref.name for weight in self.weights}
+        self._touched = [ref for ref in refs if emptied & names.get(ref.id, frozenset())]
+
+    def write(self, new_id: Callable[[], SnapshotId], lease: Lease) -> list[Repacked]:
+        """Empty the packs that were found into new ones, and give each snapshot that names one a new manifest.
 
         Raises:
             Damaged: something that is needed is not what was saved.
             MachineUnfit: no_space, storage_failed.
+            Conflict: lease_lost.
         """
-        for done, weight in enumerate(weights, 1):
+        for done, weight in enumerate(self.weights, 1):
             if weight.holds_pages:
-                self._pages.move(weight.ref, self._usage.pages[weight.ref.name])
+                self._pages.move(weight.ref, self._usage.pages.get(weight.ref.name, 0))
             else:
                 self._move_objects(weight.ref)
-            progress(done)
+            self._progress("repacking", done, len(self.weights))
         self._pages.finish()
         self.stored_bytes += self._pages.stored_bytes
+        made: list[Repacked] = []
+        for done, ref in enumerate(self._touched, 1):
+            made.append(self._rewrite(ref, new_id(), lease))
+            self._progress("rewriting manifests", done, len(self._touched))
+        return made
 
-    def names_emptied(self, manifest: Manifest) -> bool:
-        return any(ref.name in self._objects or ref.name in self._pages.places for ref in manifest.packs)
-
-    def rewrite(self, ref: SnapshotRef, snapshot_id: SnapshotId, lease: Lease) -> Repacked | None:
-        """A manifest of that new id with the same contents; None for a snapshot that names no emptied pack.
-
-        Raises:
-            Damaged, MachineUnfit: as `empty`.
-            Conflict: snapshot_exists, lease_lost.
-        """
+    def _rewrite(self, ref: SnapshotRef, snapshot_id: SnapshotId, lease: Lease) -> Repacked:
         manifest = load_manifest(self._backend, ref)
-        if not self.names_emptied(manifest):
-            return None
         files, page_packs = self._move_files(manifest)
         data = encode_manifest(
             replace(
