@@ -120,7 +120,7 @@ class Runtime:
             return created
 
         session = await self.database.write(record, durable=True)
-        store = await self.stores.with_key(session, key)
+        store = await self.stores.with_key(session_id, spec, key)
         async with store.lease() as lease:
             point = await asyncio.to_thread(seeding.seed, self.home, session, source, inside, store, lease, self.clock)
             await self.database.write(
@@ -269,7 +269,7 @@ class Runtime:
         """
         incoming = await asyncio.to_thread(transfer.Incoming, lines)
         session_id = incoming.session_id
-        await self.database.read(incoming.check_new)
+        await self.database.read(lambda tx: transfer.check_new(tx, session_id))
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             await transfer.bring_in(incoming, self.database, self.home)

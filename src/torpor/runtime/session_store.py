@@ -128,7 +128,10 @@ class SessionStores:
         """Raises:
         As `keyring` and `Keyring.session_key`.
         """
-        return await self.with_key(session, await (await self.keyring()).session_key(session.session_id))
+        spec = msgspec.convert(session.spec, SessionSpec)
+        return await self.with_key(
+            session.session_id, spec, await (await self.keyring()).session_key(session.session_id)
+        )
 
     async def refs(self, found: Iterable[Root]) -> dict[SnapshotId, SnapshotRef]:
         """What it takes to read the snapshots of these rows.
@@ -145,10 +148,9 @@ class SessionStores:
             refs[root.snapshot_id] = SnapshotRef(id=root.snapshot_id, manifest_digest=root.manifest_digest, key=key)
         return refs
 
-    async def with_key(self, session: Session, key: Key) -> SessionStore:
+    async def with_key(self, session_id: SessionId, spec: SessionSpec, key: Key) -> SessionStore:
         """The store of a session whose key is at hand."""
-        shares = _shares(msgspec.convert(session.spec, SessionSpec))
-        return SessionStore(await self.store(), key, session.session_id, shares)
+        return SessionStore(await self.store(), key, session_id, _shares(spec))
 
     async def store(self) -> SnapshotStore:
         """The store without any session's key.

@@ -7,6 +7,7 @@ and committed by the code that does it always; only the memory images are made u
 import asyncio
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +79,19 @@ class GeneratedSession:
     def session_id(self) -> SessionId:
         return self._records.session_id
 
-    async def checkpoint(self, *, wall_ns: int) -> Checkpoint:
-        """Save and commit what lies in `image` and `workspace` now."""
+    async def checkpoint(
+        self,
+        *,
+        wall_ns: int,
+        image: Path | None = None,
+        workspace: Path | None = None,
+        pins: Mapping[str, str] | None = None,
+    ) -> Checkpoint:
+        """Save and commit what lies in `image` and `workspace` now, or in other directories.
+
+        Args:
+            pins: what the image needs of a machine; a made-up one needs nothing.
+        """
         self._number += 1
         staging = self._scratch / "staging"
         staging.mkdir()
@@ -87,10 +99,10 @@ class GeneratedSession:
         async with self._store.lease() as lease:
             saved = await asyncio.to_thread(
                 self._store.save,
-                image_dir=self.image,
-                workspace=capture(self.workspace, staging, self._tree),
+                image_dir=image or self.image,
+                workspace=capture(workspace or self.workspace, staging, self._tree),
                 parent=self._base,
-                pins={},
+                pins=pins or {},
                 snapshot_id=new_snapshot_id(wall_ns),
                 lease=lease,
             )
@@ -106,6 +118,8 @@ class GeneratedSession:
             )
             made = await self._records.commit_checkpoint(replace(point, has_memory=True))
         shutil.rmtree(staging)
+        if self._number == 1:
+            await asyncio.to_thread(self._store.share, saved.ref)
         self._base, self._tree = saved.ref, saved.tree
         return made
 
