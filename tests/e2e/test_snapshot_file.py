@@ -31,6 +31,8 @@ def elsewhere(made: Stage) -> None:
     """The same machine with another TORPOR_HOME: other keys, another store, another database."""
     made.home.rename(made.directory / "old home")
     made.home.mkdir(mode=0o700)
+    for config in (made.directory / "old home").glob("config.toml"):
+        shutil.copy2(config, made.home)
 
 
 def test_session_goes_on_in_another_home_from_where_it_was(slow: Stage) -> None:

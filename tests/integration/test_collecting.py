@@ -1,6 +1,7 @@
 """`torpor collect` on real homes: what it forgets, frees and leaves, and what a kill at any point of it leaves."""
 
 import fcntl
+import secrets
 import shutil
 import signal
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.store_stage import StoreStage, generate
+from tests.seaweedfs import KEY, KEY_ID, SeaweedFS
 
 from torpor.core.crash import CRASH_POINTS
 
@@ -103,7 +105,7 @@ def test_pinned_checkpoints_stay_until_the_pin_is_removed(stage: StoreStage) -> 
     assert stage.result("pin", "long@4")["pinned"] is True
     stage.result(*NOW)
     assert stage.numbers("long") == [0, 4, 10, 11, 12]
-    stage.torpor("pin", "long@4", "--remove")
+    stage.torpor("unpin", "long@4")
     stage.result(*NOW)
     assert stage.numbers("long") == [0, 10, 11, 12]
     assert stage.refused("pin", "long@4", status=66) == "checkpoint_not_found"
@@ -195,6 +197,36 @@ def test_bodies_that_no_row_names_go_with_their_session(stage: StoreStage) -> No
     assert stage.result(*NOW)["blobs"] == 1
     assert not orphan.exists()
     assert not (stage.home / "sessions" / session_id).exists()
+
+
+@pytest.fixture
+def remote(memory: Path, s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreStage]:
+    """The same in an object store, on a real S3 server."""
+    monkeypatch.setenv("STORE_SECRET", KEY)
+    stage = StoreStage(memory / "remote")
+    stage.home.mkdir(parents=True, mode=0o700)
+    url = f"s3://collected/{secrets.token_hex(8)}"
+    lines = ("[store]", f'url = "{url}"', f'endpoint = "{s3_server.endpoint}"', f'key_id = "{KEY_ID}"')
+    stage.configure("\n".join((*lines, 'key_env = "STORE_SECRET"', "", THIN)))
+    generate(stage, {"long": 6, "short": 2})
+    yield stage
+    assert not stage.store.exists()
+    shutil.rmtree(stage.directory)
+
+
+@pytest.mark.timeout(600)
+def test_an_object_store_is_collected_repacked_and_verified_like_a_directory(remote: StoreStage) -> None:
+    before = remote.result("verify")
+    remote.forget("short")
+    remote.torpor(*NOW, status=-signal.SIGKILL, TORPOR_CRASH_POINT="collect.pack_deleted")
+    assert remote.result("verify", "--read-data")["problems"] == []
+    report = remote.result(*NOW)
+    assert remote.numbers("long") == [0, 4, 5, 6]
+    assert report["repacked"] > 0
+    after = remote.result("verify", "--read-data")
+    assert (after["checkpoints"], after["garbage"], after["problems"]) == (4, 0, [])
+    assert after["packs"] < before["packs"]
+    remote.torpor("log", "long", "--verify")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Commands about the snapshot store: collect, verify, pin. What they write of a session goes through its node."""
+"""Commands about the snapshot store: collect, verify, pin, unpin. What they write of a session goes by its node."""
 
 import asyncio
 import os
@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("collect", short_help="Free what no checkpoint needs.")(collect)
     app.command("verify", short_help="Check that every checkpoint would restore.")(verify)
     app.command("pin", short_help="Keep a checkpoint whatever retention says.")(pin)
+    app.command("unpin", short_help="Leave a checkpoint to retention again.")(unpin)
 
 
 def collect(
@@ -106,12 +107,17 @@ def verify(
             out.print(f"{report.garbage} objects ({human_bytes(report.garbage_bytes)}) are garbage: torpor collect")
 
 
-def pin(
-    point: Annotated[str, POINT],
-    remove: Annotated[bool, typer.Option("--remove", help="Leave it to retention again.")] = False,
-    json: Annotated[bool, JSON] = False,
-) -> None:
-    """Keep a checkpoint whatever the retention policy says, until the pin is removed."""
+def pin(point: Annotated[str, POINT], json: Annotated[bool, JSON] = False) -> None:
+    """Keep a checkpoint whatever the retention policy says, until it is unpinned."""
+    _set_pin(point, is_pinned=True, json=json)
+
+
+def unpin(point: Annotated[str, POINT], json: Annotated[bool, JSON] = False) -> None:
+    """Leave a checkpoint to the retention policy again."""
+    _set_pin(point, is_pinned=False, json=json)
+
+
+def _set_pin(point: str, *, is_pinned: bool, json: bool) -> None:
     session, number = parse_point(point)
     if number is None:
         raise InvalidInput("checkpoint_unclear", f"cannot pin {point!r}: say which checkpoint", hint="SESSION@N")
@@ -121,7 +127,7 @@ def pin(
             found = await node.runtime.session(session)
             socket = socket_of(node.runtime.home.lock(found.session_id))
             if socket is not None:
-                said = {"number": number, "pinned": not remove}
+                said = {"number": number, "pinned": is_pinned}
                 await wire.ask(socket, "pin", deadline_seconds=NODE_DEADLINE_SECONDS, **said)
             else:
                 async with node.runtime.holding(node.holder, wire.ask).owned(found.session_id) as records:
@@ -131,14 +137,14 @@ def pin(
                             f"cannot pin a checkpoint of session {found.session_id}: a node has just taken it",
                             hint="Try again.",
                         )
-                    await records.pin(number, is_pinned=not remove)
-            return {"session": found.session_id, "checkpoint": number, "pinned": not remove}
+                    await records.pin(number, is_pinned=is_pinned)
+            return {"session": found.session_id, "checkpoint": number, "pinned": is_pinned}
 
     done = asyncio.run(work())
     if json:
         print_json(done)
     else:
-        notice(f"checkpoint {number} of {done['session']} is {'no longer' if remove else ''} pinned".replace("  ", " "))
+        notice(f"checkpoint {number} of {done['session']} is {'pinned' if is_pinned else 'no longer pinned'}")
 
 
 def parse_point(text: str) -> tuple[str, int | None]:

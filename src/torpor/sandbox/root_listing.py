@@ -44,28 +44,33 @@ def _digest(source: Path, *, read_contents: bool) -> str:
 
 
 def _lines(path: bytes, name: bytes, found: os.stat_result, *, read_contents: bool) -> Iterator[bytes]:
-    """One for the path, then those of what is in it, in the order of names, then an end."""
+    """One for the path, then those of what is in it, in the order of names, then an end.
+
+    Nothing for what is empty, with nothing but such in it: mount points, and files that hide others, come and go.
+    """
     if stat.S_ISREG(found.st_mode):
-        yield b"%s %o %d %s" % (name, found.st_mode & 0o777, found.st_size, _told(path, found, read_contents))
+        if found.st_size:
+            yield b"%s %o %d %s" % (name, found.st_mode & 0o777, found.st_size, _told(path, found, read_contents))
     elif stat.S_ISLNK(found.st_mode):
         yield name + b" -> " + os.fsencode(Path(os.fsdecode(path)).readlink())
     elif stat.S_ISDIR(found.st_mode):
-        yield name + b"/"
         with os.scandir(path) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
+            inside = sorted((entry for entry in entries if entry.name != _COMPILED), key=lambda entry: entry.name)
+        is_empty = True
         for entry in inside:
-            if entry.name != _COMPILED:
-                below = entry.stat(follow_symlinks=False)
-                yield from _lines(entry.path, entry.name, below, read_contents=read_contents)
-        yield b"/"
+            below = entry.stat(follow_symlinks=False)
+            for line in _lines(entry.path, entry.name, below, read_contents=read_contents):
+                if is_empty:
+                    yield name + b"/"
+                is_empty = False
+                yield line
+        if not is_empty:
+            yield b"/"
     else:
         yield b"%s %o" % (name, stat.S_IFMT(found.st_mode))
 
 
 def _told(path: bytes, found: os.stat_result, read_contents: bool) -> bytes:
-    """Of an empty file nothing: those that hide others are made anew on each machine."""
-    if not found.st_size:
-        return b""
     if not read_contents:
         return b"%d" % int(found.st_mtime)
     with Path(os.fsdecode(path)).open("rb") as file:
