@@ -87,7 +87,7 @@ class PackIndex:
         if not self.holds_pages:
             self._lengths = unpack_u32(index[cursor : cursor + 4 * self.items])
             cursor += 4 * self.items
-        self._ids = index[cursor:]
+        self.ids = index[cursor:]
         self._first_items = [0, *accumulate(counts)]
         offsets = list(accumulate(stored, initial=ref.head_bytes))
         self.frames = tuple(
@@ -105,7 +105,7 @@ class PackIndex:
         return bisect_right(self._first_items, item) - 1
 
     def ids_of(self, first: int, count: int) -> bytes:
-        return self._ids[self.id_bytes * first : self.id_bytes * (first + count)]
+        return self.ids[self.id_bytes * first : self.id_bytes * (first + count)]
 
     def lengths_of(self, frame: Frame) -> Sequence[int]:
         """Raw length of each item of a frame."""

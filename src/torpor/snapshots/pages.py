@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torpor.snapshots.content_ids import PAGE_ID_BYTES
 from torpor.snapshots.pack import HEAD_BYTES_MIN, PackIndex, PackRef
@@ -27,11 +28,10 @@ _FRAMES_SLACK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`count` consecutive pages of the file are `count` consecutive items of one pack."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     pack: int
     first: int
 
@@ -135,6 +135,12 @@ def extents_of(places: Iterable[int]) -> Iterator[Extent]:
         start, count = place, 1
     if count:
         yield Extent(count, start >> 32, start & 0xFFFFFFFF)
+
+
+def page_list_of(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> bytes:
+    """The ids of an image's pages in order; a tight loop, since a long session's image has thousands of extents."""
+    ids, size = [pack.ids for pack in packs], PAGE_ID_BYTES
+    return b"".join([ids[pack][size * first : size * (first + count)] for count, pack, first in extents])
 
 
 def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:

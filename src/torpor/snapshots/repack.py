@@ -99,7 +99,7 @@ class Repacker:
         """
         for done, weight in enumerate(self.weights, 1):
             if weight.holds_pages:
-                self._pages.move(weight.ref, self._usage.pages.get(weight.ref.name, 0))
+                self._pages.move(weight.ref, self._usage.pages[weight.ref.name])
             else:
                 self._move_objects(weight.ref)
             self._progress("repacking", done, len(self.weights))
@@ -190,17 +190,17 @@ class _PageMover:
         """By an emptied pack's name and item: which new pack, and which item of it."""
         self.stored_bytes = 0
 
-    def move(self, ref: PackRef, needed: int) -> None:
-        """`needed` has a bit for each page that is."""
+    def move(self, ref: PackRef, needed: bytes | bytearray) -> None:
+        """`needed` has a byte for each page, 1 if it is."""
         pack = read_pack_index(self._backend, ref)
         places = self.places[ref.name] = {}
         for frame in pack.frames:
-            wanted = needed >> frame.first_item & (1 << frame.items) - 1
-            if not wanted:
+            wanted = needed[frame.first_item : frame.first_item + frame.items]
+            if not any(wanted):
                 continue
             raw = pack.open_frame(frame, read_object(self._backend, ref.key, frame.offset, frame.stored_bytes))
             for at in range(frame.items):
-                if wanted >> at & 1:
+                if wanted[at]:
                     item = frame.first_item + at
                     places[item] = len(self.packs), self._builder.items + len(self._pages)
                     self._pages.append(raw[at * PAGE_BYTES : (at + 1) * PAGE_BYTES])

@@ -386,9 +386,7 @@ class SnapshotStore:
         return data
 
     def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(
-            self._backend, self._ids, [read_pack_index(self._backend, ref) for ref in manifest.object_packs]
-        )
+        return ObjectReader(self._backend, self._ids, manifest.object_packs)
 
     def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:

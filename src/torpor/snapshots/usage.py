@@ -73,8 +73,8 @@ class Usage:
     def __init__(self, backend: Backend, ids: ContentIds) -> None:
         self._backend = backend
         self.objects = AllObjects(backend, ids)
-        self.pages: dict[bytes, int] = {}
-        """By a page pack's name: a bit for each page that is needed."""
+        self.pages: dict[bytes, bytearray] = {}
+        """By a page pack's name: a byte for each page, 1 if it is needed."""
         self.needed: set[bytes] = set()
         """Ids of objects."""
         self._page_packs: dict[bytes, PackRef] = {}
@@ -87,7 +87,9 @@ class Usage:
             self.objects.add(pack)
             self._object_packs[pack.name] = pack
         for pack in manifest.page_packs:
-            self._page_packs[pack.name] = pack
+            if pack.name not in self.pages:
+                self.pages[pack.name] = bytearray(count_pages(pack))
+                self._page_packs[pack.name] = pack
         for file in manifest.files:
             if isinstance(file, PagedFile):
                 self._add_pages(manifest, file)
@@ -111,7 +113,8 @@ class Usage:
         return sorted(found, key=lambda weight: weight.stored_bytes, reverse=True)
 
     def _page_share(self, ref: PackRef) -> float:
-        return self.pages.get(ref.name, 0).bit_count() / max(1, count_pages(ref))
+        needed = self.pages[ref.name]
+        return needed.count(1) / max(1, len(needed))
 
     def _object_share(self, ref: PackRef) -> float:
         lengths = list(self.objects.packs[ref.name].objects())
@@ -119,10 +122,9 @@ class Usage:
         return needed / max(1, sum(length for _, length in lengths))
 
     def _add_pages(self, manifest: Manifest, file: PagedFile) -> None:
-        masks = self.pages
-        for extent in decode_extents(file.extents):
-            name = manifest.page_packs[extent.pack].name
-            masks[name] = masks.get(name, 0) | ((1 << extent.count) - 1) << extent.first
+        needed = [self.pages[pack.name] for pack in manifest.page_packs]
+        for count, pack, first in decode_extents(file.extents):
+            needed[pack][first : first + count] = b"\1" * count
 
     def _walk(self, directory: bytes) -> None:
         """Everything below a directory; below one that is known, everything is."""

@@ -13,6 +13,7 @@ from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.manifest import Manifest, PagedFile, SnapshotRef, decode_extents, load_manifest, manifest_key
 from torpor.snapshots.objects import ObjectReader, Objects, chunks_of, read_chunk
 from torpor.snapshots.pack import PackIndex, PackRef, damaged, missing, read_pack_index
+from torpor.snapshots.pages import page_list_of
 from torpor.snapshots.tree import DIRECTORY, FILE, decode_directory
 
 
@@ -101,8 +102,7 @@ def _verified_pack(ref: PackRef, backend: Backend, ids: ContentIds) -> PackIndex
 
 def _verify_paged(file: PagedFile, packs: list[PackIndex]) -> None:
     extents = decode_extents(file.extents)
-    page_list = b"".join(packs[extent.pack].ids_of(extent.first, extent.count) for extent in extents)
-    if sha256(page_list).digest() != file.page_list:
+    if sha256(page_list_of(extents, packs)).digest() != file.page_list:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
 
 
