@@ -171,8 +171,9 @@ def _told(report: CollectReport, *, dry_run: bool) -> list[str]:
         lines[0] += f", {report.blobs} bodies"
     if report.forgotten or report.damaged:
         lines.append(f"{report.forgotten + report.damaged} checkpoints {would}forgotten")
-    if report.repacked:
-        lines.append(f"{report.repacked} packs repacked into {human_bytes(report.written_bytes)}")
+    if report.moved:
+        images = f" and {report.images} images laid side by side" if report.images else ""
+        lines.append(f"{report.repacked} packs repacked{images}: {human_bytes(report.written_bytes)} written")
     if report.young_bytes:
         lines.append(f"{human_bytes(report.young_bytes)} more is garbage, and too young to go")
     if report.left:

@@ -53,7 +53,8 @@ class CollectReport:
 
     Attributes:
         forgotten, damaged: checkpoints that retention does not keep; that were given up.
-        repacked, moved: packs that were written anew; checkpoints that name their snapshots by a new name for that.
+        repacked, images: packs that were written anew; images that were scattered, and lie side by side now.
+        moved: checkpoints that name their snapshots by a new name for that.
         left: sessions that a node runs, which forgets by itself.
         freed_bytes, written_bytes: of the store; the second by repacking.
         young_bytes: of garbage that is too young to go.
@@ -63,6 +64,7 @@ class CollectReport:
     forgotten: int = 0
     damaged: int = 0
     repacked: int = 0
+    images: int = 0
     moved: int = 0
     manifests: int = 0
     packs: int = 0
@@ -210,7 +212,7 @@ class Collecting:
             clock=self._clock,
         )
         done = await repacking.run()
-        self._report.repacked, self._report.moved = done.packs, done.checkpoints
+        self._report.repacked, self._report.images, self._report.moved = done.packs, done.images, done.checkpoints
         self._report.written_bytes, self._report.note = done.stored_bytes, done.note
 
     async def _sweep_blobs(self) -> None:

@@ -7,8 +7,9 @@ repacked, and everything else of a collection goes on.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
@@ -31,9 +32,12 @@ MOVES_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepackReport:
-    """Packs that were written anew, checkpoints that name another snapshot for that, bytes written; or why not."""
+    """Packs that were written anew, images laid side by side, checkpoints that name another snapshot for that, bytes
+    written; or why not.
+    """
 
     packs: int = 0
+    images: int = 0
     checkpoints: int = 0
     stored_bytes: int = 0
     note: str = ""
@@ -70,11 +74,13 @@ class Repacking:
             ids = ContentIds((await self._stores.keyring()).tenant.secret)
             refs = list((await self._stores.refs(found)).values())
             fixed = await self._in_use(found)
-            repacker = Repacker(self._backend, ids, grace_seconds=self._grace_seconds, progress=self._progress)
-            await asyncio.to_thread(repacker.look, refs, fixed)
+            repacker = Repacker(
+                self._backend, ids, grace_seconds=self._grace_seconds, progress=self._progress, room=self._room
+            )
+            await asyncio.to_thread(repacker.look, refs, fixed, _newest(found))
         except TorporError as error:
             return RepackReport(note=f"nothing was repacked: {error}")
-        if not repacker.weights:
+        if not repacker.weights and not repacker.scattered:
             return RepackReport()
         lease = await asyncio.to_thread(self._backend.leases.hold)
         try:
@@ -82,7 +88,22 @@ class Repacking:
             moved = await self._move(found, made)
         finally:
             await asyncio.to_thread(lease.release)
-        return RepackReport(packs=len(repacker.weights), checkpoints=moved, stored_bytes=repacker.stored_bytes)
+        return RepackReport(
+            packs=len(repacker.weights),
+            images=len(repacker.scattered),
+            checkpoints=moved,
+            stored_bytes=repacker.stored_bytes,
+        )
+
+    @contextlib.contextmanager
+    def _room(self, raw_bytes: int) -> Generator[Path]:
+        """A memory-backed directory, as every image has that is on its way to or from the store."""
+        staging, name = Staging(self._home.root, SessionId("repack")), SnapshotId("image")
+        try:
+            staging.begin(name, raw_bytes)
+            yield staging.image(name)
+        finally:
+            staging.clear()
 
     async def _in_use(self, found: Sequence[Root]) -> set[SnapshotId]:
         """What nodes compare their next snapshots with; of a node that does not say, everything."""
@@ -131,3 +152,13 @@ class Repacking:
                         staging.rename(move.seen_id, move.snapshot_id)
                 return len(moved)
         return 0
+
+
+def _newest(found: Sequence[Root]) -> set[SnapshotId]:
+    """What a restore of each session would take, if nothing is wrong with it."""
+    newest: dict[SessionId, Root] = {}
+    for root in found:
+        known = newest.get(root.session_id)
+        if root.damage is None and (known is None or root.number > known.number):
+            newest[root.session_id] = root
+    return {root.snapshot_id for root in newest.values()}

@@ -8,14 +8,16 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import TypeAlias
 
 from torpor.core.crash import crash_point
-from torpor.core.errors import Conflict
+from torpor.core.errors import Conflict, MachineUnfit
 from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.collect import Progress
 from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
 from torpor.snapshots.garbage import Listing
+from torpor.snapshots.layout import Layout, Room, is_scattered
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
@@ -35,6 +37,9 @@ from torpor.snapshots.usage import DeadWeight, Usage
 
 _STEP_LEVEL = 3
 
+_Files: TypeAlias = "tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...]]"
+"""An image's files, and the packs that their extents name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repacked:
@@ -47,10 +52,14 @@ class Repacked:
 class Repacker:
     """One run: `look` at every snapshot, then `write` what is needed of mostly dead packs anew."""
 
-    def __init__(self, backend: Backend, ids: ContentIds, *, grace_seconds: float, progress: Progress) -> None:
+    def __init__(
+        self, backend: Backend, ids: ContentIds, *, grace_seconds: float, progress: Progress, room: Room
+    ) -> None:
         """Args:
-        grace_seconds: younger packs are left alone.
+        grace_seconds: younger packs, and snapshots, are left alone.
+        room: where an image is restored to that is laid out anew.
         """
+        self._room = room
         self._backend = backend
         self._usage = Usage(backend, ids)
         self._ids = ids
@@ -60,14 +69,20 @@ class Repacker:
         self._touched: list[SnapshotRef] = []
         self._objects: dict[bytes, list[PackRef]] = {}
         """New packs that together hold what was needed of an emptied one, by its name."""
+        self._emptied: set[bytes] = set()
         self.weights: list[DeadWeight] = []
+        self.scattered: set[SnapshotId] = set()
+        """Snapshots whose image is to be laid side by side."""
         self.stored_bytes = 0
 
-    def look(self, refs: Sequence[SnapshotRef], in_use: Collection[SnapshotId] = ()) -> None:
+    def look(
+        self, refs: Sequence[SnapshotRef], in_use: Collection[SnapshotId] = (), newest: Collection[SnapshotId] = ()
+    ) -> None:
         """Find the packs to be emptied, `weights`. It has to be every snapshot: what none of them needs is dropped.
 
         Args:
             in_use: snapshots of which no pack is touched.
+            newest: those that a restore would take: images that are to lie side by side.
 
         Raises:
             Damaged: a snapshot can't be read, so nobody knows what it needs.
@@ -75,19 +90,23 @@ class Repacker:
         kept: set[bytes] = set()
         names: dict[SnapshotId, frozenset[bytes]] = {}
         known: dict[bytes, bytes] = {}
+        now_ns = self._backend.now_ns()
+        listing = Listing.of([*self._backend.entries("packs/"), *self._backend.entries("manifests/")], now_ns)
+        idle = listing.older(listing.manifests, self._grace_seconds)
         for done, ref in enumerate(refs, 1):
-            named = frozenset(known.setdefault(pack.name, pack.name) for pack in self._usage.add(ref).packs)
+            manifest = self._usage.add(ref)
+            named = frozenset(known.setdefault(pack.name, pack.name) for pack in manifest.packs)
             if ref.id in in_use:
                 kept |= named
             else:
                 names[ref.id] = named
+                if ref.id in newest and manifest_key(ref.id) in idle and is_scattered(manifest):
+                    self.scattered.add(ref.id)
             self._progress("looking for dead weight", done, len(refs))
-        now_ns = self._backend.now_ns()
-        listing = Listing.of(self._backend.entries("packs/"), now_ns)
         heavy = self._usage.dead_weight(listing.older(listing.packs, self._grace_seconds))
         self.weights = [weight for weight in heavy if weight.ref.name not in kept]
-        emptied = {weight.ref.name for weight in self.weights}
-        self._touched = [ref for ref in refs if emptied & names.get(ref.id, frozenset())]
+        emptied = self._emptied = {weight.ref.name for weight in self.weights}
+        self._touched = [ref for ref in refs if ref.id in self.scattered or emptied & names.get(ref.id, frozenset())]
 
     def write(self, new_id: Callable[[], SnapshotId], lease: Lease) -> list[Repacked]:
         """Empty the packs that were found into new ones, and give each snapshot that names one a new manifest.
@@ -107,13 +126,17 @@ class Repacker:
         self.stored_bytes += self._pages.stored_bytes
         made: list[Repacked] = []
         for done, ref in enumerate(self._touched, 1):
-            made.append(self._rewrite(ref, new_id(), lease))
+            manifest = load_manifest(self._backend, ref)
+            laid_out = self._lay_out(manifest)
+            if laid_out is not None or any(pack.name in self._emptied for pack in manifest.packs):
+                made.append(self._rewrite(ref, manifest, laid_out or self._move_files(manifest), new_id(), lease))
             self._progress("rewriting manifests", done, len(self._touched))
         return made
 
-    def _rewrite(self, ref: SnapshotRef, snapshot_id: SnapshotId, lease: Lease) -> Repacked:
-        manifest = load_manifest(self._backend, ref)
-        files, page_packs = self._move_files(manifest)
+    def _rewrite(
+        self, ref: SnapshotRef, manifest: Manifest, laid_out: "_Files", snapshot_id: SnapshotId, lease: Lease
+    ) -> Repacked:
+        files, page_packs = laid_out
         data = encode_manifest(
             replace(
                 manifest,
@@ -131,6 +154,22 @@ class Repacker:
         crash_point("repack.stored")
         new = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=ref.key)
         return Repacked(old=ref, new=new)
+
+    def _lay_out(self, manifest: Manifest) -> "_Files | None":
+        """The files of a scattered image side by side; None if it is none, or there is no room to restore it."""
+        if manifest.snapshot_id not in self.scattered:
+            return None
+        layout = Layout(self._backend, self._ids, self._room)
+        try:
+            files = layout.place(manifest)
+        except MachineUnfit as error:
+            if error.code != "no_staging_space":
+                raise
+            self.scattered.discard(manifest.snapshot_id)
+            return None
+        packs = tuple(layout.finish())
+        self.stored_bytes += layout.stored_bytes
+        return files, packs
 
     def _move_objects(self, ref: PackRef) -> None:
         writer = ObjectWriter(self._backend, self._ids, {})
@@ -150,7 +189,7 @@ class Repacker:
         for ref in refs:
             yield from self._objects.get(ref.name, [ref])
 
-    def _move_files(self, manifest: Manifest) -> tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...]]:
+    def _move_files(self, manifest: Manifest) -> "_Files":
         """The image's files with the extents that they have now, and the packs that these name."""
         packs: dict[PackRef, int] = {}
         files = tuple(

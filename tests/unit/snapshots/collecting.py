@@ -1,9 +1,10 @@
 """A store with rows that keep its snapshots, and the work that goes on in it as tasks: saves, restores, collections."""
 
+import contextlib
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,18 @@ class Scene:
 
         return work
 
+    @contextlib.contextmanager
+    def _room(self, _raw_bytes: int) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self.root) as made:
+            yield Path(made)
+
     def _repack(self, backend: Any, task: Task) -> None:
         """Every pack of which something is dead, and the rows one by one."""
         task.gate()
         rows = dict(self.rows)
-        repacker = Repacker(backend, IDS, grace_seconds=0, progress=lambda *_: None)
-        repacker.look([row.saved.ref for row in rows.values()])
-        self.repacked += len(repacker.weights)
+        repacker = Repacker(backend, IDS, grace_seconds=0, progress=lambda *_: None, room=self._room)
+        repacker.look([row.saved.ref for row in rows.values()], newest=[one.saved.ref.id for one in rows.values()])
+        self.repacked += len(repacker.weights) + len(repacker.scattered)
         with backend.leases.hold() as lease:
             for one in repacker.write(lambda: SnapshotId(f"snp_{next(self._numbers)}"), lease):
                 task.gate()

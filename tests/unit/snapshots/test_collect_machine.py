@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.snapshots.collecting import Scene
 from tests.unit.snapshots.stepping import Task
 
-from torpor.snapshots import usage
+from torpor.snapshots import layout, usage
 
 SESSIONS = ("a", "b")
 TASKS_MAX = 4
@@ -17,9 +17,11 @@ TASKS_MAX = 4
 
 @pytest.fixture(autouse=True)
 def everything_dead_is_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that images of 20 pages are repacked."""
+    """So that images of 20 pages are repacked, and laid out anew when they lie in two frames."""
     monkeypatch.setattr(usage, "DEAD_BYTES_MIN", 1)
     monkeypatch.setattr(usage, "NEEDED_SHARE_MAX", 0.9)
+    monkeypatch.setattr(layout, "FRAMES_OVER_IDEAL", 0)
+    monkeypatch.setattr(layout, "_FRAMES_FREE", 1)
 
 
 class CollectMachine(RuleBasedStateMachine):
