@@ -41,7 +41,7 @@ from torpor.runtime.request import Request, make_spec
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
-from torpor.runtime.storage import open_configured, ready_or_down
+from torpor.runtime.storage import open_blobs, open_configured, ready_or_down
 from torpor.sandbox import rootfs
 from torpor.sandbox.drivers import GvisorDrivers
 from torpor.sandbox.gvisor import Runsc
@@ -440,8 +440,8 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     settings, retention = read_store(home.root, environment), read_retention(home.root)
     home.prepare()
-    backend = open_configured(settings, clock)
-    database = await open_database(home.database_url, clock=clock, blobs=backend)
+    backend, blobs = open_configured(settings, clock), open_blobs(home.store)
+    database = await open_database(home.database_url, clock=clock, blobs=blobs)
     try:
         yield Runtime(
             home=home,
