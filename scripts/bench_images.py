@@ -15,7 +15,7 @@ from pathlib import Path
 
 AGENT = r"""
 import json, os, random, string, subprocess, sys
-heap_mb = int(sys.argv[1])
+heap_mb, turns_kept, changes = map(int, sys.argv[1:4])
 rng = random.Random(7)
 words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(4000)]
 def text(n):
@@ -27,13 +27,14 @@ for i in range(heap_mb * 1_000_000 // per_entry):
     strings.append(text(700) if i % 8 else rng.randbytes(700))
 print("ready", flush=True)
 for line in sys.stdin:
-    for _ in range(200):
+    for _ in range(changes):
         i = rng.randrange(len(table))
         table[i] = {"id": i, "name": text(40), "score": rng.random(), "tags": [rng.random() for _ in
         range(8)]}
-    for _ in range(100):
+    for _ in range(changes // 2):
         strings[rng.randrange(len(strings))] = text(700)
     history.append({"role": "user", "content": text(10_000)})
+    del history[:-turns_kept]
     body = json.dumps(history)
     with open("/workspace/out.txt", "w") as out:
         out.write(text(30_000))
@@ -73,7 +74,7 @@ COMMANDS = {"python": ["/usr/bin/python3", "-c", AGENT], "node": ["/usr/bin/node
 BINDS = ("/usr", "/bin", "/lib", "/lib64")
 
 
-def _config(heap_mb: int, workspace: Path, language: str) -> dict[str, object]:
+def _config(workspace: Path, language: str, *numbers: int) -> dict[str, object]:
     mounts = [
         {"destination": path, "type": "bind", "source": str(Path(path).resolve()), "options": ["rbind", "ro"]}
         for path in BINDS
@@ -88,7 +89,7 @@ def _config(heap_mb: int, workspace: Path, language: str) -> dict[str, object]:
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
-            "args": [*COMMANDS[language], str(heap_mb)],
+            "args": [*COMMANDS[language], *map(str, numbers)],
             "env": ["PATH=/usr/bin:/bin", "HOME=/tmp"],
             "cwd": "/",
         },
@@ -101,13 +102,26 @@ def _config(heap_mb: int, workspace: Path, language: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def agent_images(
-    runsc: Path, scratch: Path, heap_mb: int, steps: int, language: str = "python"
+    runsc: Path,
+    scratch: Path,
+    heap_mb: int,
+    steps: int,
+    language: str = "python",
+    *,
+    turns_kept: int = 1_000_000,
+    changes: int = 200,
 ) -> Iterator[Iterator[tuple[Path, Path]]]:
-    """Yield an iterator of (image directory, workspace) after each step; the caller may delete the image."""
+    """Yield an iterator of (image directory, workspace) after each step; the caller may delete the image.
+
+    Args:
+        turns_kept: how much history a Python agent keeps, for images that do not grow for ever.
+        changes: how many entries of its heap are new after a step.
+    """
     bundle, workspace, state = scratch / "bundle", scratch / "workspace", scratch / "state"
     for path in (bundle / "rootfs", workspace, state):
         path.mkdir(parents=True)
-    (bundle / "config.json").write_text(json.dumps(_config(heap_mb, workspace, language)))
+    config = _config(workspace, language, heap_mb, turns_kept, changes)
+    (bundle / "config.json").write_text(json.dumps(config))
     name = f"bench-{language}-{heap_mb}"
     common = [
         str(runsc), "--root", str(state), "--platform", "systrap", "--network", "none",

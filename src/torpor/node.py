@@ -17,11 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from torpor import wire
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, WaitpointId, new_node_id
-from torpor.runtime.runtime import Request, Runtime, node_holder, open_runtime
+from torpor.db.roots import Move
+from torpor.runtime.request import Request
+from torpor.runtime.runtime import Runtime, node_holder, open_runtime
 
 if TYPE_CHECKING:
     from torpor.runtime.owner import Owner
@@ -53,7 +57,10 @@ class Node:
             ended = asyncio.Event()
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,
-                "checkpoint": lambda: _checkpoint(owner),
+                "checkpoint": partial(_checkpoint, owner),
+                "pin": partial(_pin, owner),
+                "in_use": lambda: _in_use(owner),
+                "move": partial(_move, owner),
                 "budget": partial(_budget, owner),
                 "resolve": partial(_resolve, owner),
                 "send": partial(_send, owner),
@@ -145,13 +152,26 @@ async def _let_go(owner: "Owner") -> dict[str, Any]:
     return {}
 
 
-async def _checkpoint(owner: "Owner") -> dict[str, Any]:
-    made = await owner.checkpoint()
+async def _checkpoint(owner: "Owner", pin: bool = False) -> dict[str, Any]:
+    made = await owner.checkpoint(is_pinned=pin)
     if made is None:
         raise SandboxFailed(
             "checkpoint_failed", "cannot make a checkpoint now", hint="`torpor log SESSION` has the reason."
         )
     return {"number": made.number, "freeze_ns": made.freeze_ns, "stored_bytes": made.stored_bytes}
+
+
+async def _pin(owner: "Owner", number: int, pinned: bool) -> dict[str, Any]:
+    await owner.pin(number, is_pinned=pinned)
+    return {}
+
+
+async def _in_use(owner: "Owner") -> dict[str, Any]:
+    return {"snapshots": sorted(owner.snapshots_in_use())}
+
+
+async def _move(owner: "Owner", moves: list[dict[str, str]]) -> dict[str, Any]:
+    return {"moved": await owner.move([msgspec.convert(move, Move) for move in moves])}
 
 
 async def _budget(owner: "Owner", add: int) -> dict[str, Any]:

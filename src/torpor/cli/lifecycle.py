@@ -25,9 +25,13 @@ def register(app: typer.Typer) -> None:
     app.command("rm")(remove)
 
 
-def checkpoint(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+def checkpoint(
+    session: Annotated[str, SESSION],
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it whatever retention says.")] = False,
+    json: Annotated[bool, JSON] = False,
+) -> None:
     """Make a checkpoint of a running session now, and wait until it is durable."""
-    result = asyncio.run(_ask_node(session, "checkpoint"))
+    result = asyncio.run(_ask_node(session, "checkpoint", pin=pin))
     if json:
         print_json(result)
         return
@@ -95,9 +99,10 @@ def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False
         print_json({"removed": removed.session_id})
 
 
-async def _ask_node(session: str, verb: str) -> dict[str, Any]:
+async def _ask_node(session: str, verb: str, **arguments: object) -> dict[str, Any]:
     async with open_node() as node:
-        return await wire.ask(await _socket(node, session), verb, deadline_seconds=NODE_DEADLINE_SECONDS)
+        socket = await _socket(node, session)
+        return await wire.ask(socket, verb, deadline_seconds=NODE_DEADLINE_SECONDS, **arguments)
 
 
 async def _socket(node: Node, session: str) -> Any:

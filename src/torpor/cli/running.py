@@ -18,7 +18,7 @@ from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node, socket_of
-from torpor.runtime.runtime import Request
+from torpor.runtime.request import Request
 from torpor.runtime.watcher import Outcome, Watcher
 
 EXIT_STOPPED, EXIT_KILLED = 79, 137

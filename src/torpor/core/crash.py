@@ -49,6 +49,10 @@ CRASH_POINTS: dict[str, str] = {
     "store.probe_created": "the object that a store was tried with, which nothing refers to",
     "snapshot.pack_written": "a pack that no manifest names",
     "snapshot.packs_durable": "packs that no manifest names",
+    "repack.stored": "a repacked snapshot that no row names; the old ones are all there",
+    "repack.moved": "some rows name repacked snapshots, others the old ones: all are whole",
+    "import.stored": "a snapshot that no row names, and a directory that the session's next import removes",
+    "import.committed": "a session with one checkpoint, and the directory that its file was unpacked into",
     "snapshot.manifest_written": "a whole snapshot that no checkpoint names",
 }
 

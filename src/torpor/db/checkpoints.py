@@ -1,7 +1,9 @@
 """Checkpoint rows. Committing one is the last step of a save: row, event and head land in the caller's transaction."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.errors import Conflict, NotFound
@@ -29,15 +31,24 @@ def commit(
     draft = EventDraft(kind=Kind.CHECKPOINT_COMMITTED, incarnation=checkpoint.incarnation, data=commit_data(checkpoint))
     event = append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0]
     committed = replace(checkpoint, session_id=session_id, committed_seq=event.seq)
-    columns = {**asdict(committed), "has_memory": int(committed.has_memory)}
+    insert(tx, owner_token=owner_token, checkpoint=committed)
+    return committed
+
+
+def insert(tx: Transaction, *, owner_token: int, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's row, of which the log already speaks.
+
+    Raises:
+        Conflict: `checkpoint_refused`, as `commit`.
+    """
+    columns = {**asdict(checkpoint), "has_memory": int(checkpoint.has_memory)}
     columns.update({name: encode_json(columns[name]) for name in _JSON_FIELDS})
     if not tx.run("checkpoint/insert_fenced", owner_token=owner_token, **columns):
         otherwise = Conflict(
             "checkpoint_refused",
             f"cannot commit checkpoint {checkpoint.checkpoint_id}: its cut is not in the past or its number is not new",
         )
-        raise refusal(tx, session_id, owner_token, otherwise)
-    return committed
+        raise refusal(tx, checkpoint.session_id, owner_token, otherwise)
 
 
 def commit_data(checkpoint: Checkpoint) -> dict[str, object]:
@@ -126,13 +137,24 @@ def _row_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(encode_json(asdict(replace(checkpoint, committed_seq=0))).encode()).hexdigest()
 
 
+def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as `of_json` reads it."""
+    return asdict(checkpoint)
+
+
+def of_json(values: Mapping[str, Any]) -> Checkpoint:
+    """Raises KeyError, TypeError: it is no checkpoint that this version knows."""
+    fields_of: dict[str, Any] = {name: values[name] for name in _FIELDS}
+    fields_of["has_memory"] = bool(values["has_memory"])
+    fields_of["open_streams"] = tuple(OpenStream(**stream) for stream in values["open_streams"])
+    fields_of["pending_redo"] = tuple(map(CallId, values["pending_redo"]))
+    fields_of["joinable"] = tuple(map(CallId, values["joinable"]))
+    return Checkpoint(**fields_of)
+
+
 def _checkpoint_of(row: Row) -> Checkpoint:
     values = {name: row[name] for name in _FIELDS}
-    values["has_memory"] = bool(row["has_memory"])
-    values["open_streams"] = tuple(OpenStream(**stream) for stream in decode_json(row["open_streams"]))
-    values["pending_redo"] = tuple(map(CallId, decode_json(row["pending_redo"])))
-    values["joinable"] = tuple(map(CallId, decode_json(row["joinable"])))
-    return Checkpoint(**values)
+    return of_json({**values, **{name: decode_json(row[name]) for name in _JSON_FIELDS}})
 
 
 def _not_found(checkpoint_id: CheckpointId) -> NotFound:

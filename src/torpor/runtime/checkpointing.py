@@ -25,6 +25,7 @@ import asyncio
 import logging
 import shutil
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from torpor.core.ids import CallId, SnapshotId, new_snapshot_id
 from torpor.core.pacing import Pace
 from torpor.core.pins import Pins
 from torpor.core.retention import RetentionPolicy
+from torpor.db.roots import Move
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway
 from torpor.runtime.commit_queue import CommitQueue
@@ -376,11 +378,19 @@ class Checkpointer:
             lease=lease,
         )
 
+    def in_use(self) -> set[SnapshotId]:
+        """What the next snapshots are stored against or were compared with."""
+        return {ref.id for ref in self._recent}
+
+    async def move(self, moves: Sequence[Move]) -> int:
+        """Let checkpoints name their repacked snapshots, but for those in use; gives how many do."""
+        in_use = self.in_use()
+        return len(await self._records.move([move for move in moves if move.seen_id not in in_use]))
+
     async def _forget_old(self) -> None:
-        """Apply the retention policy; not to what the next snapshots are stored against or were compared with."""
-        in_use = {ref.id for ref in self._recent}
+        """Apply the retention policy."""
         try:
-            forgotten = await self._records.retain(self._retention, in_use=in_use, at_least=FORGOTTEN_AT_ONCE)
+            forgotten = await self._records.retain(self._retention, in_use=self.in_use(), at_least=FORGOTTEN_AT_ONCE)
         except Superseded:
             raise
         except TorporError as error:

@@ -87,19 +87,39 @@ async def acquire_lock(
     Raises:
         Conflict: `session_running`: a node that answers has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with contextlib.ExitStack() as undo:
+        descriptor = _open_lock(path)
         undo.callback(os.close, descriptor)
         if not _try_lock(descriptor):
             await _displace(session_id, path, answers, deadline_seconds)
             async with asyncio.timeout(deadline_seconds):
                 await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
-        os.ftruncate(descriptor, 0)
-        text = json.dumps({"node_id": me.node_id, "pid": me.pid, "socket": str(me.socket)})
-        os.pwrite(descriptor, text.encode(), 0)
+        _sign(descriptor, me)
         undo.pop_all()
     return SessionLock(path, descriptor)
+
+
+def acquire_free_lock(path: Path, me: Holder) -> SessionLock | None:
+    """Take a session's lock if nobody has it: what can wait kills no silent holder, who may only be starting."""
+    with contextlib.ExitStack() as undo:
+        descriptor = _open_lock(path)
+        undo.callback(os.close, descriptor)
+        if not _try_lock(descriptor):
+            return None
+        _sign(descriptor, me)
+        undo.pop_all()
+    return SessionLock(path, descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _sign(descriptor: int, me: Holder) -> None:
+    os.ftruncate(descriptor, 0)
+    text = json.dumps({"node_id": me.node_id, "pid": me.pid, "socket": str(me.socket)})
+    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _try_lock(descriptor: int) -> bool:

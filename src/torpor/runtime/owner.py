@@ -18,10 +18,11 @@ from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import WaitpointId
+from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
+from torpor.db.roots import Move
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.checkpointing import Checkpointer
@@ -132,9 +133,30 @@ class Owner:
         else:
             await self._life.link.signal(*wanted)
 
-    async def checkpoint(self) -> Checkpoint | None:
+    async def checkpoint(self, *, is_pinned: bool = False) -> Checkpoint | None:
         """Make a checkpoint now; None when it failed."""
-        return await self._checkpointer.take_and_commit("manual")
+        made = await self._checkpointer.take_and_commit("manual")
+        if made is not None and is_pinned:
+            await self._records.pin(made.number, is_pinned=True)
+        return made
+
+    async def pin(self, number: int, *, is_pinned: bool) -> None:
+        """Keep a checkpoint whatever retention says, or leave it to retention again."""
+        await self._records.pin(number, is_pinned=is_pinned)
+
+    def snapshots_in_use(self) -> set[SnapshotId]:
+        """What a collector must leave as it is.
+
+        Raises:
+            SandboxFailed: `sandbox_gone`: it may be any of them, one is being restored.
+        """
+        if self._life is None:
+            raise SandboxFailed("sandbox_gone", "cannot say which snapshots are in use: the session is recovering")
+        return self._checkpointer.in_use()
+
+    async def move(self, moves: Sequence[Move]) -> int:
+        """Let checkpoints name their repacked snapshots; gives how many do."""
+        return 0 if self._life is None else await self._checkpointer.move(moves)
 
     async def add_to_budget(self, amount_nanousd: int) -> Account:
         """Raise the budget and let go on what it held."""

@@ -137,6 +137,15 @@ class Records:
 
         return await self.database.write(work, durable=False)
 
+    async def forget_damaged(self, damaged: Sequence[roots.Root]) -> None:
+        """Give up on checkpoints that do not restore."""
+
+        def work(tx: Transaction) -> None:
+            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
+            roots.forget_damaged(tx, **fence, roots=damaged, wall_ns=self._clock.wall_ns())
+
+        await self.database.write(work, durable=False)
+
     async def pin(self, number: int, *, is_pinned: bool) -> None:
         """Keep a checkpoint whatever retention says, or leave it to retention again."""
 

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ import msgspec
 from torpor.config import (
     PriceRule,
     Upstream,
-    guest_environment,
-    read_checkpoint_share,
     read_prices,
     read_retention,
     read_store,
@@ -27,7 +24,6 @@ from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
-from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
 from torpor.core.ids import CallId, NodeId, SessionId, new_session_id
 from torpor.core.retention import RetentionPolicy
@@ -36,13 +32,15 @@ from torpor.db import ahead, checkpoints, keys, redaction, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
+from torpor.runtime.holding import Ask, Holding
 from torpor.runtime.home import Home
 from torpor.runtime.image_cache import open_image_cache
 from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
+from torpor.runtime.request import Request, make_spec
 from torpor.runtime.session_store import SessionStore, SessionStores
-from torpor.runtime.spec import SessionSpec, image_spec, visible_command
+from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
 from torpor.runtime.storage import open_blobs, open_configured, ready_or_down
 from torpor.sandbox import rootfs
@@ -57,30 +55,12 @@ from torpor.snapshots.shared import drop_shared
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
     from torpor.gateway.pumps import FirstByteAt
+    from torpor.runtime.collecting import CollectOptions, CollectReport
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
-
-CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
+    from torpor.snapshots.collect import Progress
 
 SPARE_BYTES = 4 << 20  # Left free by what is stored, for the event log, which is on the same disk.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a person asks for with `torpor run`."""
-
-    argv: tuple[str, ...]
-    name: str | None
-    image: str
-    workspace: Path
-    environment: Mapping[str, str]
-    mounts: tuple[Path, ...] = ()
-    on_divergence: OnDivergence = OnDivergence.CONTINUE
-    budget_nanousd: int | None = None
-    checkpoint_share_ppm: int | None = None
-    """None: as config.toml says."""
-    any_size: bool = False
-    """A workspace of any size may be copied."""
 
 
 class Runtime(Reader):
@@ -122,7 +102,7 @@ class Runtime(Reader):
         if not request.any_size:
             bytes_max = read_workspace_bytes_max(self.home.root)
             await asyncio.to_thread(workspaces.check_size, source, inside, bytes_max)
-        spec = await asyncio.to_thread(self._spec, request, source, environments, caller)
+        spec = await asyncio.to_thread(make_spec, request, source, environments, caller, self.home)
         await asyncio.to_thread(self.backend.ready)
         session_id = new_session_id(self.clock.wall_ns())
         plain = msgspec.to_builtins(spec)
@@ -141,7 +121,7 @@ class Runtime(Reader):
             return created
 
         session = await self.database.write(record, durable=True)
-        store = await self.stores.with_key(session, key)
+        store = await self.stores.with_key(session_id, spec, key)
         async with store.lease() as lease:
             point = await asyncio.to_thread(seeding.seed, self.home, session, source, inside, store, lease, self.clock)
             await self.database.write(
@@ -286,7 +266,7 @@ class Runtime(Reader):
         """
         incoming = await asyncio.to_thread(transfer.Incoming, lines)
         session_id = incoming.session_id
-        await self.database.read(incoming.check_new)
+        await self.database.read(lambda tx: transfer.check_new(tx, session_id))
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             await transfer.bring_in(incoming, self.database, self.home)
@@ -328,6 +308,27 @@ class Runtime(Reader):
             await records.release()
         finally:
             lock.release()
+
+    def holding(self, me: leasing.Holder, ask: Ask) -> Holding:
+        """Sessions for a moment, for what waits for no node."""
+        return Holding(home=self.home, database=self.database, me=me, ask=ask, clock=self.clock)
+
+    async def collect(
+        self, options: "CollectOptions", me: leasing.Holder, ask: Ask, progress: "Progress"
+    ) -> "CollectReport":
+        """Forget what retention does not keep, and free what no checkpoint needs."""
+        from torpor.runtime.collecting import Collecting
+
+        return await Collecting(
+            home=self.home,
+            database=self.database,
+            stores=self.stores,
+            policy=self.retention,
+            holding=self.holding(me, ask),
+            options=options,
+            progress=progress,
+            clock=self.clock,
+        ).run()
 
     async def cancel(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
         """End a session that no node runs; its sandbox, if one is left, is destroyed."""
@@ -433,34 +434,6 @@ class Runtime(Reader):
 
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
         return rootfs.python_environments(request.argv[0], caller, self.clock)
-
-    def _spec(
-        self, request: Request, source: Path, environments: Sequence[Path], caller: Mapping[str, str]
-    ) -> SessionSpec:
-        if request.image == "host":
-            image = rootfs.host_image(self.home.images, environments, request.mounts)
-        else:
-            image = rootfs.directory_image(Path(request.image), request.mounts)
-        environment = {
-            "PATH": image.path,
-            "HOME": "/root",
-            "USER": "root",
-            "LANG": "C.UTF-8",
-            "TORPOR_SESSION": "1",
-            **{name: caller[name] for name in CALLER_VARIABLES_KEPT if name in caller},
-            **guest_environment(),
-            **request.environment,
-        }
-        return SessionSpec(
-            argv=(visible_command(request.argv[0], environments), *request.argv[1:]),
-            environment=environment,
-            cwd="/workspace",
-            image=image_spec(image),
-            init_directory=str(self.home.init_directory()),
-            workspace_source=str(source),
-            on_divergence=request.on_divergence,
-            checkpoint_share_ppm=read_checkpoint_share(self.home.root, request.checkpoint_share_ppm),
-        )
 
 
 @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ look at the event log alone, and work without a master key.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.ids import SessionId, SnapshotId
 from torpor.db.database import Database
+from torpor.db.roots import Root
 from torpor.db.sessions import Session
 from torpor.runtime.home import Home
 from torpor.runtime.keyring import Keyring, open_keyring
@@ -29,6 +30,7 @@ from torpor.snapshots.diff import Change
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.materialize import ExportReport
+from torpor.snapshots.owners import sign_store
 from torpor.snapshots.shared import SharedIndexes
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 from torpor.snapshots.tree import TreeIndex
@@ -107,7 +109,7 @@ class SessionStores:
 
     def __init__(self, home: Home, backend: Backend, database: Database, masters: MasterKeys, clock: Clock) -> None:
         self._home = home
-        self._backend = backend
+        self.backend = backend
         self._database = database
         self._clock = clock
         self._keyring: Keyring | None = None
@@ -128,15 +130,42 @@ class SessionStores:
         """Raises:
         As `keyring` and `Keyring.session_key`.
         """
-        return await self.with_key(session, await (await self.keyring()).session_key(session.session_id))
+        spec = msgspec.convert(session.spec, SessionSpec)
+        return await self.with_key(
+            session.session_id, spec, await (await self.keyring()).session_key(session.session_id)
+        )
 
-    async def with_key(self, session: Session, key: Key) -> SessionStore:
+    async def refs(self, found: Iterable[Root]) -> dict[SnapshotId, SnapshotRef]:
+        """What it takes to read the snapshots of these rows.
+
+        Raises:
+            As `of`.
+        """
+        keyring, opened = await self.keyring(), dict[SessionId, Key]()
+        refs: dict[SnapshotId, SnapshotRef] = {}
+        for root in found:
+            if root.session_id not in opened:
+                opened[root.session_id] = await keyring.session_key(root.session_id)
+            key = opened[root.session_id]
+            refs[root.snapshot_id] = SnapshotRef(id=root.snapshot_id, manifest_digest=root.manifest_digest, key=key)
+        return refs
+
+    async def with_key(self, session_id: SessionId, spec: SessionSpec, key: Key) -> SessionStore:
         """The store of a session whose key is at hand."""
+        return SessionStore(await self.store(), key, session_id, _shares(spec))
+
+    async def store(self) -> SnapshotStore:
+        """The store without any session's key.
+
+        Raises:
+            As `keyring`.
+        """
         if self._store is None:
-            secret = (await self.keyring()).tenant.secret
-            shared = SharedIndexes(self._home.shared_indexes, secret)
-            self._store = SnapshotStore(self._backend, ContentIds(secret), shared=shared, clock=self._clock)
-        return SessionStore(self._store, key, session.session_id, _shares(msgspec.convert(session.spec, SessionSpec)))
+            tenant = (await self.keyring()).tenant
+            await asyncio.to_thread(sign_store, self.backend, tenant.id)
+            shared = SharedIndexes(self._home.shared_indexes, tenant.secret)
+            self._store = SnapshotStore(self.backend, ContentIds(tenant.secret), shared=shared, clock=self._clock)
+        return self._store
 
 
 def _shares(spec: SessionSpec) -> tuple[str, ...]:

@@ -52,6 +52,16 @@ def image_spec(image: RootImage) -> ImageSpec:
     return ImageSpec(name=image.name, root=image.root, mounts=mounts, path=image.path, digest=image.digest)
 
 
+def root_image(spec: ImageSpec) -> RootImage:
+    return RootImage(
+        name=spec.name,
+        root=spec.root,
+        mounts=tuple(Mount(source=source, destination=destination) for source, destination in spec.mounts),
+        path=spec.path,
+        digest=spec.digest,
+    )
+
+
 def sandbox_id(session_id: SessionId, incarnation: int) -> str:
     """The driver's name for one incarnation; carries the session's, so that orphans can be told."""
     return f"{session_id.removeprefix('ses_')}-{incarnation}"
@@ -60,17 +70,10 @@ def sandbox_id(session_id: SessionId, incarnation: int) -> str:
 def sandbox_plan(home: Home, session_id: SessionId, spec: SessionSpec, incarnation: int) -> SandboxPlan:
     """The plan of one incarnation, always the same for the same arguments: a later node finds the sandbox by it."""
     directory = home.incarnation(session_id, incarnation)
-    image = RootImage(
-        name=spec.image.name,
-        root=spec.image.root,
-        mounts=tuple(Mount(source=source, destination=destination) for source, destination in spec.image.mounts),
-        path=spec.image.path,
-        digest=spec.image.digest,
-    )
     return SandboxPlan(
         sandbox_id=sandbox_id(session_id, incarnation),
         directory=directory,
-        image=image,
+        image=root_image(spec.image),
         workspace=directory / "workspace",
         init_directory=Path(spec.init_directory),
     )

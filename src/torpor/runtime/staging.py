@@ -103,6 +103,11 @@ class Staging:
                 found[SnapshotId(mark.parent.name)] = sum(file.stat().st_size for file in files)
         return found
 
+    def rename(self, old: SnapshotId, new: SnapshotId) -> None:
+        """The same image is a snapshot of another id now."""
+        with contextlib.suppress(OSError):  # Mostly there is none. Without it a restore reads the store.
+            (self.root / old).rename(self.root / new)
+
     def discard(self, snapshot_id: SnapshotId) -> None:
         shutil.rmtree(self.root / snapshot_id, ignore_errors=True)
 

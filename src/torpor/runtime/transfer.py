@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torpor.core.crash import crash_point
@@ -20,7 +20,7 @@ from torpor.db.database import BlobStore, Database, Transaction, Value
 from torpor.runtime.home import Home
 
 FORMAT = "torpor-session-1"
-TABLES = ("block", "call", "attempt", "answer", "chunk", "request", "output", "event", "waitpoint", "message")
+TABLES = ("block", "call", "attempt", "answer", "chunk", "request", "output", "waitpoint", "message", "event")
 """In the order in which their rows refer to each other."""
 
 
@@ -65,12 +65,7 @@ class Incoming:
         self._next = next(self._lines, nothing)
 
     def is_here(self, tx: Transaction) -> bool:
-        return tx.one("session/find_by_id", session_id=self.session_id) is not None
-
-    def check_new(self, tx: Transaction) -> None:
-        """Raises Conflict: `session_exists`."""
-        if self.is_here(tx):
-            raise Conflict("session_exists", f"cannot import session {self.session_id}: it is here already")
+        return _is_here(tx, self.session_id)
 
     def put_blobs(self, store: BlobStore) -> None:
         """Put the blobs into the store, where they belong to nobody until their rows are stored too."""
@@ -90,7 +85,7 @@ class Incoming:
         Raises:
             Conflict: `session_exists`.
         """
-        self.check_new(tx)
+        check_new(tx, self.session_id)
         envelope, name = self._envelope, self._envelope.get("name")
         if name is not None and tx.one("session/find_by_name", name=str(name)) is not None:
             envelope = {**envelope, "name": None}
@@ -135,8 +130,13 @@ class Incoming:
         return bytes.fromhex(first["blob"]), bytes(data)
 
 
-async def bring_in(incoming: Incoming, database: Database, home: Home) -> None:
+async def bring_in(
+    incoming: Incoming, database: Database, home: Home, also: Callable[[Transaction], None] = lambda _: None
+) -> None:
     """Store a session whose lock is held: its blobs first, then its rows in one transaction. Else nothing stays of it.
+
+    Args:
+        also: what else is to be in that transaction.
 
     Raises:
         InvalidInput: `import_unreadable`.
@@ -145,13 +145,23 @@ async def bring_in(incoming: Incoming, database: Database, home: Home) -> None:
     try:
         if database.blobs is not None:
             await asyncio.to_thread(incoming.put_blobs, database.blobs)
-        await database.write(incoming.store, durable=True)
+        await database.write(lambda tx: (incoming.store(tx), also(tx)), durable=True)
     except BaseException:
         if not await database.read(incoming.is_here):
             await asyncio.to_thread(shutil.rmtree, home.session(incoming.session_id), ignore_errors=True)
         raise
     finally:
         await ahead.sweep(database, incoming.session_id)
+
+
+def check_new(tx: Transaction, session_id: SessionId) -> None:
+    """Raises Conflict: `session_exists`."""
+    if _is_here(tx, session_id):
+        raise Conflict("session_exists", f"cannot import session {session_id}: it is here already")
+
+
+def _is_here(tx: Transaction, session_id: SessionId) -> bool:
+    return tx.one("session/find_by_id", session_id=session_id) is not None
 
 
 def import_lines(tx: Transaction, lines: Iterable[str]) -> SessionId:
@@ -225,7 +235,9 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-_NOT_ALWAYS = frozenset({"budget_nanousd", "parent_id", "forked_at_seq", "reserved_nanousd", "cost_nanousd", _BLOB})
+_NOT_ALWAYS = frozenset(
+    {"due_ns", "budget_nanousd", "parent_id", "forked_at_seq", "reserved_nanousd", "cost_nanousd", _BLOB}
+)
 """Columns that an export from before they existed lacks: then they are null."""
 
 

@@ -123,24 +123,52 @@ def host_image(images_directory: Path, python_prefixes: Sequence[Path], mounts: 
     wanted = [path.absolute() for path in (*python_prefixes, *mounts)]
     binds = _outermost(path for path in wanted if not path.is_relative_to("/usr"))
     empty = images_directory / "empty"
-    links = [name for name in SYSTEM_DIRECTORIES if Path("/", name).is_symlink()]
+    links = _linked()
     shown = [Path("/", name) for name in SYSTEM_DIRECTORIES if name not in links and Path("/", name).is_dir()]
     masked = [file for prefix in python_prefixes for pattern in MASKED_IN_PYTHON for file in prefix.glob(pattern)]
     all_mounts = (
         *(Mount(source=str(path), destination=str(path)) for path in (*shown, *binds)),
         *(Mount(source=str(empty), destination=str(path)) for path in sorted(masked)),
     )
+    bins = [str(prefix.absolute() / "bin") for prefix in python_prefixes]
+    path = ":".join([*bins, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
+    return _host_image(images_directory, all_mounts, path)
+
+
+def image_here(image: RootImage, images_directory: Path) -> RootImage:
+    """What an image of another machine, or of another TORPOR_HOME, is on this one.
+
+    Raises:
+        InvalidInput: `image_unusable`, a path that it shows is not here.
+    """
+    for mount in image.mounts:
+        if mount.source == mount.destination and not Path(mount.source).exists():
+            raise InvalidInput("image_unusable", f"cannot use image {image.name!r}: there is no {mount.source} here")
+    if image.name != "host":
+        return directory_image(Path(image.root), [Path(mount.destination) for mount in image.mounts])
+    empty = str(images_directory / "empty")
+    mounts = (
+        mount if mount.source == mount.destination else Mount(source=empty, destination=mount.destination)
+        for mount in image.mounts
+    )
+    return _host_image(images_directory, tuple(mounts), image.path)
+
+
+def _host_image(images_directory: Path, mounts: tuple[Mount, ...], path: str) -> RootImage:
+    links = _linked()
     etc = [name for name in ETC_COPIED if Path("/etc", name).exists()]
-    inputs = [ETC_WRITTEN, EMPTY_DIRECTORIES, [(m.source, m.destination) for m in all_mounts], links, _etc_stamp(etc)]
+    inputs = [ETC_WRITTEN, EMPTY_DIRECTORIES, [(m.source, m.destination) for m in mounts], links, _etc_stamp(etc)]
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     root = images_directory / f"host-{digest[:16]}"
     if not root.is_dir():
         images_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        empty.touch()
-        _build_host_root(root, links, etc, all_mounts)
-    bins = [str(prefix.absolute() / "bin") for prefix in python_prefixes]
-    path = ":".join([*bins, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
-    return RootImage(name="host", root=str(root), mounts=all_mounts, path=path, digest=digest)
+        (images_directory / "empty").touch()
+        _build_host_root(root, links, etc, mounts)
+    return RootImage(name="host", root=str(root), mounts=mounts, path=path, digest=digest)
+
+
+def _linked() -> list[str]:
+    return [name for name in SYSTEM_DIRECTORIES if Path("/", name).is_symlink()]
 
 
 def python_environments(command: str, environment: Mapping[str, str], clock: Clock) -> list[Path]:

@@ -11,12 +11,13 @@ from typing import Protocol
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged
-from torpor.core.ids import SnapshotId
+from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.condemned import delete_condemned, read_condemned, write_condemned
 from torpor.snapshots.garbage import Listing, SweepPlan, plan_sweep, staying, still_garbage
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import load_head
+from torpor.snapshots.owners import check_alone
 
 GRACE_SECONDS = 3600.0
 WAIT_SECONDS = 120.0
@@ -55,6 +56,7 @@ class Swept:
 
     manifests: int = 0
     packs: int = 0
+    stored_bytes: int = 0
 
 
 class Collector:
@@ -66,6 +68,7 @@ class Collector:
         roots: Roots,
         alone: Lease,
         *,
+        tenant_id: KeyId | None = None,
         grace_seconds: float = GRACE_SECONDS,
         wait_seconds: float = WAIT_SECONDS,
         progress: Progress = lambda _what, _done, _of: None,
@@ -73,6 +76,7 @@ class Collector:
         self._backend = backend
         self._roots = roots
         self._alone = alone
+        self._tenant_id = tenant_id
         self._grace_seconds = grace_seconds
         self._wait_seconds = wait_seconds
         self._progress = progress
@@ -82,12 +86,18 @@ class Collector:
         """What a sweep would delete now.
 
         Raises:
+            Conflict: `store_shared`.
             Damaged: `collect_refused`, the manifest of a root can't be read.
         """
+        check_alone(self._backend, self._tenant_id)
         listing = self.list_objects()
         roots = self._roots.manifests()
         self.mark(staying(listing, roots, self._grace_seconds), roots)
         return plan_sweep(listing, roots, self._named, self._grace_seconds)
+
+    def unreadable(self, roots: Mapping[str, Root]) -> dict[str, Damaged]:
+        """Manifests of roots that are missing or not what was written, with the reason."""
+        return {key: found for key, root in roots.items() if isinstance(found := self._read(key, root), Damaged)}
 
     def list_objects(self) -> Listing:
         """Ages are told by an instant before the listing, so that what is listed late is too young."""
@@ -131,16 +141,18 @@ class Collector:
         """Delete what is on the list of this collector, or of one that died, and is still needed by nobody.
 
         Raises:
-            Conflict: `collect_waited`, somebody is under way for too long; `lease_lost`. The list stays.
-            Damaged: `collect_refused`. The list stays.
+            Conflict: `collect_waited`, somebody is under way for too long; `store_shared`, `lease_lost`.
+            Damaged: `collect_refused`. After any of them the list stays.
         """
         condemned = read_condemned(self._backend)
         if not condemned:
             return Swept()
         self._roots.sync()
         self._wait_for_others()
+        check_alone(self._backend, self._tenant_id)  # Once more: who came since has no row here.
         roots = self._roots.manifests()
-        there = {entry.key for entry in self._backend.entries("manifests/")}
+        entries = {entry.key: entry for entry in self._backend.entries("")}
+        there = {key for key in entries if key.startswith("manifests/")}
         named = self.mark((there - condemned) | roots.keys(), roots)
         manifests, others = still_garbage(sorted(condemned), roots, named)
         self._delete(manifests, "deleting manifests", "")
@@ -148,7 +160,12 @@ class Collector:
         self._delete(others, "deleting packs", "collect.pack_deleted")
         crash_point("collect.swept")
         delete_condemned(self._backend)
-        return Swept(manifests=len(manifests), packs=sum(key.startswith("packs/") for key in others))
+        gone = [entries[key] for key in (*manifests, *others) if key in entries]
+        return Swept(
+            manifests=sum(entry.key in there for entry in gone),
+            packs=sum(entry.key.startswith("packs/") for entry in gone),
+            stored_bytes=sum(entry.stored_bytes for entry in gone),
+        )
 
     def _read(self, key: str, root: Root | None) -> frozenset[str] | Damaged:
         snapshot_id = SnapshotId(key.removeprefix("manifests/"))

@@ -27,6 +27,7 @@ class Listing:
     manifests: Mapping[str, Entry]
     packs: Mapping[str, Entry]
     probes: Mapping[str, Entry]
+    blobs: Mapping[str, Entry]
     unknown: Sequence[Entry]
     now_ns: int
 
@@ -39,6 +40,7 @@ class Listing:
             manifests=kinds.get("manifests", {}),
             packs=kinds.get("packs", {}),
             probes=kinds.get("probes", {}),
+            blobs=kinds.get("blobs", {}),
             unknown=[entry for kind, found in kinds.items() if kind not in KINDS for entry in found.values()],
             now_ns=now_ns,
         )
@@ -78,15 +80,16 @@ def plan_sweep(listing: Listing, roots: Collection[str], named: Named, grace_sec
     """
     stays = staying(listing, roots, grace_seconds)
     needed = _needed(stays, named)
-    garbage = {key: entry for key, entry in listing.packs.items() if key not in needed}
-    old = listing.older(garbage, grace_seconds)
-    not_rooted = [entry for key, entry in listing.manifests.items() if key in stays and key not in roots]
+    old = listing.older(listing.packs, grace_seconds)
+    going = {key: entry for key, entry in old.items() if key not in needed}
+    rooted = _needed(roots, named)
+    young = [entry for key, entry in listing.packs.items() if key not in rooted and key not in going]
+    young += [entry for key, entry in listing.manifests.items() if key in stays and key not in roots]
     return SweepPlan(
         manifests=[entry for key, entry in listing.manifests.items() if key not in stays],
-        packs=list(old.values()),
+        packs=list(going.values()),
         probes=list(listing.older(listing.probes, grace_seconds).values()),
-        young_bytes=sum(garbage[key].stored_bytes for key in garbage.keys() - old.keys())
-        + sum(entry.stored_bytes for entry in not_rooted),
+        young_bytes=sum(entry.stored_bytes for entry in young),
     )
 
 

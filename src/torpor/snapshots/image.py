@@ -31,6 +31,7 @@ from torpor.snapshots.pages import (
     PageIndex,
     extents_of,
     index_of_extents,
+    page_list_of,
     plan_pages,
 )
 
@@ -129,8 +130,7 @@ def restore_paged(file: PagedFile, packs: Sequence[PackIndex], backend: Backend,
         Damaged: snapshot_damaged, snapshot_object_missing.
     """
     extents = decode_extents(file.extents)
-    page_list = b"".join(packs[extent.pack].ids_of(extent.first, extent.count) for extent in extents)
-    if sha256(page_list).digest() != file.page_list:
+    if sha256(page_list_of(extents, packs)).digest() != file.page_list:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
     path = directory / file.name
     with storage_errors(f"write image file {path}"), path.open("xb", buffering=0) as target:

@@ -7,6 +7,7 @@ them.
 import secrets
 import struct
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -279,9 +280,9 @@ def decode_extents(data: bytes) -> list[Extent]:
     third = len(data) // 3
     columns: Sequence[Any] = [unpack_u32(_unplanes(data[at * third : (at + 1) * third])) for at in range(3)]
     extents: list[Extent] = []
-    ends: dict[int, int] = {}
+    ends: defaultdict[int, int] = defaultdict(int)
     for count, pack, distance in zip(*columns, strict=True):
-        first = (distance + ends.get(pack, 0)) & 0xFFFFFFFF
+        first = (distance + ends[pack]) & 0xFFFFFFFF
         ends[pack] = first + count
         extents.append(Extent(count, pack, first))
     return extents

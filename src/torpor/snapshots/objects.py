@@ -9,7 +9,6 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from torpor.core.crash import crash_point
@@ -21,8 +20,10 @@ from torpor.snapshots.pack import (
     PACK_BYTES_MAX,
     PackBuilder,
     PackIndex,
+    PackRef,
     damaged,
     read_object,
+    read_pack_index,
 )
 
 CHUNK_BYTES_MAX = FRAME_BYTES
@@ -95,19 +96,26 @@ class ObjectWriter:
 
 
 class ObjectReader:
-    """Objects of some packs; the frames read last stay in memory, since neighbours are read together."""
+    """Objects of some packs; the frames read last stay in memory, since neighbours are read together.
 
-    def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex]) -> None:
+    Indexes are read from the last pack backwards until what is asked for is found: an image's few objects are mostly in
+    the snapshot's own pack, which is the last, and each index of a store far away is a request.
+    """
+
+    def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex | PackRef]) -> None:
         self._backend = backend
         self._ids = ids
-        self._packs = packs
-        self._places = places_of_objects(packs)
+        self._unread = list(enumerate(packs))
+        self._packs: dict[int, PackIndex] = {}
+        self._places: dict[bytes, int] = {}
         self._frames: OrderedDict[tuple[int, int], dict[bytes, bytes]] = OrderedDict()
 
     def get(self, digest: bytes) -> bytes:
-        place = self._places.get(digest)
-        if place is None:
-            raise damaged(f"object {digest.hex()}", "no pack of the snapshot holds it")
+        while digest not in self._places:
+            if not self._unread:
+                raise damaged(f"object {digest.hex()}", "no pack of the snapshot holds it")
+            self._read_index(*self._unread.pop())
+        place = self._places[digest]
         pack, item = place >> 32, place & 0xFFFFFFFF
         key = pack, self._packs[pack].frame_of(item)
         frame = self._frames.get(key)
@@ -122,14 +130,17 @@ class ObjectReader:
     def digest_of(self, data: bytes) -> bytes:
         return self._ids.of_object(data)
 
+    def _read_index(self, number: int, pack: PackIndex | PackRef) -> None:
+        found = pack if isinstance(pack, PackIndex) else read_pack_index(self._backend, pack)
+        self._packs[number] = found
+        for item in range(found.items):
+            self._places.setdefault(found.ids_of(item, 1), number << 32 | item)
+
     def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
         pack = self._packs[pack_number]
         frame = pack.frames[frame_number]
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
-        ends = list(accumulate(pack.lengths_of(frame), initial=0))
-        return {
-            pack.ids_of(item, 1): raw[start:end] for item, (start, end) in enumerate(pairwise(ends), frame.first_item)
-        }
+        return dict(pack.split(frame, raw))
 
 
 def places_of_objects(packs: Sequence[PackIndex]) -> dict[bytes, int]:

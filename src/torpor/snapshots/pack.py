@@ -13,13 +13,13 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import zstandard
 
 from torpor.core.errors import Damaged, NotFound
 from torpor.snapshots.backend import Backend
-from torpor.snapshots.cipher import KEY_BYTES, NONCE_BYTES, Cipher, NotAuthentic
+from torpor.snapshots.cipher import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, NotAuthentic
 from torpor.snapshots.content_ids import OBJECT_ID_BYTES, PAGE_BYTES, PAGE_ID_BYTES, ContentIds
 
 FRAME_BYTES = 262_144
@@ -27,6 +27,8 @@ PACK_BYTES_MAX = 16 * 1024 * 1024
 _ITEM_BYTES_MAX = 1 << 30
 _HEAD = struct.Struct("<8sIQ")
 _COUNTS = struct.Struct("<II")
+HEAD_BYTES_MIN = _HEAD.size + _COUNTS.size + TAG_BYTES
+"""Length of the head of a pack without items."""
 _PAGES_MAGIC, _OBJECTS_MAGIC = b"TORPAK2P", b"TORPAK2O"
 
 
@@ -85,7 +87,7 @@ class PackIndex:
         if not self.holds_pages:
             self._lengths = unpack_u32(index[cursor : cursor + 4 * self.items])
             cursor += 4 * self.items
-        self._ids = index[cursor:]
+        self.ids = index[cursor:]
         self._first_items = [0, *accumulate(counts)]
         offsets = list(accumulate(stored, initial=ref.head_bytes))
         self.frames = tuple(
@@ -103,7 +105,7 @@ class PackIndex:
         return bisect_right(self._first_items, item) - 1
 
     def ids_of(self, first: int, count: int) -> bytes:
-        return self._ids[self.id_bytes * first : self.id_bytes * (first + count)]
+        return self.ids[self.id_bytes * first : self.id_bytes * (first + count)]
 
     def lengths_of(self, frame: Frame) -> Sequence[int]:
         """Raw length of each item of a frame."""
@@ -115,6 +117,12 @@ class PackIndex:
         """Id and raw length of each object, in order."""
         for item, length in enumerate(self._lengths):
             yield self.ids_of(item, 1), length
+
+    def split(self, frame: Frame, raw: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Id and bytes of each item of an opened frame."""
+        ends = accumulate(self.lengths_of(frame), initial=0)
+        for item, (start, end) in enumerate(pairwise(ends), frame.first_item):
+            yield self.ids_of(item, 1), raw[start:end]
 
     def check(self, pack: bytes, ids: ContentIds) -> None:
         """Verify a whole pack: its length, each frame as it is stored, and each item after decompression.

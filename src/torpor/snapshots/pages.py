@@ -9,9 +9,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torpor.snapshots.content_ids import PAGE_ID_BYTES
-from torpor.snapshots.pack import PackIndex, PackRef
+from torpor.snapshots.pack import HEAD_BYTES_MIN, PackIndex, PackRef
 
 # 1 MiB: a step's changed pages resemble each other, and frames of 256 KiB store a sixth more of them.
 PAGES_PER_FRAME = 256
@@ -30,11 +31,10 @@ _FRAMES_SLACK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`count` consecutive pages of the file are `count` consecutive items of one pack."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     pack: int
     first: int
 
@@ -64,6 +64,11 @@ class PageIndex:
             pairs = zip(ids[at : at + _SLICE], self.places[at : at + _SLICE], strict=True)
             known.update(pairs if all(is_present) else [pair for pair in pairs if is_present[pair[1] >> 32]])
         return known
+
+
+def count_pages(ref: PackRef) -> int:
+    """How many pages a page pack has, from the length of its head: an id for each, and eight bytes for each frame."""
+    return (ref.head_bytes - HEAD_BYTES_MIN) * PAGES_PER_FRAME // (PAGE_ID_BYTES * PAGES_PER_FRAME + 8)
 
 
 EMPTY_INDEX = PageIndex((), b"", array("Q"))
@@ -138,6 +143,12 @@ def extents_of(places: Iterable[int]) -> Iterator[Extent]:
         start, count = place, 1
     if count:
         yield Extent(count, start >> 32, start & 0xFFFFFFFF)
+
+
+def page_list_of(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> bytes:
+    """The ids of an image's pages in order; a tight loop, since a long session's image has thousands of extents."""
+    ids, size = [pack.ids for pack in packs], PAGE_ID_BYTES
+    return b"".join([ids[pack][size * first : size * (first + count)] for count, pack, first in extents])
 
 
 def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:

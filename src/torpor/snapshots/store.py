@@ -43,7 +43,7 @@ from torpor.snapshots.pack import PackIndex, missing, read_pack_index
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
 from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
 from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
-from torpor.snapshots.verify import problems_of
+from torpor.snapshots.verify import Verifier
 
 PAGED_FILES = frozenset({"pages.img"})
 _CACHED_ITEMS_MAX = 2_000_000
@@ -278,11 +278,11 @@ class SnapshotStore:
 
     def verify(self, ref: SnapshotRef) -> list[str]:
         """Read everything that the snapshot needs; one sentence for each problem, naming the object."""
-        try:
-            manifest = self.read_manifest(ref)
-        except Damaged as error:
-            return [str(error)]
-        return problems_of(manifest, self._backend, self._ids)
+        return self.verifier(read_data=True).problems_of(ref)
+
+    def verifier(self, *, read_data: bool) -> Verifier:
+        """What looks at many snapshots, each of their packs once."""
+        return Verifier(self._backend, self._ids, read_data=read_data)
 
     def _indexes_before(
         self,
@@ -410,7 +410,7 @@ class SnapshotStore:
         return data
 
     def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(self._backend, self._ids, read_pack_indexes(manifest.object_packs, self._backend))
+        return ObjectReader(self._backend, self._ids, manifest.object_packs)
 
     def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:

@@ -1,40 +1,93 @@
-"""A slow look at everything a snapshot needs: every byte of its packs, and that its files and tree come
-together.
+"""Whether snapshots would restore: a quick look at all that says what they are made of, or a slow one at every byte.
+
+The quick look opens manifests and the indexes of packs, compares the packs' lengths, and puts the images together as
+far as names go. The slow one reads whole packs, and walks through files and trees.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 
 from torpor.core.errors import Damaged, NotFound
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.content_ids import ContentIds
-from torpor.snapshots.manifest import Manifest, PagedFile, decode_extents
+from torpor.snapshots.manifest import Manifest, PagedFile, SnapshotRef, decode_extents, load_manifest, manifest_key
 from torpor.snapshots.objects import ObjectReader, Objects, chunks_of, read_chunk
-from torpor.snapshots.pack import PackIndex, PackRef, damaged, missing
+from torpor.snapshots.pack import PackIndex, PackRef, damaged, missing, read_pack_index
+from torpor.snapshots.pages import page_list_of
 from torpor.snapshots.tree import DIRECTORY, FILE, decode_directory
 
 
-def problems_of(manifest: Manifest, backend: Backend, ids: ContentIds) -> list[str]:
-    """One sentence for each problem; of a pack only the first."""
-    packs: dict[PackRef, PackIndex] = {}
-    problems: list[str] = []
-    for ref in dict.fromkeys(manifest.packs):
+class Verifier:
+    """Looks at snapshots, and at each of their packs once. Hold a store lease meanwhile."""
+
+    def __init__(self, backend: Backend, ids: ContentIds, *, read_data: bool) -> None:
+        self._backend = backend
+        self._ids = ids
+        self._read_data = read_data
+        self._entries = {entry.key: entry for entry in backend.entries("packs/")}
+        self._packs: dict[PackRef, PackIndex | Damaged] = {}
+        self.named: set[str] = set()
+        """Keys of the manifests, and of all packs that these name."""
+
+    def problems_of(self, ref: SnapshotRef) -> list[str]:
+        """One sentence for each problem; of a pack only the first."""
+        self.named.add(manifest_key(ref.id))
         try:
-            packs[ref] = _verified_pack(ref, backend, ids)
+            manifest = load_manifest(self._backend, ref)
         except Damaged as error:
-            problems.append(str(error))
-    if problems:
+            return [str(error)]
+        self.named.update(pack.key for pack in manifest.packs)
+        packs: dict[PackRef, PackIndex] = {}
+        problems: list[str] = []
+        for pack in dict.fromkeys(manifest.packs):
+            found = self._pack(pack)
+            if isinstance(found, Damaged):
+                problems.append(str(found))
+            else:
+                packs[pack] = found
+        if problems:
+            return problems
+        problems = list(_problems_of_image(manifest, packs))
+        if self._read_data:
+            objects = ObjectReader(self._backend, self._ids, [packs[pack] for pack in manifest.object_packs])
+            problems += _problems_of_contents(manifest, objects)
         return problems
-    objects = ObjectReader(backend, ids, [packs[ref] for ref in manifest.object_packs])
+
+    def _pack(self, ref: PackRef) -> PackIndex | Damaged:
+        if ref not in self._packs:
+            try:
+                self._packs[ref] = self._look_at(ref)
+            except Damaged as error:
+                self._packs[ref] = error
+        return self._packs[ref]
+
+    def _look_at(self, ref: PackRef) -> PackIndex:
+        if self._read_data:
+            return _verified_pack(ref, self._backend, self._ids)
+        pack = read_pack_index(self._backend, ref)
+        entry = self._entries.get(ref.key)
+        if entry is not None and entry.stored_bytes != pack.stored_bytes:
+            raise damaged(ref.key, f"it has {entry.stored_bytes} bytes, not {pack.stored_bytes}")
+        return pack
+
+
+def _problems_of_image(manifest: Manifest, packs: Mapping[PackRef, PackIndex]) -> Iterator[str]:
     for file in manifest.files:
         try:
             if isinstance(file, PagedFile):
                 _verify_paged(file, [packs[ref] for ref in manifest.page_packs])
-            else:
+        except Damaged as error:
+            yield str(error)
+
+
+def _problems_of_contents(manifest: Manifest, objects: Objects) -> Iterator[str]:
+    for file in manifest.files:
+        try:
+            if not isinstance(file, PagedFile):
                 _verify_content(file.content, file.size, objects)
         except Damaged as error:
-            problems.append(str(error))
-    return problems + list(_problems_of_tree(manifest.tree_root, objects, "workspace"))
+            yield str(error)
+    yield from _problems_of_tree(manifest.tree_root, objects, "workspace")
 
 
 def _verified_pack(ref: PackRef, backend: Backend, ids: ContentIds) -> PackIndex:
@@ -49,8 +102,7 @@ def _verified_pack(ref: PackRef, backend: Backend, ids: ContentIds) -> PackIndex
 
 def _verify_paged(file: PagedFile, packs: list[PackIndex]) -> None:
     extents = decode_extents(file.extents)
-    page_list = b"".join(packs[extent.pack].ids_of(extent.first, extent.count) for extent in extents)
-    if sha256(page_list).digest() != file.page_list:
+    if sha256(page_list_of(extents, packs)).digest() != file.page_list:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
 
 

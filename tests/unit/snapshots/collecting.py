@@ -1,10 +1,11 @@
 """A store with rows that keep its snapshots, and the work that goes on in it as tasks: saves, restores, collections."""
 
+import contextlib
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torpor.snapshots.capture import capture
 from torpor.snapshots.collect import Collector, Root
 from torpor.snapshots.condemned import read_condemned
 from torpor.snapshots.manifest import load_head, manifest_key
+from torpor.snapshots.repack import Repacker
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 
 Work = Callable[[Task], None]
@@ -42,6 +44,7 @@ class Scene:
         self.real = LocalDirectory(self.root / "store")
         self.rows: dict[SnapshotId, Row] = {}
         self.ever: list[SavedSnapshot] = []
+        self.repacked = 0
         self._indexes: OrderedDict[Any, Any] = OrderedDict()
         self._numbers = iter(range(10**6))
 
@@ -125,12 +128,32 @@ class Scene:
                 with backend.leases.hold_alone() as alone:
                     collector = Collector(backend, _Roots(self.rows, task), alone, grace_seconds=0)
                     collector.sweep()
+                    self._repack(backend, task)
                     collector.condemn(collector.plan())
                     collector.sweep()
             except Conflict as refused:
                 assert refused.code == "collect_running"
 
         return work
+
+    @contextlib.contextmanager
+    def _room(self, _raw_bytes: int) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self.root) as made:
+            yield Path(made)
+
+    def _repack(self, backend: Any, task: Task) -> None:
+        """Every pack of which something is dead, and the rows one by one."""
+        task.gate()
+        rows = dict(self.rows)
+        repacker = Repacker(backend, IDS, grace_seconds=0, progress=lambda *_: None, room=self._room)
+        repacker.look([row.saved.ref for row in rows.values()], newest=[one.saved.ref.id for one in rows.values()])
+        self.repacked += len(repacker.weights) + len(repacker.scattered)
+        with backend.leases.hold() as lease:
+            for one in repacker.write(lambda: SnapshotId(f"snp_{next(self._numbers)}"), lease):
+                task.gate()
+                row = self.rows.pop(one.old.id, None)
+                if row is not None:
+                    self.rows[one.new.id] = replace(row, saved=replace(row.saved, ref=one.new))
 
     def check(self) -> None:
         """Everything that a row needs is there."""

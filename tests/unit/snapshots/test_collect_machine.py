@@ -9,8 +9,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.snapshots.collecting import Scene
 from tests.unit.snapshots.stepping import Task
 
+from torpor.snapshots import layout, usage
+
 SESSIONS = ("a", "b")
 TASKS_MAX = 4
+
+
+@pytest.fixture(autouse=True)
+def everything_dead_is_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that images of 20 pages are repacked, and laid out anew when they lie in two frames."""
+    monkeypatch.setattr(usage, "DEAD_BYTES_MIN", 1)
+    monkeypatch.setattr(usage, "NEEDED_SHARE_MAX", 0.9)
+    monkeypatch.setattr(layout, "FRAMES_OVER_IDEAL", 0)
+    monkeypatch.setattr(layout, "_FRAMES_FREE", 1)
 
 
 class CollectMachine(RuleBasedStateMachine):

@@ -10,9 +10,20 @@ import pytest
 from tests.unit.snapshots.collecting import Scene, Work
 from tests.unit.snapshots.stepping import Task
 
+from torpor.snapshots import layout, usage
+
 SAVE_OF_GARBAGE = "a save that shares what is garbage, whose index is in memory"
 SAVE_THEN_FORGOTTEN = "a save whose parent is forgotten once it has begun"
 RESTORE_THEN_FORGOTTEN = "a restore of what is forgotten once it has begun"
+
+
+@pytest.fixture(autouse=True)
+def everything_dead_is_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that images of two pages are repacked, and laid out anew when they lie in two frames."""
+    monkeypatch.setattr(usage, "DEAD_BYTES_MIN", 1)
+    monkeypatch.setattr(usage, "NEEDED_SHARE_MAX", 0.9)
+    monkeypatch.setattr(layout, "FRAMES_OVER_IDEAL", 0)
+    monkeypatch.setattr(layout, "_FRAMES_FREE", 1)
 
 
 def begin(what: str) -> tuple[Scene, Work]:

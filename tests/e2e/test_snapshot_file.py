@@ -1,0 +1,99 @@
+"""`torpor snapshot`: a session that was cut on one TORPOR_HOME goes on in another one; else it says what that lacks."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from tests.crash.witness import check_nothing_left
+from tests.e2e.test_sessions import COUNTERS, RUN_AGENT, report_of
+from tests.stage import PATIENCE_SECONDS, Stage
+
+pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
+assert sys.version_info >= (3, 11)
+
+
+def cut(made: Stage, calls: int) -> int:
+    """A session that was killed amid its work, with its newest checkpoint's number."""
+    node = made.node(*RUN_AGENT)
+    log = made.follow("one")
+    log.wait("checkpoint.committed", calls)
+    node.kill()
+    node.wait()
+    made.kill_sandbox()
+    log.close()
+    return max(row["number"] for row in made.rows("checkpoints", "one"))
+
+
+def elsewhere(made: Stage) -> None:
+    """The same machine with another TORPOR_HOME: other keys, another store, another database."""
+    made.home.rename(made.directory / "old home")
+    made.home.mkdir(mode=0o700)
+    for config in (made.directory / "old home").glob("config.toml"):
+        shutil.copy2(config, made.home)
+
+
+def test_session_goes_on_in_another_home_from_where_it_was(slow: Stage) -> None:
+    number = cut(slow, 4)
+    file = slow.directory / "one.snapshot"
+    told = json.loads(slow.torpor("snapshot", "export", "one", str(file), "--json").stdout)
+    assert (told["checkpoint"], told["sealed"], told["file_bytes"]) == (number, False, file.stat().st_size)
+    assert not list((slow.home / "sessions").glob("*/export"))
+    elsewhere(slow)
+    imported = json.loads(slow.torpor("snapshot", "import", str(file), "--json").stdout)
+    assert imported == {"session_id": told["session_id"], "checkpoint": number, "unmet": ""}
+    assert [row["number"] for row in slow.rows("checkpoints", "one")] == [number]
+    slow.torpor("log", "one", "--verify")
+    assert json.loads(slow.torpor("verify", "--read-data", "--json").stdout)["problems"] == []
+    again = slow.torpor("snapshot", "import", str(file), "--json", check=False)
+    assert json.loads(again.stdout)["error"]["code"] == "session_exists"
+    assert slow.node("resume", "one").wait(PATIENCE_SECONDS) == 0
+    chosen = [event["data"] for event in slow.events("one") if event["kind"] == "recovery.chosen"]
+    assert [data["mode"] for data in chosen] == ["boot", "restore"]
+    assert report_of(slow) == {**dict.fromkeys(COUNTERS, 5), "background": {"ticker": None}}
+    slow.torpor("log", "one", "--verify")
+    check_nothing_left(slow)
+
+
+def test_machine_that_lacks_the_runsc_refuses_it_and_takes_it_to_be_read(slow: Stage, runsc: Path) -> None:
+    cut(slow, 2)
+    file, other = slow.directory / "one.snapshot", slow.directory / "other/runsc"
+    slow.torpor("snapshot", "export", "one", str(file))
+    elsewhere(slow)
+    other.parent.mkdir()
+    other.write_bytes(runsc.read_bytes() + b"\0")
+    other.chmod(0o755)
+    refused = slow.torpor("snapshot", "import", str(file), check=False, TORPOR_RUNSC=str(other))
+    assert refused.returncode == 69
+    assert "that very binary is not here" in " ".join(refused.stderr.split())
+    assert slow.rows("ls") == []
+    assert not list((slow.home / "sessions").iterdir())
+    taken = slow.torpor("snapshot", "import", str(file), "--anyway", "--json", TORPOR_RUNSC=str(other))
+    assert "that very binary is not here" in json.loads(taken.stdout)["unmet"]
+    slow.torpor("pull", "one", str(slow.directory / "pulled"))
+    assert any((slow.directory / "pulled").iterdir())
+    resumed = slow.torpor("resume", "one", check=False, TORPOR_RUNSC=str(other))
+    assert resumed.returncode == 69
+    assert "pins_unmet" in resumed.stderr
+
+
+@pytest.mark.parametrize("point", ["import.stored", "import.committed"])
+def test_killed_import_is_done_again_or_was_done(slow: Stage, point: str) -> None:
+    cut(slow, 2)
+    file = slow.directory / "one.snapshot"
+    slow.torpor("snapshot", "export", "one", str(file))
+    elsewhere(slow)
+    killed = slow.torpor("snapshot", "import", str(file), check=False, TORPOR_CRASH_POINT=point)
+    assert killed.returncode == -signal.SIGKILL
+    if point == "import.stored":
+        assert slow.rows("ls") == []
+        slow.torpor("snapshot", "import", str(file))
+        freed = json.loads(slow.torpor("collect", "--grace", "0", "--json").stdout)
+        assert freed["manifests"] == 1
+    assert json.loads(slow.torpor("verify", "--read-data", "--json").stdout)["problems"] == []
+    assert slow.node("resume", "one").wait(PATIENCE_SECONDS) == 0
+    assert report_of(slow) == {**dict.fromkeys(COUNTERS, 5), "background": {"ticker": None}}
+    shutil.rmtree(slow.directory / "old home")
+    check_nothing_left(slow)
