@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
     from torpor.gateway.pumps import FirstByteAt
     from torpor.runtime.collecting import CollectOptions, CollectReport
+    from torpor.runtime.incarnation import Incarnations
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
     from torpor.snapshots.collect import Progress
@@ -374,22 +375,13 @@ class Runtime(Reader):
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
         from torpor.runtime.checkpointing import Checkpointer
-        from torpor.runtime.incarnation import Incarnations
         from torpor.runtime.owner import Owner
         from torpor.runtime.recovery import Ladder
 
         spec = msgspec.convert(session.spec, SessionSpec)
         crossroads = Crossroads(spec.on_divergence, let_go=let_go)
         staging = Staging(self.home.root, session.session_id)
-        incarnations = Incarnations(
-            home=self.home,
-            session_id=session.session_id,
-            spec=spec,
-            drivers=self._drivers(runsc),
-            store=store,
-            staging=staging,
-            clock=self.clock,
-        )
+        incarnations = self._incarnations(session.session_id, spec, store, staging, runsc)
 
         async def on_call(call_id: CallId, first_byte_at: "FirstByteAt") -> None:
             await checkpointer.take_turn(call_id, first_byte_at)
@@ -430,6 +422,21 @@ class Runtime(Reader):
             images=self.images,
             clock=self.clock,
             watcher=watcher,
+        )
+
+    def _incarnations(
+        self, session_id: SessionId, spec: SessionSpec, store: SessionStore, staging: Staging, runsc: Runsc
+    ) -> "Incarnations":
+        from torpor.runtime.incarnation import Incarnations
+
+        return Incarnations(
+            home=self.home,
+            session_id=session_id,
+            spec=spec,
+            drivers=self._drivers(runsc),
+            store=store,
+            staging=staging,
+            clock=self.clock,
         )
 
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
