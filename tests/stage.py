@@ -24,6 +24,8 @@ TORPOR = [sys.executable, "-m", "torpor"]
 AGENT = ROOT / "examples/coding_agent/agent.py"
 REAL_KEY = "sk-real-0123456789abcdefghijklmnopqrstuvwxyz"
 PATIENCE_SECONDS = 240
+SLOWER = min(10.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1) / 2))
+"""On a busy machine a command takes longer to ask a session something, and the session has to last as long."""
 
 
 @dataclass(slots=True)

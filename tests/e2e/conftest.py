@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.stage import Stage, stage
+from tests.stage import SLOWER, Stage, stage
+
+PACE = ["--first-byte-seconds", "0.2", "--chunk-seconds", f"{0.1 * SLOWER:.2f}"]
 
 
 @pytest.fixture
@@ -16,13 +18,13 @@ def quick(scratch: Path, runsc: Path) -> Iterator[Stage]:
 
 @pytest.fixture
 def lasting(scratch: Path, runsc: Path) -> Iterator[Stage]:
-    """A session that does not end while a test asks things of it: ten turns of two seconds."""
-    with stage(scratch, runsc, ["--turns", "10", "--first-byte-seconds", "0.2", "--chunk-seconds", "0.1"]) as made:
+    """A session that does not end while a test asks things of it: ten turns of two seconds or more."""
+    with stage(scratch, runsc, ["--turns", "10", *PACE]) as made:
         yield made
 
 
 @pytest.fixture
 def slow(scratch: Path, runsc: Path) -> Iterator[Stage]:
-    """A model whose answers take about two seconds, for five turns."""
-    with stage(scratch, runsc, ["--turns", "5", "--first-byte-seconds", "0.2", "--chunk-seconds", "0.1"]) as made:
+    """A model whose answers take about two seconds or more, for five turns."""
+    with stage(scratch, runsc, ["--turns", "5", *PACE]) as made:
         yield made

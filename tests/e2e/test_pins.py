@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.crash.witness import check_nothing_left
 from tests.e2e.test_sessions import COUNTERS, RUN_AGENT, report_of
-from tests.stage import PATIENCE_SECONDS, Stage, stage
+from tests.stage import PATIENCE_SECONDS, SLOWER, Stage, stage
 
 from torpor.core.pins import kept_name
 
@@ -45,8 +45,8 @@ def chosen(made: Stage) -> list[dict[str, object]]:
 
 @pytest.fixture
 def thoughtful(scratch: Path, runsc: Path) -> Iterator[Stage]:
-    """A model that thinks for two seconds before it answers: a node that dies meanwhile leaves nothing torn."""
-    with stage(scratch, runsc, ["--turns", "5", "--first-byte-seconds", "2"]) as made:
+    """A model that thinks for two seconds or more before it answers: a node that dies meanwhile leaves nothing torn."""
+    with stage(scratch, runsc, ["--turns", "5", "--first-byte-seconds", f"{2 * SLOWER:.1f}"]) as made:
         yield made
 
 

@@ -20,7 +20,6 @@ SEEDS_UNTIL_NOTICED = 3000
 
 NOTICED_AT = {
     "ack-forgets-close": 52,
-    "commit-amid-next-life": 1848,
     "cut-names-unlogged": 6502,
     "forgotten-before-logged": 175,
     "missing-output-kept": 806,

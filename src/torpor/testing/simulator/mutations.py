@@ -219,7 +219,10 @@ MUTATIONS: dict[str, Mutation] = {
         "6", {10}, "a checkpoint is committed before its packs are on disk", _flag("packs_before_commit")
     ),
     "commit-amid-next-life": _mutation(
-        "3", {8}, "a cut of a dead incarnation is committed while the next one lives", _flag("settle_before_restore")
+        "3",
+        {8, 10},
+        "a cut of a dead incarnation is committed while the next one lives",
+        _flag("settle_before_restore"),
     ),
     "seq-of-the-commit": _mutation("3", {5, 6, 7, 8}, "a checkpoint's seq is read late", _flag("seq_of_the_cut")),
     "damage-unseen": _mutation("12.10", {10}, "a damaged snapshot is restored", _flag("verify_snapshots")),

@@ -34,7 +34,7 @@ INVARIANTS = {
     7: "a barrier call is sent at most once, after its checkpoint, and is unknown without an answer",
     8: "messages, output and exit status are seen by the surviving timeline exactly once",
     9: "memory and workspace are of one cut",
-    10: "seq has no gaps, parents are older, checkpoint.seq precedes its commit, checkpoints restore",
+    10: "seq has no gaps, parents are older, a commit is after its checkpoint.seq and of its life, checkpoints restore",
 }
 
 
@@ -328,6 +328,12 @@ class Witness:
         for seq, row in enumerate(db.events, start=1):
             if row[3] is not None:
                 self.check(10, row[3] < seq and row[3] in intended, "event {} has parent {}", seq, row[3])
+        begun = 0
+        for seq, row in enumerate(db.events, start=1):
+            if row[0] == kinds.INCARNATION_STARTED:
+                begun = row[1]
+            elif row[0] == kinds.CHECKPOINT_COMMITTED:
+                self.check(10, row[1] in (0, begun), "event {} commits a cut of a life before {}", seq, begun)
         for point in db.checkpoints:
             self.check(10, point.seq < point.committed_seq, "checkpoint {} is cut at its own commit", point.number)
             snapshot = self.world.store.snapshots[point.snapshot_id]
