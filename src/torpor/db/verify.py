@@ -5,7 +5,7 @@ Nothing is repaired and nothing is raised: what is wrong is listed, as far as it
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torpor.core.call import Call, CallState
 from torpor.core.errors import Damaged
@@ -95,8 +95,9 @@ def _tree_problems(session: Row, events: Mapping[int, Event]) -> Iterator[Proble
                 yield Problem(code="parent_wrong", seq=seq, text=f"{event.kind} has a parent")
         elif parent is None or parent.seq >= seq or parent.kind not in CONTEXT_KINDS:
             yield Problem(code="parent_wrong", seq=seq, text=f"{event.parent_seq} is not an older context event")
-    told: Mapping[str, Any] = (events[1].data.get("parent") if events else None) or {}
-    if (told.get("session"), told.get("seq")) != (session["parent_id"], session["forked_at_seq"]):
+    told = events[1].data.get("parent") if events else None
+    named: Mapping[str, Any] = cast("Mapping[str, Any]", told) if isinstance(told, dict) else {}
+    if (named.get("session"), named.get("seq")) != (session["parent_id"], session["forked_at_seq"]):
         yield Problem(code="lineage_wrong", seq=1, text=f"the row says that it comes from {session['parent_id']}")
     cursor = events.get(session["cursor_seq"])
     if events and (cursor is None or cursor.kind not in CONTEXT_KINDS):
