@@ -73,6 +73,7 @@ class Runtime:
         retention: RetentionPolicy,
         database: Database,
         backend: Backend,
+        blobs: Backend,
         stores: SessionStores,
         clock: Clock,
     ) -> None:
@@ -83,6 +84,7 @@ class Runtime:
         self.database = database
         self.clock = clock
         self.backend = backend
+        self.blobs = blobs
         self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
@@ -323,6 +325,7 @@ class Runtime:
             home=self.home,
             database=self.database,
             stores=self.stores,
+            blob_store=self.blobs,
             policy=self.retention,
             holding=self.holding(me, ask),
             options=options,
@@ -450,6 +453,7 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
             retention=retention,
             database=database,
             backend=backend,
+            blobs=blobs,
             stores=SessionStores(home, backend, database, MasterKeys(home.keys, environment), clock),
             clock=clock,
         )
