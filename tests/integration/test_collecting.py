@@ -201,19 +201,24 @@ def test_bodies_that_no_row_names_go_with_their_session(stage: StoreStage) -> No
 
 
 @pytest.fixture
-def bucket(s3_server: SeaweedFS) -> Backend:
-    return s3_server.backend(f"collected/{secrets.token_hex(8)}")
+def place() -> str:
+    return f"collected/{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS, place: str) -> Backend:
+    return s3_server.backend(place)
 
 
 @pytest.fixture
 def remote(
-    memory: Path, s3_server: SeaweedFS, bucket: Backend, monkeypatch: pytest.MonkeyPatch
+    memory: Path, s3_server: SeaweedFS, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[StoreStage]:
     """The same in an object store, on a real S3 server."""
     monkeypatch.setenv("STORE_SECRET", KEY)
     stage = StoreStage(memory / "remote")
     stage.home.mkdir(parents=True, mode=0o700)
-    lines = ("[store]", f'url = "{bucket.name}"', f'endpoint = "{s3_server.endpoint}"', f'key_id = "{KEY_ID}"')
+    lines = ("[store]", f'url = "s3://{place}"', f'endpoint = "{s3_server.endpoint}"', f'key_id = "{KEY_ID}"')
     stage.configure("\n".join((*lines, 'key_env = "STORE_SECRET"', "", THIN)))
     generate(stage, {"long": 6, "short": 2})
     yield stage
@@ -227,14 +232,14 @@ def test_an_object_store_is_collected_repacked_and_verified_like_a_directory(
 ) -> None:
     before = remote.result("verify")
     remote.forget("short")
-    remote.torpor(*NOW, status=-signal.SIGKILL, TORPOR_CRASH_POINT="collect.pack_deleted")
+    remote.torpor(*NOW, status=-signal.SIGKILL, TORPOR_CRASH_POINT="collect.manifests_deleted")
     assert remote.result("verify", "--read-data")["problems"] == []
     assert remote.refused(*NOW, status=75) == "collect_running"
     for key in bucket.list("holders/"):  # A dead collector's lease ends by the store's clock, after two minutes.
         bucket.delete(key)
-    report = remote.result(*NOW)
+    assert remote.result(*NOW)["packs"] > 0
     assert remote.numbers("long") == [0, 4, 5, 6]
-    assert report["repacked"] > 0
+    assert remote.kinds("long").count("checkpoint.repacked") > 0
     after = remote.result("verify", "--read-data")
     assert (after["checkpoints"], after["garbage"], after["problems"]) == (4, 0, [])
     assert after["packs"] < before["packs"]
