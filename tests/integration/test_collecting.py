@@ -211,9 +211,7 @@ def bucket(s3_server: SeaweedFS, place: str) -> Backend:
 
 
 @pytest.fixture
-def remote(
-    memory: Path, s3_server: SeaweedFS, place: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[StoreStage]:
+def remote(memory: Path, s3_server: SeaweedFS, place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreStage]:
     """The same in an object store, on a real S3 server."""
     monkeypatch.setenv("STORE_SECRET", KEY)
     stage = StoreStage(memory / "remote")
