@@ -67,8 +67,14 @@ def main() -> None:
         if not (home / "made.json").exists():
             asyncio.run(Generation(home, memory, arguments.checkpoints, arguments.others).run())
         console.print_json((home / "made.json").read_text())
+        commands = Commands(home)
         asyncio.run(measure_restores(home, memory, arguments.rounds))
-        measure_commands(home)
+        commands.look()
+        commands.collect_all_kept()
+        console.print("the newest images lie side by side now:")
+        asyncio.run(measure_restores(home, memory, arguments.rounds))
+        commands.collect_as_configured()
+        console.print(commands.table)
         console.print(f"load {os.getloadavg()[0]:.1f}")
     finally:
         shutil.rmtree(memory)
@@ -228,15 +234,45 @@ def show_restores(subjects: Sequence[Subject], memory: Path, rounds: int) -> Non
     console.print(table)
 
 
-def measure_commands(home: Path) -> None:
-    """Each command as its user sees it: a process, from its start to its end. What changes the store comes last."""
-    environment = {**os.environ, "TORPOR_HOME": str(home)}
-    table = Table("command", "s", "processor s", "peak MB", "said", title="commands")
+class Commands:
+    """Each command as its user sees it: a process, from its start to its end."""
 
-    def run(*command: str, note: str = "") -> None:
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self.table = Table("command", "s", "processor s", "peak MB", "said", title="commands")
+
+    def look(self) -> None:
+        """What changes nothing."""
+        self._configure(KEEP_ALL)
+        self._run("--version", note="what any command takes")
+        self._run("ls", says=False)
+        self._run("show", "long", note="a session of 1,000 checkpoints", says=False)
+        self._run("checkpoints", "long", "--json", says=False)
+        self._run("collect", "--dry-run", note="everything is kept")
+        self._run("verify")
+        self._run("verify", "--read-data", "other1", note="a session of 100 checkpoints")
+
+    def collect_all_kept(self) -> None:
+        self._run("collect", "--grace", "0", "--no-repack", note="everything is kept")
+        self._run("collect", "--grace", "0", note="everything is kept; repacks")
+
+    def collect_as_configured(self) -> None:
+        """By the default retention: most of the long session's checkpoints go."""
+        self._configure("")
+        self._run("collect", "--dry-run", "--grace", "0", note="the default retention")
+        self._run("collect", "--grace", "0", note="the default retention; repacks")
+        self._run("verify", note="after it")
+
+    def _configure(self, text: str) -> None:
+        (self._home / "config.toml").write_text(text)
+
+    def _run(self, *command: str, note: str = "", says: bool = True) -> None:
         started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "torpor", *command], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "torpor", *command],
+            env={**os.environ, "TORPOR_HOME": str(self._home)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         said = process.stdout.read()
@@ -246,25 +282,9 @@ def measure_commands(home: Path) -> None:
         if process.returncode:
             raise RuntimeError(f"{command} exited with {process.returncode}: {said[-300:]}")
         name = " ".join(command) + (f" ({note})" if note else "")
-        cells = (f"{took:.2f}", f"{used.ru_utime + used.ru_stime:.2f}", str(used.ru_maxrss // 1024))
-        table.add_row(name, *cells, "" if "ls" in command or "checkpoints" in command else said.strip())
-        console.print(f"{name}: {cells[0]} s")
-
-    (home / "config.toml").write_text(KEEP_ALL)
-    run("--version", note="what any command takes")
-    run("ls")
-    run("show", "long", note="a session of 1,000 checkpoints")
-    run("checkpoints", "long", "--json")
-    run("verify")
-    run("collect", "--dry-run", note="everything is kept")
-    run("verify", "--read-data")
-    run("collect", "--grace", "0", "--no-repack", note="everything is kept")
-    run("collect", "--grace", "0", note="everything is kept, mostly dead packs are written anew")
-    (home / "config.toml").write_text("")
-    run("collect", "--dry-run", "--grace", "0", note="retention as configured by default")
-    run("collect", "--grace", "0", note="the same")
-    run("verify", note="after it")
-    console.print(table)
+        cells = (f"{took:.1f}", f"{used.ru_utime + used.ru_stime:.1f}", str(used.ru_maxrss // 1024))
+        self.table.add_row(name, *cells, said.strip() if says else "")
+        console.print(name, *cells, said.strip() if says else "")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tests.integration.store_stage import StoreStage, generate
 from tests.seaweedfs import KEY, KEY_ID, SeaweedFS
 
 from torpor.core.crash import CRASH_POINTS
+from torpor.snapshots.backend import Backend
 
 THIN = "[retention]\nkeep_last = 3\nkeep_hourly = 0\nkeep_daily = 0\n"
 NOW = ("collect", "--grace", "0")
@@ -200,29 +201,43 @@ def test_bodies_that_no_row_names_go_with_their_session(stage: StoreStage) -> No
 
 
 @pytest.fixture
-def remote(memory: Path, s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreStage]:
+def place() -> str:
+    return f"collected/{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS, place: str) -> Backend:
+    return s3_server.backend(place)
+
+
+@pytest.fixture
+def remote(memory: Path, s3_server: SeaweedFS, place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreStage]:
     """The same in an object store, on a real S3 server."""
     monkeypatch.setenv("STORE_SECRET", KEY)
     stage = StoreStage(memory / "remote")
     stage.home.mkdir(parents=True, mode=0o700)
-    url = f"s3://collected/{secrets.token_hex(8)}"
-    lines = ("[store]", f'url = "{url}"', f'endpoint = "{s3_server.endpoint}"', f'key_id = "{KEY_ID}"')
+    lines = ("[store]", f'url = "s3://{place}"', f'endpoint = "{s3_server.endpoint}"', f'key_id = "{KEY_ID}"')
     stage.configure("\n".join((*lines, 'key_env = "STORE_SECRET"', "", THIN)))
     generate(stage, {"long": 6, "short": 2})
     yield stage
-    assert not stage.store.exists()
+    assert {key.partition("/")[0] for key in stage.objects()} <= {"blobs"}
     shutil.rmtree(stage.directory)
 
 
 @pytest.mark.timeout(600)
-def test_an_object_store_is_collected_repacked_and_verified_like_a_directory(remote: StoreStage) -> None:
+def test_an_object_store_is_collected_repacked_and_verified_like_a_directory(
+    remote: StoreStage, bucket: Backend
+) -> None:
     before = remote.result("verify")
     remote.forget("short")
-    remote.torpor(*NOW, status=-signal.SIGKILL, TORPOR_CRASH_POINT="collect.pack_deleted")
+    remote.torpor(*NOW, status=-signal.SIGKILL, TORPOR_CRASH_POINT="collect.manifests_deleted")
     assert remote.result("verify", "--read-data")["problems"] == []
-    report = remote.result(*NOW)
+    assert remote.refused(*NOW, status=75) == "collect_running"
+    for key in bucket.list("holders/"):  # A dead collector's lease ends by the store's clock, after two minutes.
+        bucket.delete(key)
+    assert remote.result(*NOW)["packs"] > 0
     assert remote.numbers("long") == [0, 4, 5, 6]
-    assert report["repacked"] > 0
+    assert remote.kinds("long").count("checkpoint.repacked") > 0
     after = remote.result("verify", "--read-data")
     assert (after["checkpoints"], after["garbage"], after["problems"]) == (4, 0, [])
     assert after["packs"] < before["packs"]

@@ -85,7 +85,9 @@ def verify(
         async with open_runtime(os.environ, SystemClock()) as runtime:
             session_id = None if session is None else (await runtime.session(session)).session_id
             with progress_bars() as progress:
-                return await verify_store(runtime.database, runtime.stores, session_id, progress, read_data=read_data)
+                return await verify_store(
+                    runtime.database, runtime.stores, runtime.blobs, session_id, progress, read_data=read_data
+                )
 
     report = asyncio.run(work())
     if json:

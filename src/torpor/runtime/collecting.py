@@ -24,6 +24,7 @@ from torpor.runtime.home import Home
 from torpor.runtime.repacking import Repacking
 from torpor.runtime.session_store import SessionStores
 from torpor.snapshots import collect
+from torpor.snapshots.backend import Backend
 from torpor.snapshots.collect import Collector, Progress, Swept
 from torpor.snapshots.garbage import SweepPlan
 from torpor.snapshots.lease import Lease
@@ -90,6 +91,7 @@ class Collecting:
         home: Home,
         database: Database,
         stores: SessionStores,
+        blob_store: Backend,
         policy: RetentionPolicy,
         holding: Holding,
         options: CollectOptions,
@@ -99,6 +101,7 @@ class Collecting:
         self._home = home
         self._database = database
         self._stores = stores
+        self._blob_store = blob_store
         self._policy = policy
         self._holding = holding
         self._options = options
@@ -217,7 +220,7 @@ class Collecting:
 
     async def _sweep_blobs(self) -> None:
         """Delete bodies of the event log that no row names: under their session's lock, nobody puts one meanwhile."""
-        entries = await asyncio.to_thread(self._stores.backend.entries, "blobs/")
+        entries = await asyncio.to_thread(self._blob_store.entries, "blobs/")
         named = await self._database.read(blobs.list_named)
         garbage = {entry.key: entry.stored_bytes for entry in entries if entry.key not in named}
         by_session: dict[SessionId, list[str]] = defaultdict(list)

@@ -76,6 +76,7 @@ class Runtime(Reader):
         retention: RetentionPolicy,
         database: Database,
         backend: Backend,
+        blobs: Backend,
         stores: SessionStores,
         clock: Clock,
     ) -> None:
@@ -85,6 +86,7 @@ class Runtime(Reader):
         self.retention = retention
         self.images = open_image_cache(home.root, clock)
         self.backend = backend
+        self.blobs = blobs
         self.stores = stores
 
     async def create(self, request: Request, caller: Mapping[str, str]) -> sessions.Session:
@@ -324,6 +326,7 @@ class Runtime(Reader):
             home=self.home,
             database=self.database,
             stores=self.stores,
+            blob_store=self.blobs,
             policy=self.retention,
             holding=self.holding(me, ask),
             options=options,
@@ -460,6 +463,7 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
             retention=retention,
             database=database,
             backend=backend,
+            blobs=blobs,
             stores=SessionStores(home, backend, database, MasterKeys(home.keys, environment), clock),
             clock=clock,
         )

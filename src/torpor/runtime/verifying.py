@@ -47,7 +47,13 @@ class StoreReport:
 
 
 async def verify_store(
-    database: Database, stores: SessionStores, session_id: SessionId | None, progress: Progress, *, read_data: bool
+    database: Database,
+    stores: SessionStores,
+    blob_store: Backend,
+    session_id: SessionId | None,
+    progress: Progress,
+    *,
+    read_data: bool,
 ) -> StoreReport:
     """Look at every checkpoint of a session, or of all, and then at all objects.
 
@@ -57,27 +63,35 @@ async def verify_store(
     store = await stores.store()
     lease = await asyncio.to_thread(store.lease)
     try:
+        # Before the rows are read: what somebody saves meanwhile is not taken for garbage.
+        listing = await asyncio.to_thread(_list_all, stores.backend, blob_store) if session_id is None else None
         found = [root for root in await database.read(roots.list_roots) if session_id in (None, root.session_id)]
         refs = await stores.refs(found)
         named = await database.read(
             lambda tx: blobs.list_named(tx) if session_id is None else blobs.list_named_of(tx, session_id)
         )
         verifier = await asyncio.to_thread(lambda: store.verifier(read_data=read_data))
-        looking = _Looking(stores.backend, verifier, progress, read_data=read_data)
+        looking = _Looking(blob_store, verifier, progress, read_data=read_data)
         await asyncio.to_thread(looking.at_checkpoints, found, refs)
         await asyncio.to_thread(looking.at_blobs, sorted(named))
-        if session_id is None:
-            await asyncio.to_thread(looking.at_the_rest, named)
+        if listing is not None:
+            looking.at_the_rest(listing, named)
     finally:
         await asyncio.to_thread(lease.release)
     return looking.report
 
 
+def _list_all(backend: Backend, blob_store: Backend) -> Listing:
+    """The snapshots' objects and the log's, which may lie apart."""
+    entries = {entry.key: entry for entry in [*backend.entries(""), *blob_store.entries("blobs/")]}
+    return Listing.of(entries.values(), backend.now_ns())
+
+
 class _Looking:
     """The part that blocks."""
 
-    def __init__(self, backend: Backend, verifier: Verifier, progress: Progress, *, read_data: bool) -> None:
-        self._backend = backend
+    def __init__(self, blob_store: Backend, verifier: Verifier, progress: Progress, *, read_data: bool) -> None:
+        self._blob_store = blob_store
         self._verifier = verifier
         self._progress = progress
         self._read_data = read_data
@@ -101,9 +115,8 @@ class _Looking:
             self._progress("looking at bodies", done, len(named))
         self.report.blobs = len(named)
 
-    def at_the_rest(self, blobs_named: Collection[str]) -> None:
+    def at_the_rest(self, listing: Listing, blobs_named: Collection[str]) -> None:
         """Everything is needed, or garbage, or strange."""
-        listing = Listing.of(self._backend.entries(""), self._backend.now_ns())
         for entry in listing.unknown:
             text = f"{entry.key} is no object of Torpor's"
             self.report.problems.append(StoreProblem(session_id=None, checkpoint=None, text=text))
@@ -116,9 +129,9 @@ class _Looking:
 
     def _problem_of_blob(self, key: str) -> str:
         if not self._read_data:
-            return "" if self._backend.exists(key) else f"cannot read {key}: it is not in the store"
+            return "" if self._blob_store.exists(key) else f"cannot read {key}: it is not in the store"
         try:
-            data = self._backend.get(key)
+            data = self._blob_store.get(key)
         except NotFound:
             return f"cannot read {key}: it is not in the store"
         is_whole = hashlib.sha256(data).hexdigest() == key.rpartition("_")[2]
