@@ -134,7 +134,7 @@ def run_series(agent: Agent, runsc: Path, options: argparse.Namespace) -> Series
                     series.profile = top_of(profile)
                 series.saves.setdefault(zstd.name, []).append(zstd.save(image))
                 series.saves.setdefault(restic.name, []).append(restic.save())
-                progress(agent, number, options.steps)
+                progress(agent, number, options.steps, series)
         assert first is not None
         assert last is not None
         series.packs = len(store.read_manifest(first.ref).packs), len(store.read_manifest(last.ref).packs)
@@ -204,6 +204,7 @@ def rebuild(
     def note(what: str, cost: Cost, found: Path) -> None:
         check_same(image, found)
         series.rebuilds.setdefault(what, []).append(cost)
+        print(f"{what}: {cost.seconds:.3f} s, {cost.cpu_seconds:.3f} s of processor", file=sys.stderr, flush=True)
         shutil.rmtree(target, ignore_errors=True)
 
     def from_store(where: Backend, snapshot: SavedSnapshot = saved) -> Cost:
@@ -266,9 +267,13 @@ def top_of(profile: cProfile.Profile) -> list[str]:
     return [f"{own / total:4.0%}  {Path(where[0]).name} {where[2]}" for own, where in rows]
 
 
-def progress(agent: Agent, number: int, steps: int) -> None:
-    if sys.stderr.isatty() or number % 10 == 0:
-        print(f"{agent.name}: image {number} of {steps}", file=sys.stderr, flush=True)
+def progress(agent: Agent, number: int, steps: int, series: Series) -> None:
+    """Each image at once: a run takes long, and what is known when somebody stops it is worth reading."""
+    last = {program: costs[-1] for program, costs in series.saves.items()}
+    costs = ", ".join(
+        f"{name} {cost.stored_bytes / 1e6:.2f} MB {cost.cpu_seconds:.2f} s" for name, cost in last.items()
+    )
+    print(f"{agent.name}: image {number} of {steps}: {costs}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -236,9 +236,16 @@ def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
         "budget": None if account.limit is None else dollars_text(account.limit),
         "spent": dollars_text(account.spent),
         "reserved": dollars_text(account.reserved),
-        "waits_on": [{"kind": point.kind.value, "call": point.call_id, **point.data} for point in points],
+        "waits_on": [_waited_on(tx, point) for point in points],
         "hint": _hint(session, points),
     }
+
+
+def _waited_on(tx: Transaction, point: Waitpoint) -> dict[str, Any]:
+    told = {"kind": point.kind.value, "call": point.call_id, "waitpoint": point.waitpoint_id}
+    if point.kind is WaitpointKind.ASK:
+        return {**told, "question": waitpoints.question_of(tx, point).text}
+    return {**told, **point.data}
 
 
 def _hint(session: sessions.Session, points: Sequence[Waitpoint]) -> str:
