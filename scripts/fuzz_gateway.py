@@ -21,6 +21,7 @@ except ImportError:
 
 with atheris.instrument_imports(include=["torpor", "h11"]):
     from torpor.core.match import request_key
+    from torpor.core.usage import UsageHider, hidden_alike, usage_edit
     from torpor.gateway import agent_api, mcp
     from torpor.gateway.admission import LocalAnswer, admit
     from torpor.gateway.answer import AnswerReader
@@ -53,6 +54,8 @@ SEEDS = (
         b'data: {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta"}}\n\n'
     ),
     b'data: {"choices": [{"index": 0, "delta": {"content": "a", "tool_calls": [{"index": 0}]}}]}\n\ndata: [DONE]\n\n',
+    b'data: {"usage": null, "id": "}"}\n\ndata: {"id": 1, "usage":null}\n\ndata: {"choices":[],"usage":{}}\n\n',
+    b'{"stream": true, "a": [{"stream_options": 1}], "stream_options": {"b": 1} , "c": "\\""}',
 )
 HEADS = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n",
@@ -123,10 +126,18 @@ def fuzz_answer(data: atheris.FuzzedDataProvider) -> None:
     assert isinstance(reader.complete(), bool)
     splitter = EventSplitter()
     assert EventSplitter().feed(body) == [*splitter.feed(body[:cut]), *splitter.feed(body[cut:])]
+    assert hidden(body) == hidden(body[:cut], body[cut:]), "what is hidden depends on the pieces"
+    masked = hidden_alike(body, body[:cut] + b"*" * len(body[cut:]))
+    assert (len(masked), len(hidden(masked))) == (len(body), len(hidden(body))), "a mask hides another length"
     head = ResponseHead(status=200, reason="OK", headers=(("content-type", kind),))
     for shape in Shape:
         reshaped(dialect, shape, head, [body[:cut], body[cut:]])
     json_object(body)
+
+
+def hidden(*pieces: bytes) -> bytes:
+    hider = UsageHider()
+    return b"".join([hider.feed(piece) for piece in pieces]) + hider.rest()
 
 
 def fuzz_own(data: atheris.FuzzedDataProvider) -> None:
@@ -156,6 +167,12 @@ def fuzz_match(data: atheris.FuzzedDataProvider) -> None:
     note = data.ConsumeUnicode(40)
     told = with_note(dialect, body, note)
     assert told is None or json_object(told) is not None
+    said = json_object(body)
+    if said:
+        edit = usage_edit(body, said.get("stream_options"), said="stream_options" in said)
+        asking = None if edit is None else json_object(edit.of(body))
+        assert edit is None or (asking is not None and asking["stream_options"]["include_usage"] is True)
+        assert asking is None or asking == {**said, "stream_options": asking["stream_options"]}
 
 
 def fuzz_line(data: atheris.FuzzedDataProvider) -> None:

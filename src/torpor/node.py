@@ -34,13 +34,17 @@ class Node:
         self.runtime = runtime
         self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
 
-    async def own(self, session_id: SessionId, watcher: "Watcher", *, let_go: bool = False) -> "Outcome":
+    async def own(
+        self, session_id: SessionId, watcher: "Watcher", *, let_go: bool = False, boot: bool = False
+    ) -> "Outcome":
         """Acquire a session and drive it to its end, or until a signal or another command asks to stop.
 
         Args:
             let_go: a person lets the agent take another path than the log's.
+            boot: a person gives up the agent's memory, if its sandbox does not live.
         """
-        async with self.runtime.own(session_id, self.holder, wire.answers, watcher, let_go=let_go) as owner:
+        owning = self.runtime.own(session_id, self.holder, wire.answers, watcher, let_go=let_go, boot=boot)
+        async with owning as owner:
             ended = asyncio.Event()
             verbs: dict[str, wire.Verb] = {
                 "ping": _ping,

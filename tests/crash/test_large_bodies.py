@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 
 SECRET = "sk-planted-0123456789abcdef"
 AGENT = f"""
-import hashlib, json, os, random, time, urllib.request
+import hashlib, json, os, random, sys, time, urllib.request
 
 letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 text = "{SECRET} " + "".join(random.Random(5).choices(letters, k=3 << 20))
@@ -32,6 +32,8 @@ while True:
         print("again:", error, flush=True)
         time.sleep(0.1)
 print(hashlib.sha256(body).hexdigest(), hashlib.sha256(content).hexdigest(), flush=True)
+while "stay" in sys.argv:
+    time.sleep(1)
 """
 NAMED = """
     SELECT lower(hex(blob)) FROM block WHERE blob IS NOT NULL
@@ -160,6 +162,25 @@ def test_a_killed_redaction_is_whole_or_nothing_and_the_next_one_finishes_it(
             assert b"*" * len(SECRET) in made.torpor("turn", "one", "1", "--raw", "request").stdout.encode()
         else:
             assert objects(made) == before
+
+
+def test_a_session_that_is_resumed_finishes_what_a_killed_redaction_left(scratch: Path, runsc: Path) -> None:
+    with a_home(scratch, runsc) as made:
+        node = made.node(*RUN, "stay")
+        log = made.follow("one")
+        log.wait("call.delivered")
+        made.torpor("stop", "one")
+        assert node.wait(PATIENCE_SECONDS) == 79
+        assert made.torpor(*REDACT, check=False, TORPOR_CRASH_POINT="redaction.committed").returncode == -9
+        assert len(objects(made)) == 3
+        resumed = made.node("resume", "one")
+        log.wait("recovery.chosen", 2)
+        assert len(objects(made)) == 2
+        made.torpor("kill", "one")
+        resumed.wait(PATIENCE_SECONDS)
+        log.close()
+        check_whole(made)
+        assert files_with_the_secret(made) == []
 
 
 def test_a_killed_removal_leaves_objects_that_no_row_names(scratch: Path, runsc: Path, export: Path) -> None:

@@ -1,6 +1,7 @@
 """Snapshots at rest: nothing of an agent's memory is in the store, and nothing is read without the keys."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,4 +118,26 @@ def test_removed_session_has_no_key_and_what_it_alone_had_cannot_be_read(plain: 
         assert session.encode() not in file.read_bytes()
     for manifest in manifests:
         assert manifest.exists(), "the store's objects are for `collect`"
+    check_nothing_left(plain)
+
+
+def test_files_of_a_second_session_are_stored_once_and_stay_when_the_first_is_removed(plain: Stage) -> None:
+    (plain.project / "big").write_bytes(os.urandom(3_000_000))
+    start(plain)
+    shared = plain.home / "cache/shared"
+    assert len(list(shared.iterdir())) == 2
+    node = plain.node("run", "--name", "two", "--", sys.executable, "keeper.py")
+    log = plain.follow("two")
+    log.wait("call.delivered")
+    log.close()
+    first, second = plain.rows("checkpoints", "one")[0], plain.rows("checkpoints", "two")[0]
+    assert first["stored_bytes"] > 3_000_000
+    assert second["stored_bytes"] < 10_000
+    plain.torpor("rm", "one")
+    assert list(shared.iterdir()) == []
+    plain.torpor("pull", "two", "there")
+    assert (plain.project / "there/big").read_bytes() == (plain.project / "big").read_bytes()
+    plain.torpor("kill", "two")
+    node.wait()
+    plain.torpor("rm", "two")
     check_nothing_left(plain)

@@ -52,12 +52,12 @@ def proxy(s3_server: SeaweedFS) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def remote(scratch: Path, runsc: Path, proxy: FaultProxy, path: str) -> Iterator[Stage]:
-    """A stage whose snapshots go through the proxy, and no store in its home."""
+    """A stage whose snapshots go through the proxy, and none of them to its home."""
     with stage(scratch, runsc, PACE) as made:
         configure(made.home, f"s3://{path}", proxy.endpoint)
         made.environment |= {"STORE_SECRET": KEY}
         yield made
-        assert not (made.home / "store").exists()
+        assert not (made.home / "store/packs").exists()
 
 
 def configure(home: Path, url: str, endpoint: str, *, key: str = 'key_env = "STORE_SECRET"') -> None:
@@ -126,7 +126,7 @@ def test_a_killed_session_goes_on_from_the_object_store_alone(
         assert any(request.startswith("GET") and "/packs/" in request for request in proxy.requests)
         assert report_of(other) == WHOLE
         assert check_every_checkpoint_is_whole(other, direct) > TURNS
-        assert not (other.home / "store").exists()
+        assert not (other.home / "store/packs").exists()
         remote.torpor("rm", "one")  # What the first home had staged in memory bears the same session's name.
         check_nothing_left(other)
     finally:

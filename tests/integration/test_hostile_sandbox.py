@@ -117,6 +117,27 @@ async def test_what_is_not_one_plain_request_is_refused_and_goes_nowhere(tmp_pat
         await scene.still_work()
 
 
+NO_TEXT = {
+    "a model": b'{"model": "m\xde", "stream": true}',
+    "options": b'{"model": "m", "stream": true, "stream_options": {"include_usage\xde": true}}',
+    "a limit": b'{"model": "m", "max_tokens": "\xde", "generationConfig": {"candidateCount\xde": 1}}',
+    "a key": b'{"model": "m", "stream\xde": true}',
+}
+
+
+@pytest.mark.parametrize("budget", [None, "9"])
+async def test_json_that_is_no_text_is_the_providers_to_refuse(tmp_path: Path, budget: str | None) -> None:
+    """Bytes that are not UTF-8 stand where the gateway looks: it sees nothing, and lives."""
+    async with gateway_stage(tmp_path, budget=budget) as stage, stage.node() as node:
+        for name, body in NO_TEXT.items():
+            received = await stage.raw(http_request(CHAT, body))
+            assert status_of(received) == 400, name
+            if budget is None:
+                assert stage.model.requests[-1].body.endswith(body[1:]), name
+        assert len(await node.calls()) == len(NO_TEXT)
+        assert status_of(await stage.raw(http_request(CHAT, question()))) == (400 if budget else 200)
+
+
 LENIENT = {
     "a folded header": smuggled("x-a: b\r\n\tx-evil: 1", LENGTH.strip()),
     "bare line feeds": smuggled(LENGTH.strip()).replace(b"\r\n", b"\n", 4),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from tests.unit.db.scene import NOW, Scene, new_scene
+from typer.testing import CliRunner
 
+from torpor.cli.main import app
 from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
 from torpor.core.events import Kind
 from torpor.core.ids import CallId
@@ -53,6 +55,14 @@ async def test_a_turn_has_the_exact_bytes_and_the_tools_have_their_results(scene
     assert [turn.tools[0].name for turn in listed] == ["Bash"] * 4
     results = [json.loads(made[-1][1])["messages"][at]["content"][0]["content"] for at in (2, 4, 6)]
     assert [turn.tools[0].result for turn in listed] == [*results, None]
+
+
+async def test_turns_say_what_each_cost(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORPOR_HOME", str(tmp_path))
+    await scene.write(lambda tx: scene.answer(tx, b"dear", bill=Bill(cost_nanousd=1_500, prices="config.toml 1")))
+    await scene.write(lambda tx: scene.answer(tx, b"of unknown price"), durable=True)
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["turns", scene.session_id, "--json"])
+    assert [json.loads(line)["cost"] for line in done.stdout.splitlines()] == ["0.0000015", None]
 
 
 async def test_unknown_turn_is_not_found(scene: Scene) -> None:

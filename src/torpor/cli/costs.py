@@ -141,7 +141,7 @@ def _tokens(made: list[Call]) -> dict[str, int]:
 
 def _total(made: list[Call]) -> str | None:
     """What is known of these calls' costs; None if nothing is."""
-    known = [attempt.cost_nanousd for call in made for attempt in call.attempts if attempt.cost_nanousd is not None]
+    known = [call.cost_nanousd for call in made if call.cost_nanousd is not None]
     return dollars_text(sum(known)) if known else None
 
 

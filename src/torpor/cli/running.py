@@ -108,6 +108,9 @@ def resume(
     let_go: Annotated[
         bool, typer.Option("--continue", help="Let the agent take another path than the log's; a living node is asked.")
     ] = False,
+    boot: Annotated[
+        bool, typer.Option("--boot", help="Give up the agent's memory: start it anew, with its files and its log.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Go on with a session whose node or sandbox died, or that was stopped.
@@ -124,10 +127,10 @@ def resume(
                 await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
                 return None
             if detach:
-                _detach(found.session_id, found.name, json, let_go=let_go)
+                _detach(found.session_id, found.name, json, let_go=let_go, boot=boot)
                 return None
             err.print(f"session {found.session_id}", markup=False)
-            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go)
+            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go, boot=boot)
 
     _exit_with(asyncio.run(work()))
 
@@ -154,7 +157,9 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _detach(session_id: SessionId, name: str | None, as_json: bool, *, let_go: bool = False) -> None:
+def _detach(
+    session_id: SessionId, name: str | None, as_json: bool, *, let_go: bool = False, boot: bool = False
+) -> None:
     """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
     from torpor.config import torpor_home
     from torpor.runtime.home import Home
@@ -163,7 +168,7 @@ def _detach(session_id: SessionId, name: str | None, as_json: bool, *, let_go: b
 
     home = Home(torpor_home(os.environ))
     log = home.session(session_id) / "node.log"
-    options = ["--continue"] if let_go else []
+    options = [*(["--continue"] if let_go else []), *(["--boot"] if boot else [])]
     ready = start_daemon(
         [sys.executable, "-m", "torpor", "resume", *options, session_id], log, lambda: is_held(home.lock(session_id))
     )

@@ -11,6 +11,7 @@ import typer
 
 from torpor.cli.printer import human_bytes, milliseconds, out, print_json, print_rows, printable
 from torpor.cli.reading import JSON, SESSION, with_runtime
+from torpor.core.money import dollars_text
 from torpor.gateway.transcript import Asked, Message, Part
 from torpor.runtime import turns as turn_log
 from torpor.runtime.runtime import Runtime
@@ -114,7 +115,7 @@ def _row(turn: Turn) -> dict[str, Any]:
         "model": turn.call.model,
         "state": turn.call.state.value,
         "usage": dict(usage),
-        "cost": usage.get("cost"),
+        "cost": None if turn.call.cost_nanousd is None else dollars_text(turn.call.cost_nanousd),
         "thinking_ns": turn.thinking_ns,
         "frozen_ns": turn.frozen_ns,
         "attempts": len(turn.call.attempts),

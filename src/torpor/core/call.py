@@ -131,6 +131,12 @@ class Call:
         return self.state is CallState.ANSWERED
 
     @property
+    def cost_nanousd(self) -> int | None:
+        """What its attempts cost, as far as that is known; None where nothing is."""
+        known = [attempt.cost_nanousd for attempt in self.attempts if attempt.cost_nanousd is not None]
+        return sum(known) if known else None
+
+    @property
     def may_be_sent_again(self) -> bool:
         """Whether a second sending is at worst a second bill: a model is asked again, and so is what is only read."""
         return not self.barrier and (self.is_llm or only_reads(self.method, self.target))

@@ -5,11 +5,13 @@ it states is one that its provider enforces.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
 PROMPT_TOKENS_HIDDEN = 4096
 """What a provider adds to a prompt by itself (how tools are used, templates)."""
+COUNT_DIGITS_MAX = 18
 WINDOW_TOKENS = 1_000_000
 """The input of a request that names more than it holds, to a model whose window is not known."""
 
@@ -43,20 +45,27 @@ class RequestSize:
         return most if window is None else min(most, window)
 
 
+_NULL = msgspec.Raw(b"null")
+"""Values are left as bytes: few bytes of JSON can become many of objects, and a hostile agent knows that."""
+
+
+_Kind = TypeVar("_Kind", bound=msgspec.Struct)
+
+
 class _Generation(msgspec.Struct):
-    maxOutputTokens: object = None  # noqa: N815 - Gemini's spelling
-    candidateCount: object = None  # noqa: N815
+    maxOutputTokens: msgspec.Raw = _NULL  # noqa: N815 - Gemini's spelling
+    candidateCount: msgspec.Raw = _NULL  # noqa: N815
 
 
 class _Body(msgspec.Struct):
-    max_tokens: object = None
-    max_completion_tokens: object = None
-    max_output_tokens: object = None
-    n: object = None
-    previous_response_id: object = None
-    conversation: object = None
-    cachedContent: object = None  # noqa: N815
-    generationConfig: object = None  # noqa: N815
+    max_tokens: msgspec.Raw = _NULL
+    max_completion_tokens: msgspec.Raw = _NULL
+    max_output_tokens: msgspec.Raw = _NULL
+    n: msgspec.Raw = _NULL
+    previous_response_id: msgspec.Raw = _NULL
+    conversation: msgspec.Raw = _NULL
+    cachedContent: msgspec.Raw = _NULL  # noqa: N815
+    generationConfig: msgspec.Raw = _NULL  # noqa: N815
 
 
 def size_of(body: bytes) -> RequestSize:
@@ -68,23 +77,25 @@ def size_of(body: bytes) -> RequestSize:
     return RequestSize(
         body_bytes=len(body),
         names_more=any(
-            value is not None for value in (said.previous_response_id, said.conversation, said.cachedContent)
+            bytes(value) != b"null" for value in (said.previous_response_id, said.conversation, said.cachedContent)
         ),
         limits=OutputLimits(tokens=max(tokens, default=None), answers=answers),
     )
 
 
 def _decoded(body: bytes) -> tuple[_Body, _Generation]:
-    try:
-        said = msgspec.json.decode(body, type=_Body)
-    except (msgspec.DecodeError, RecursionError):
-        return _Body(), _Generation()
-    try:
-        return said, msgspec.convert(said.generationConfig, _Generation)
-    except msgspec.ValidationError:
-        return said, _Generation()
+    said = _members(body, _Body)
+    return said, _members(said.generationConfig, _Generation)
 
 
-def _count(value: object) -> int | None:
+def _members(raw: bytes | msgspec.Raw, kind: type[_Kind]) -> _Kind:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return kind()
+
+
+def _count(raw: msgspec.Raw) -> int | None:
     """A token count if it is one that a provider would take."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    digits = bytes(raw)
+    return int(digits) if len(digits) <= COUNT_DIGITS_MAX and digits.isdigit() and int(digits) > 0 else None

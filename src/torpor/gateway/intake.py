@@ -3,7 +3,6 @@
 import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 
@@ -17,6 +16,7 @@ from torpor.gateway.admission import LocalAnswer, admit, refuse_unreadable
 from torpor.gateway.claim import Claim
 from torpor.gateway.dialects import OWN, dialect_named
 from torpor.gateway.dialects.base import Route, Shape
+from torpor.gateway.dialects.sse import json_value
 from torpor.gateway.own import answer_here
 from torpor.gateway.request import (
     Request,
@@ -36,6 +36,7 @@ from torpor.sandbox.streams import Stream
 
 AT_ONCE_BYTES_MAX = 32 << 10
 """A body up to this is taken apart on the loop: a thread would take longer to begin."""
+OPTIONS_BYTES_MAX = 4096
 VERSION_FIELD = ":version"
 """A field that no client can send keeps HTTP/1.0 with a request in the log."""
 
@@ -45,7 +46,7 @@ class _Facts(msgspec.Struct):
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: Any = msgspec.UNSET
+    stream_options: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,8 @@ class Intake:
     """The body as the log takes it."""
     hide_usage: bool = False
     """It asks for a stream that has token counts only if asked for, and does not ask for them."""
-    options: Any = msgspec.UNSET
-    """Its `stream_options`."""
+    options: object = msgspec.UNSET
+    """Its `stream_options`; True if they are nothing that a provider would take."""
     usage_edit: Edit | None = None
     """What would make it ask for token counts."""
 
@@ -207,7 +208,8 @@ def _intake(request: Request, destination: Destination) -> Intake:
     )
     facts, route = _facts_of(body), destination.route
     hide_usage = destination.dialect.counts_if_asked and facts.stream is True
-    hide_usage = hide_usage and not asks_for_usage(facts.stream_options)
+    options = _options_of(facts)
+    hide_usage = hide_usage and not asks_for_usage(options)
     # A compressed body is sent as it is: another one would have to be packed as its client packs.
     may_ask = hide_usage and body is request.body
     return Intake(
@@ -219,17 +221,26 @@ def _intake(request: Request, destination: Destination) -> Intake:
         shape=route.shape or (Shape.EVENTS if facts.stream else Shape.MESSAGE),
         prepared=prepare(request.body),
         hide_usage=hide_usage,
-        options=facts.stream_options,
-        usage_edit=_edit_of(body, facts.stream_options) if may_ask else None,
+        options=options,
+        usage_edit=_edit_of(body, options) if may_ask else None,
     )
 
 
-def _edit_of(body: bytes, options: Any) -> Edit | None:
+def _options_of(facts: _Facts) -> object:
+    if facts.stream_options is msgspec.UNSET:
+        return msgspec.UNSET
+    raw = bytes(facts.stream_options)
+    # Few bytes of JSON can become many of objects, and a hostile agent knows that.
+    value = json_value(raw) if len(raw) <= OPTIONS_BYTES_MAX else True
+    return True if value is None and raw != b"null" else value
+
+
+def _edit_of(body: bytes, options: object) -> Edit | None:
     return usage_edit(body, options, said=options is not msgspec.UNSET)
 
 
 def _facts_of(body: bytes) -> _Facts:
     try:
         return msgspec.json.decode(body, type=_Facts)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return _Facts()

@@ -37,6 +37,7 @@ from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import SandboxFailed, Superseded, TorporError
 from torpor.core.ids import SessionId, SnapshotId, StreamId, new_checkpoint_id, new_snapshot_id
+from torpor.core.pins import Pins
 from torpor.core.retention import RetentionPolicy
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.runtime.incarnation import Incarnation
@@ -64,6 +65,7 @@ class Cut:
 
     checkpoint: Checkpoint
     workspace: TreeCapture
+    pins: Pins
     clones: Path
 
 
@@ -78,7 +80,6 @@ class Checkpointer:
         staging: Staging,
         gateway: Gateway,
         clock: Clock,
-        pins: dict[str, str],
         retention: RetentionPolicy,
     ) -> None:
         self._records = records
@@ -86,7 +87,6 @@ class Checkpointer:
         self._staging = staging
         self._gateway = gateway
         self._clock = clock
-        self._pins = pins
         self._retention = retention
         self._first_commit = asyncio.Event()
         self._life: Incarnation | None = None
@@ -219,7 +219,7 @@ class Checkpointer:
             image_dir=image,
             workspace=workspace,
             parent=self._base,
-            pins=self._pins,
+            pins=life.pins,
             snapshot_id=snapshot_id,
             lease=lease,
         )
@@ -312,7 +312,7 @@ class Checkpointer:
         )
         self._newest = checkpoint
         self._next_number += 1
-        return Cut(checkpoint=checkpoint, workspace=workspace, clones=life.clones)
+        return Cut(checkpoint=checkpoint, workspace=workspace, pins=life.pins, clones=life.clones)
 
     async def _freeze(self, life: Incarnation, snapshot_id: SnapshotId, still: AsyncExitStack) -> TreeCapture:
         """Pause, image, workspace: until `still` is closed the agent stands still."""
@@ -354,7 +354,7 @@ class Checkpointer:
             image_dir=self._staging.image(snapshot_id),
             workspace=cut.workspace,
             parent=self._base,
-            pins=self._pins,
+            pins=cut.pins,
             snapshot_id=snapshot_id,
             lease=lease,
         )

@@ -46,6 +46,11 @@ class Home:
         return self.root / "cache/shared"
 
     @property
+    def store(self) -> Path:
+        """Large bodies of the log; and the snapshots, unless they are kept elsewhere."""
+        return self.root / "store"
+
+    @property
     def driver_state(self) -> Path:
         return self.root / "runsc"
 

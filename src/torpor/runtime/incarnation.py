@@ -17,11 +17,12 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed, TorporError
 from torpor.core.ids import SessionId
+from torpor.core.pins import IMAGE, Pins, check_pins
 from torpor.runtime.home import Home
 from torpor.runtime.session_store import SessionStore
 from torpor.runtime.spec import SessionSpec, sandbox_id, sandbox_plan
 from torpor.runtime.staging import Staging
-from torpor.sandbox.driver import Driver, Sandbox, SandboxPlan
+from torpor.sandbox.driver import Driver, Drivers, Sandbox, SandboxPlan
 from torpor.sandbox.link import Link
 from torpor.snapshots.capture import watch_tree
 from torpor.snapshots.lease import Lease
@@ -51,6 +52,11 @@ class Incarnation:
         return self.sandbox.plan
 
     @property
+    def pins(self) -> Pins:
+        """What an image of it needs to be restored."""
+        return {**self.sandbox.pins, IMAGE: self.plan.image.digest}
+
+    @property
     def paused_mark(self) -> Path:
         """There while this node may have the sandbox paused."""
         return paused_mark(self.plan)
@@ -66,6 +72,7 @@ class _Empty:
     """A sandbox that nothing runs in; `is_slot`: it has waited for this for a while."""
 
     sandbox: Sandbox
+    driver: Driver
     is_slot: bool
 
 
@@ -82,7 +89,7 @@ class Incarnations:
         home: Home,
         session_id: SessionId,
         spec: SessionSpec,
-        driver: Driver,
+        drivers: Drivers,
         store: SessionStore,
         staging: Staging,
         clock: Clock,
@@ -90,7 +97,7 @@ class Incarnations:
         self._home = home
         self._session_id = session_id
         self._spec = spec
-        self._driver = driver
+        self._drivers = drivers
         self._store = store
         self._staging = staging
         self._clock = clock
@@ -109,20 +116,22 @@ class Incarnations:
             await sandbox.start()
             return await self._connect(number, sandbox, tree, watch)
 
-        return await self._fill(number, await self._empty_sandbox(number), start)
+        empty = await self._empty_sandbox(number, self._drivers.present)
+        return await self._fill(number, empty, start)
 
     async def restore(self, number: int, checkpoint: Checkpoint) -> Incarnation:
         """A sandbox from the checkpoint's image and workspace; its init waits for RESTORED.
 
         Raises:
             Damaged: the snapshot's bytes are not what was stored.
+            PinsUnmet: this machine lacks what the image needs.
             SandboxFailed: the driver refused the image, or init did not answer.
         """
-        await asyncio.to_thread(self._check_pins, checkpoint)
+        driver = await asyncio.to_thread(self._driver_for, checkpoint)
         image = self._staging.cached(checkpoint.snapshot_id)
         async with asyncio.TaskGroup() as both:
             rebuilt = both.create_task(self._rebuild(checkpoint)) if image is None else None
-            made = both.create_task(self._empty_sandbox(number))
+            made = both.create_task(self._empty_sandbox(number, driver))
 
         async def load(sandbox: Sandbox) -> Incarnation:
             tree, watch = await self._fill_workspace(sandbox.plan, checkpoint)
@@ -131,20 +140,17 @@ class Incarnations:
 
         return await self._fill(number, made.result(), load)
 
-    def _check_pins(self, checkpoint: Checkpoint) -> None:
-        """An image is bound to the binary that wrote it, to its flags and to the machine's kind."""
+    def _driver_for(self, checkpoint: Checkpoint) -> Driver:
+        """The driver that can restore an image, which is bound to what wrote it and to the machine's kind."""
         pinned = self._store.pins(checkpoint)
-        for name, value in self._driver.pins.items():
-            if pinned.get(name, value) != value:
-                raise SandboxFailed(
-                    "image_of_other_driver",
-                    f"cannot restore checkpoint {checkpoint.number}: its {name} is {pinned[name]}, here it is {value}",
-                    hint="Set TORPOR_RUNSC to the runsc that made it; fetched ones are kept below TORPOR_HOME/bin.",
-                )
+        driver = self._drivers.for_image(pinned)
+        check_pins(f"checkpoint {checkpoint.number}", pinned, {**driver.pins, IMAGE: self._spec.image.digest})
+        return driver
 
     async def adopt(self, number: int) -> Incarnation | None:
         """The living sandbox of that number with a new link; None when there is none to speak to."""
-        sandbox = self._driver.find(sandbox_plan(self._home, self._session_id, self._spec, number))
+        plan = sandbox_plan(self._home, self._session_id, self._spec, number)
+        sandbox = self._drivers.of_sandbox(plan).find(plan)
         if sandbox is None or not await asyncio.to_thread(sandbox.alive):
             return None
         mark = paused_mark(sandbox.plan)
@@ -163,23 +169,25 @@ class Incarnations:
         except SandboxFailed:
             return None
 
-    async def prepare_slot(self, number: int) -> None:
-        """Make a warm slot: an empty sandbox, ready to be restored into, for the incarnation of that number."""
+    async def prepare_slot(self, life: Incarnation) -> None:
+        """Make a warm slot, an empty sandbox that is ready to be restored into, for the incarnation after this one."""
         if self._slot is None:
-            self._slot = await self._create(number)
+            number = life.number + 1
+            self._slot = await self._create(number, self._drivers.for_image(life.pins))
             self._slot_number = number
 
     async def sweep(self, keep: int | None) -> None:
         """Kill every sandbox of this session but one, and delete the directories of incarnations that are gone."""
-        await sweep(self._home, self._session_id, self._spec, self._driver, keep)
+        await sweep(self._home, self._session_id, self._spec, self._drivers.present, keep)
         self._slot = None
 
-    async def _empty_sandbox(self, number: int) -> "_Empty":
-        """The warm slot, if it is this number's and alive, else a new one."""
+    async def _empty_sandbox(self, number: int, driver: Driver) -> "_Empty":
+        """The warm slot, if it is this number's and driver's and alive, else a new one."""
         slot, self._slot = self._slot, None
-        if slot is not None and self._slot_number == number and await asyncio.to_thread(slot.alive):
-            return _Empty(slot, is_slot=True)
-        return _Empty(await self._create(number), is_slot=False)
+        fits = slot is not None and self._slot_number == number and slot.pins == driver.pins
+        if slot is not None and fits and await asyncio.to_thread(slot.alive):
+            return _Empty(slot, driver, is_slot=True)
+        return _Empty(await self._create(number, driver), driver, is_slot=False)
 
     async def _fill(
         self, number: int, empty: "_Empty", bring_to_life: Callable[[Sandbox], Awaitable[Incarnation]]
@@ -198,18 +206,18 @@ class Incarnations:
                     if await asyncio.to_thread(sandbox.alive):
                         raise
                     logger.warning("the warm slot died, its checkpoint goes into a new sandbox: %s", failed)
-            sandbox = await self._create(number)
+            sandbox = await self._create(number, empty.driver)
         async with self._undone_on_failure(sandbox):
             return await bring_to_life(sandbox)
 
-    async def _create(self, number: int) -> Sandbox:
+    async def _create(self, number: int, driver: Driver) -> Sandbox:
         plan = sandbox_plan(self._home, self._session_id, self._spec, number)
-        leftover = self._driver.find(plan)
+        leftover = driver.find(plan)
         if leftover is not None:
             await leftover.kill()
         await asyncio.to_thread(shutil.rmtree, plan.directory, ignore_errors=True)
         plan.workspace.mkdir(parents=True, mode=0o700)
-        return await self._driver.create(plan)
+        return await driver.create(plan)
 
     async def _fill_workspace(
         self, plan: SandboxPlan, checkpoint: Checkpoint

@@ -194,7 +194,7 @@ class Owner:
                     await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
                 tasks.create_task(self._checkpoint_by_age())
-                tasks.create_task(self._prepare_slot(life.number + 1))
+                tasks.create_task(self._prepare_slot(life))
                 if self._crossroads.policy is OnDivergence.ASK:
                     tasks.create_task(self._ask_at_crossroads())
                 while True:
@@ -360,11 +360,11 @@ class Owner:
         if self._crossroads.policy is OnDivergence.ASK and self._crossroads.holding:
             await self._records.wait(f"the agent takes another path than the log's: {self._crossroads.what}")
 
-    async def _prepare_slot(self, number: int) -> None:
+    async def _prepare_slot(self, life: Incarnation) -> None:
         """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""
         await self._checkpointer.first_commit()
         with contextlib.suppress(TorporError, OSError):
-            await self._incarnations.prepare_slot(number)
+            await self._incarnations.prepare_slot(life)
 
     async def _end(self, ending: Ending, life: Incarnation) -> Outcome:
         """Free the sandbox; the session's rows already say what became of it, or are told now."""

@@ -2,9 +2,11 @@
 
     adopt the living sandbox -> newest eligible checkpoint -> older ones -> checkpoint 0: a fresh boot with the files
 
-Each rung that is tried and fails is an event with its reason. Order of a rung: the incarnation's number and its event
-are durable, then the sandbox is made, then its streams are inherited. A kill -9 in between leaves a numbered sandbox
-that the next recovery finds: it adopts it if it came to life, else kills it and tries again under a new number.
+Each rung that is tried and fails is an event with its reason. A machine that lacks what an image needs ends the climb:
+the image is well, and a person may mend the machine, or give up the agent's memory (`boot`). Order of a rung: the
+incarnation's number and its event are durable, then the sandbox is made, then its streams are inherited. A kill -9 in
+between leaves a numbered sandbox that the next recovery finds: it adopts it if it came to life, else kills it and tries
+again under a new number.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId
+from torpor.core.pins import PinsUnmet
 from torpor.core.redo import RedoSet, redo_set_after_recovery
 from torpor.core.session import SessionStatus
 from torpor.gateway.server import Gateway
@@ -47,11 +50,17 @@ class Rung:
 class Ladder:
     """Finds the highest rung that holds."""
 
-    def __init__(self, *, records: Records, incarnations: Incarnations, gateway: Gateway, clock: Clock) -> None:
+    def __init__(
+        self, *, records: Records, incarnations: Incarnations, gateway: Gateway, clock: Clock, boot: bool
+    ) -> None:
+        """Args:
+        boot: the first climb leaves out what has a memory.
+        """
         self._records = records
         self._incarnations = incarnations
         self._gateway = gateway
         self._clock = clock
+        self._boot = boot
 
     async def adopt(self, calls: Mapping[CallId, Call]) -> Rung | None:
         """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
@@ -91,6 +100,7 @@ class Ladder:
 
         Raises:
             SandboxFailed: `session_lost`: none does.
+            PinsUnmet: this machine lacks what one of them needs, and a person can do something about it.
             MachineUnfit: `storage_unreachable`: nobody can say.
         """
         async with contextlib.AsyncExitStack() as held:
@@ -104,6 +114,9 @@ class Ladder:
     async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
+        if self._boot:
+            checkpoints = [point for point in checkpoints if not point.has_memory]
+            self._boot = False
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
             session = await self._records.session()
             number = session.incarnation + 1
@@ -113,6 +126,9 @@ class Ladder:
                 make = self._incarnations.restore if checkpoint.has_memory else self._incarnations.boot
                 life = await make(number, checkpoint)
             except Superseded:
+                raise
+            except PinsUnmet as error:
+                await self._rejected(mode, checkpoint, number, str(error))
                 raise
             except (Damaged, SandboxFailed, MachineUnfit, OSError, ExceptionGroup) as error:
                 cause = innermost(error)

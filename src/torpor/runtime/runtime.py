@@ -42,10 +42,11 @@ from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore, SessionStores
 from torpor.runtime.spec import SessionSpec, image_spec
 from torpor.runtime.staging import Staging
-from torpor.runtime.storage import open_configured, ready_or_down
+from torpor.runtime.storage import open_blobs, open_configured, ready_or_down
 from torpor.sandbox import rootfs
-from torpor.sandbox.gvisor import GvisorDriver, Runsc
-from torpor.sandbox.tools import find_runsc
+from torpor.sandbox.drivers import GvisorDrivers
+from torpor.sandbox.gvisor import Runsc
+from torpor.sandbox.tools import find_runsc, keep_runsc
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.diff import Change
 from torpor.snapshots.materialize import ExportReport
@@ -58,8 +59,7 @@ if TYPE_CHECKING:
 
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
-SPARE_BYTES = 4 << 20
-"""Left free by what is stored for the event log, which is on the same disk."""
+SPARE_BYTES = 4 << 20  # Left free by what is stored, for the event log, which is on the same disk.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +161,13 @@ class Runtime:
         watcher: "Watcher",
         *,
         let_go: bool = False,
+        boot: bool = False,
     ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
         Args:
             let_go: a person lets the agent take another path than the log's.
+            boot: a person gives up the agent's memory, if its sandbox does not live.
 
         Raises:
             Conflict: `session_running`, `session_ended`.
@@ -186,6 +188,7 @@ class Runtime:
             )
         store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        await asyncio.to_thread(keep_runsc, runsc, self.home.tools)
         await ready_or_down(self.backend, watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
@@ -194,7 +197,7 @@ class Runtime:
             with contextlib.suppress(MachineUnfit):  # A store that is down keeps what is left over for the next owner.
                 await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, store, runsc, watcher, let_go=let_go)
+            yield self._owner(records, seen, store, runsc, watcher, let_go=let_go, boot=boot)
             await records.release()
         finally:
             lock.release()
@@ -232,10 +235,7 @@ class Runtime:
             return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:
-        """Forget a session: its rows, blobs, directories and sandboxes. Its snapshots become garbage for `collect`.
-
-        Its key is among the rows: from here on nobody reads what only its snapshots needed (docs/keys.md).
-        """
+        """Forget a session: rows and key, blobs, directories, sandboxes. Its snapshots become garbage for `collect`."""
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:
             session = await self.session(session_id)
@@ -306,9 +306,9 @@ class Runtime:
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
         from torpor.runtime.incarnation import sweep
 
-        runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        driver = self._drivers(await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)).present
         spec = msgspec.convert(session.spec, SessionSpec)
-        await sweep(self.home, session.session_id, spec, self.driver(runsc), keep=None)
+        await sweep(self.home, session.session_id, spec, driver, keep=None)
         Staging(self.home.root, session.session_id).clear()
 
     async def add_to_budget(
@@ -341,8 +341,9 @@ class Runtime:
         finally:
             lock.release()
 
-    def driver(self, runsc: Runsc) -> GvisorDriver:
-        return GvisorDriver(runsc=runsc, state_directory=self.home.driver_state, clock=self.clock)
+    def _drivers(self, runsc: Runsc) -> GvisorDrivers:
+        tools, state = self.home.tools, self.home.driver_state
+        return GvisorDrivers(runsc=runsc, tools_directory=tools, state_directory=state, clock=self.clock)
 
     def _acquire(self, tx: Transaction, seen: sessions.Session, me: leasing.Holder) -> int:
         return sessions.acquire(
@@ -364,6 +365,7 @@ class Runtime:
         watcher: "Watcher",
         *,
         let_go: bool,
+        boot: bool,
     ) -> "Owner":
         from torpor.gateway.crossroads import Crossroads
         from torpor.gateway.server import Gateway
@@ -379,7 +381,7 @@ class Runtime:
             home=self.home,
             session_id=session.session_id,
             spec=spec,
-            driver=self.driver(runsc),
+            drivers=self._drivers(runsc),
             store=store,
             staging=staging,
             clock=self.clock,
@@ -408,14 +410,13 @@ class Runtime:
             staging=staging,
             gateway=gateway,
             clock=self.clock,
-            pins=self.driver(runsc).pins | {"image_digest": spec.image.digest},
             retention=self.retention,
         )
         return Owner(
             spec=spec,
             records=records,
             incarnations=incarnations,
-            ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock),
+            ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock, boot=boot),
             gateway=gateway,
             crossroads=crossroads,
             checkpointer=checkpointer,
@@ -472,8 +473,8 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
     upstreams, prices = read_upstreams(home.root, environment), read_prices(home.root)
     settings, retention = read_store(home.root, environment), read_retention(home.root)
     home.prepare()
-    backend = open_configured(settings, clock)
-    database = await open_database(home.database_url, clock=clock, blobs=backend)
+    backend, blobs = open_configured(settings, clock), open_blobs(home.store)
+    database = await open_database(home.database_url, clock=clock, blobs=blobs)
     try:
         yield Runtime(
             home=home,

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 from torpor.config import Secret, StoreSettings
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit, TorporError
 from torpor.gateway.keys import NoKeyError, read_key_blocking
 from torpor.sandbox.selftest import Finding
-from torpor.snapshots.backend import Backend, open_backend
+from torpor.snapshots.backend import Backend, LocalDirectory, open_backend
 from torpor.snapshots.probe import probe
 
 SPARE_BYTES = 4 << 20
@@ -30,6 +31,17 @@ def open_configured(settings: StoreSettings, clock: Clock) -> Backend:
             raise MachineUnfit("store_key_missing", f"cannot open {settings.url}: {error}", hint=hint) from error
 
     return open_backend(settings, read_key, clock=clock, spare_bytes=SPARE_BYTES)
+
+
+def open_blobs(directory: Path) -> LocalDirectory:
+    """Where the large bodies of the event log are: beside the log, wherever its snapshots may be.
+
+    A call must not wait for another machine before it is sent, and a session whose store is down goes on.
+
+    Raises:
+        MachineUnfit: `storage_failed`.
+    """
+    return LocalDirectory(directory, spare_bytes=SPARE_BYTES)
 
 
 async def ready_or_down(backend: Backend, notice: Callable[[str], None]) -> None:

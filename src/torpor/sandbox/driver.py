@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torpor.core.pins import Pins
 from torpor.sandbox.rootfs import RootImage
 
 
@@ -18,7 +19,7 @@ class SandboxPlan:
 
     Attributes:
         sandbox_id: unique on this machine, at most 40 characters of `[a-z0-9-]`.
-        directory: its own; holds `to-guest`, `from-guest`, `bundle/`, `driver.log`.
+        directory: its own; holds `to-guest`, `from-guest`, `bundle/`, `driver.log`, `made-by`.
         image: the read-only root and what is mounted into it.
         workspace: host directory that is `/workspace` inside, writable.
         init_directory: host directory with `torpor-init`, `/.torpor` inside.
@@ -38,12 +39,22 @@ class SandboxPlan:
     def from_guest(self) -> Path:
         return self.directory / "from-guest"
 
+    @property
+    def made_by(self) -> Path:
+        """Where its driver says which program it made the sandbox with."""
+        return self.directory / "made-by"
+
 
 class Sandbox(Protocol):
     """One isolated machine. Every method raises SandboxFailed when the driver refuses."""
 
     @property
     def plan(self) -> SandboxPlan: ...
+
+    @property
+    def pins(self) -> Pins:
+        """Of the driver that it was made with."""
+        ...
 
     async def start(self) -> None:
         """Run PID 1 in a created sandbox."""
@@ -81,7 +92,7 @@ class Sandbox(Protocol):
 class Driver(Protocol):
     @property
     def pins(self) -> dict[str, str]:
-        """What an image of this driver needs to be restored: binary hash, CPU features, flags."""
+        """What an image of this driver needs to be restored: binary hash, CPU features, flags (core/pins.py)."""
         ...
 
     async def create(self, plan: SandboxPlan) -> Sandbox:
@@ -94,4 +105,21 @@ class Driver(Protocol):
 
     def sandbox_ids(self) -> Sequence[str]:
         """Ids of all sandboxes that the driver has state of."""
+        ...
+
+
+class Drivers(Protocol):
+    """The drivers that can be had here, for each program that made a sandbox."""
+
+    @property
+    def present(self) -> Driver:
+        """What new sandboxes are made with."""
+        ...
+
+    def for_image(self, pins: Pins) -> Driver:
+        """The one that wrote an image with these pins, else the present one."""
+        ...
+
+    def of_sandbox(self, plan: SandboxPlan) -> Driver:
+        """The one that made the sandbox of this plan, else the present one."""
         ...

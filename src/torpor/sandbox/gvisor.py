@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torpor.core import pins
 from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
 from torpor.sandbox.closed_watches import UnknownLayout, end_closed_watches
+from torpor.sandbox.cpu import cpu_features
 from torpor.sandbox.driver import SandboxPlan
 
 logger = logging.getLogger(__name__)
@@ -78,11 +80,12 @@ class GvisorDriver:
     @property
     def pins(self) -> dict[str, str]:
         return {
-            "driver": "gvisor",
-            "runsc_sha256": self.runsc.sha256,
-            "runsc_version": self.runsc.version,
-            "machine": platform.machine(),
-            "flags": " ".join(self._flags()),
+            pins.DRIVER: "gvisor",
+            pins.RUNSC: self.runsc.sha256,
+            pins.RUNSC_VERSION: self.runsc.version,
+            pins.MACHINE: platform.machine(),
+            pins.CPU_FEATURES: cpu_features(),
+            pins.FLAGS: " ".join(self._flags()),
         }
 
     def _flags(self) -> list[str]:
@@ -110,6 +113,7 @@ class GvisorDriver:
         bundle = plan.directory / "bundle"
         bundle.mkdir(parents=True, exist_ok=True, mode=0o700)
         (bundle / "config.json").write_text(json.dumps(bundle_config(plan)))
+        plan.made_by.write_text(self.runsc.sha256)
         for fifo in (plan.to_guest, plan.from_guest):
             fifo.unlink(missing_ok=True)
             os.mkfifo(fifo, 0o600)
@@ -151,6 +155,10 @@ class GvisorSandbox:
     @property
     def plan(self) -> SandboxPlan:
         return self._plan
+
+    @property
+    def pins(self) -> pins.Pins:
+        return self.driver.pins
 
     async def start(self) -> None:
         await self._command("start", self._plan.sandbox_id, namespace=True)

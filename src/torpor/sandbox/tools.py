@@ -11,11 +11,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torpor.core.clock import Clock
 from torpor.core.errors import MachineUnfit
+from torpor.core.pins import kept_name
 from torpor.sandbox import process
 from torpor.sandbox.gvisor import Runsc
 
@@ -26,6 +27,8 @@ RELEASE_SHA512 = (
 )
 OLDEST_USABLE = 20240101
 """Releases before 2024 lack the systrap platform or restore badly; Debian 12's own is of 2022."""
+
+HELPERS = "gvisor-bin"
 
 Progress = Callable[[str], None]
 
@@ -121,18 +124,42 @@ def fetch_runsc(tools_directory: Path, clock: Clock, progress: Progress) -> Runs
 
 
 def _install(fetched: Path, runsc: Runsc, tools_directory: Path) -> Runsc:
-    """Keep every binary by its hash: an old image needs the one that wrote it. `runsc` is a link to the newest."""
-    home = tools_directory / f"runsc-{runsc.sha256[:16]}"
-    home.mkdir(parents=True, exist_ok=True, mode=0o755)
-    target, staged = home / "runsc", home / "runsc.new"
-    shutil.copyfile(fetched, staged)
-    staged.chmod(0o755)
-    staged.rename(target)
+    """Keep it as all are kept; `runsc` is a link to the newest."""
+    target = keep_runsc(replace(runsc, path=fetched), tools_directory)
     link = tools_directory / "runsc.new"
     link.unlink(missing_ok=True)
     link.symlink_to(target.relative_to(tools_directory))
     link.rename(tools_directory / "runsc")
     return Runsc(path=target, version=runsc.version, sha256=runsc.sha256)
+
+
+def keep_runsc(runsc: Runsc, tools_directory: Path) -> Path:
+    """Keep a binary by its hash, whoever installed it: an image needs the very one that wrote it.
+
+    Newer releases come with a directory of helpers, which have to lie beside it.
+    """
+    target = tools_directory / kept_name(runsc.sha256) / "runsc"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    helpers = runsc.path.parent / HELPERS
+    if helpers.is_dir():
+        shutil.copytree(helpers, target.parent / HELPERS, dirs_exist_ok=True)
+    staged = target.with_name(f"runsc.{os.getpid()}")
+    shutil.copyfile(runsc.path, staged)
+    staged.chmod(0o755)
+    staged.rename(target)
+    return target
+
+
+def find_kept(tools_directory: Path, sha256: str, clock: Clock) -> Runsc | None:
+    """The binary of that hash, if it is kept and has not been changed."""
+    path = tools_directory / kept_name(sha256) / "runsc"
+    try:
+        kept = inspect_runsc(path, clock) if path.exists() else None
+    except MachineUnfit:
+        return None
+    return kept if kept is not None and kept.sha256 == sha256 else None
 
 
 def _fetch_release(scratch: Path, _clock: Clock, progress: Progress) -> Path:

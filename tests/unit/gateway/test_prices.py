@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 
@@ -104,6 +105,20 @@ def test_a_request_that_names_an_earlier_answer_may_fill_the_window() -> None:
     assert named.input_tokens(400_000) == 400_000
     assert size_of(body(max_output_tokens=1)).input_tokens(400_000) < 10_000
     assert size_of(b"no json").input_tokens(None) == 7 + PROMPT_TOKENS_HIDDEN
+
+
+@pytest.mark.parametrize("name", [b"conversation", b"max_tokens", b"generationConfig"])
+def test_measuring_a_request_takes_little_more_memory_than_its_bytes(name: bytes) -> None:
+    """Two bytes of JSON would be an object of fifty."""
+    request = b'{"max_output_tokens": 7, "%s": [%s0]}' % (name, b"[]," * 1_000_000)
+    tracemalloc.start()
+    try:
+        size = size_of(request)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(request)
+    finally:
+        tracemalloc.stop()
+    assert size.limits.tokens == 7
+    assert size.names_more == (name == b"conversation")
 
 
 def test_prices_are_read_from_the_configuration_in_their_order(tmp_path: Path) -> None:

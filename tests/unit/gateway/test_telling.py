@@ -58,6 +58,25 @@ def test_every_api_of_a_model_has_a_place_for_a_note() -> None:
     assert {case[0] for case in CASES} == {dialect.name for dialect in DIALECTS if not dialect.opaque}
 
 
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [
+        (b"null", True),
+        (b"{}", True),
+        (b'{"include_usage": false}', True),
+        (b'{"include_usage": true}', False),
+        (b'"\xde"', False),
+        (b"[]", False),
+        (b'{"a": [' + b"[]," * 2000 + b"0]}", False),
+    ],
+)
+def test_only_options_that_a_provider_would_take_are_added_to(options: bytes, *, asks: bool) -> None:
+    body = b'{"model": "m", "stream": true, "messages": [], "stream_options": %s}' % options
+    head = RequestHead(method="POST", target="/v1/chat/completions", headers=())
+    intake = from_log(head, body, Routing(()), dialect="openai_chat", is_llm=True)
+    assert (intake.asking_for_usage(intake.outgoing) is not None) == asks
+
+
 def test_a_request_with_a_note_asks_for_token_counts_all_the_same() -> None:
     body = json.dumps({"model": "m", "messages": [ASKED], "stream": True}).encode()
     intake = from_log(

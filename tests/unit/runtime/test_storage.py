@@ -9,6 +9,7 @@ import pytest
 from torpor.config import KeySource, Secret, StoreSettings, read_store
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput, MachineUnfit
+from torpor.runtime.runtime import open_runtime
 from torpor.runtime.storage import examine_store, open_configured
 from torpor.snapshots.backend import LocalDirectory, open_backend
 from torpor.snapshots.object_store import ObjectStore
@@ -144,6 +145,17 @@ def test_key_of_the_wrong_kind_is_refused_and_not_quoted() -> None:
     assert caught.value.code == "config_invalid"
     assert "hush" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+async def test_large_bodies_of_the_log_stay_beside_it_wherever_snapshots_are(tmp_path: Path) -> None:
+    text = '[store]\nurl = "s3://bucket"\nendpoint = "http://127.0.0.1:9"\nkey_id = "i"\nkey = "k"\nretry_seconds = 0\n'
+    async with open_runtime({"TORPOR_HOME": str(write(tmp_path, text))}, CLOCK) as runtime:
+        blobs = runtime.database.blobs
+        assert blobs is not None
+        assert blobs.put("blobs/session_ab", b"a large body") is True
+        with pytest.raises(MachineUnfit, match="refused the connection"):
+            runtime.backend.put("packs/aa", b"a snapshot's")
+    assert (tmp_path / "store/blobs/ab/session_ab").read_bytes() == b"a large body"
 
 
 class TestExamination:

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,18 @@ def test_head_of_a_manifest_names_the_packs_to_who_has_no_key(world: World) -> N
     assert head.key_id == KEY.id
     with pytest.raises(Damaged, match="not what was written"):
         world.store.pack_names(saved.id, "00" * 32)
+
+
+def test_head_is_sealed_with_the_body_whatever_digest_somebody_commits(world: World) -> None:
+    saved = small_snapshot(world)
+    (path,) = (path for path in world.object_paths() if path.name == "snp_b")
+    good = path.read_bytes()
+    assert world.store.read_manifest(saved.ref).snapshot_id == saved.id
+    for at in range(20, load_head(world.backend, saved.id, None).size):
+        bad = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+        path.write_bytes(bad)
+        with pytest.raises(Damaged):
+            world.store.read_manifest(replace(saved.ref, manifest_digest=sha256(bad).hexdigest()))
 
 
 def test_head_that_is_cut_or_of_another_snapshot_is_damaged(world: World) -> None:
