@@ -16,7 +16,7 @@ from torpor.core.events import EventDraft, Kind
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
-from torpor.core.waitpoint import WaitpointKind
+from torpor.core.waitpoint import Question, WaitpointKind
 from torpor.db import (
     answers,
     blocks,
@@ -25,6 +25,7 @@ from torpor.db import (
     checkpoints,
     keys,
     log,
+    messages,
     outputs,
     redaction,
     redo,
@@ -175,7 +176,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, keys),
+    *(waitpoints, messages, keys),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -214,6 +215,10 @@ class Rows:
         tx.run("budget/set_limit_fenced", **scene.owner, budget_nanousd=5, wall_ns=NOW)
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
+        asking = {"question": Question(text="Go on?"), "due_ns": None, "wall_ns": NOW}
+        self.question = waitpoints.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
+        messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
+        sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         self.call = scene.new_call()
 
     def redo_set(self, tx: Transaction) -> RedoSet:
@@ -225,7 +230,7 @@ class Rows:
         budget = WaitpointKind.BUDGET
         return {
             "sessions.release": {"wall_ns": NOW},
-            "sessions.set_status": {"status": SessionStatus.RUNNING, "wall_ns": NOW},
+            "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
             "sessions.forget": {},
@@ -255,10 +260,25 @@ class Rows:
             "budgets.admit": {"call_id": self.intended.call_id, "needed_nanousd": 10, "wall_ns": NOW},
             "budgets.add": {"amount_nanousd": 1, "wall_ns": NOW},
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
+            "waitpoints.create": {"kind": WaitpointKind.TIMER, "call_id": self.sent, "text": "new", "wall_ns": NOW},
+            "waitpoints.wait": {"kind": budget, "wall_ns": NOW},
+            "waitpoints.ask": {
+                "call_id": self.sent,
+                "question": Question(text="Really?"),
+                "due_ns": None,
+                "wall_ns": NOW,
+            },
+            "waitpoints.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
+            "waitpoints.resolve": {"point": self.question, "resolution": {}, "text": "no", "wall_ns": NOW},
+            "messages.deliver": {"text": "to it", "wall_ns": NOW},
+            "messages.take": {"call_id": self.sent},
+            "messages.send": {"call_id": self.sent, "text": "from it", "wall_ns": NOW},
             "waitpoints.resolve_all": {"kind": budget, "resolution": {}, "wall_ns": NOW},
             "checkpoints.commit": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq), "wall_ns": NOW},
+            "checkpoints.insert": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq)},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
+            "roots.bring": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq), "wall_ns": NOW},
             "roots.retain": {"policy": RetentionPolicy(keep_last=1, keep_hourly=0, keep_daily=0), "wall_ns": NOW},
             "roots.forget_damaged": {"roots": roots.list_roots(tx)[:1], "wall_ns": NOW},
             "roots.pin": {"number": self.checkpoint.number, "is_pinned": True, "wall_ns": NOW},

@@ -31,24 +31,24 @@ def commit(
     draft = EventDraft(kind=Kind.CHECKPOINT_COMMITTED, incarnation=checkpoint.incarnation, data=commit_data(checkpoint))
     event = append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)[0]
     committed = replace(checkpoint, session_id=session_id, committed_seq=event.seq)
-    insert(tx, owner_token=owner_token, checkpoint=committed)
+    insert(tx, session_id=session_id, owner_token=owner_token, checkpoint=committed)
     return committed
 
 
-def insert(tx: Transaction, *, owner_token: int, checkpoint: Checkpoint) -> None:
+def insert(tx: Transaction, *, session_id: SessionId, owner_token: int, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's row, of which the log already speaks.
 
     Raises:
         Conflict: `checkpoint_refused`, as `commit`.
     """
-    columns = {**asdict(checkpoint), "has_memory": int(checkpoint.has_memory)}
+    columns = {**asdict(checkpoint), "session_id": session_id, "has_memory": int(checkpoint.has_memory)}
     columns.update({name: encode_json(columns[name]) for name in _JSON_FIELDS})
     if not tx.run("checkpoint/insert_fenced", owner_token=owner_token, **columns):
         otherwise = Conflict(
             "checkpoint_refused",
             f"cannot commit checkpoint {checkpoint.checkpoint_id}: its cut is not in the past or its number is not new",
         )
-        raise refusal(tx, checkpoint.session_id, owner_token, otherwise)
+        raise refusal(tx, session_id, owner_token, otherwise)
 
 
 def commit_data(checkpoint: Checkpoint) -> dict[str, object]:

@@ -79,6 +79,7 @@ def deliver(
 
 def take(tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId) -> Message | None:
     """The message that a call handles, the first that none did unless it has one already; None: there is none."""
+    held_row(tx, session_id, owner_token)
     own: dict[str, Any] = {"session_id": session_id, "box": Box.IN.value, "call_id": call_id}
     row = tx.one("message/find_of_call", **own)
     if row is None:

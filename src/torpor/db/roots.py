@@ -149,11 +149,11 @@ def move(
     return moved
 
 
-def bring(tx: Transaction, *, owner_token: int, checkpoint: Checkpoint, wall_ns: int) -> None:
+def bring(tx: Transaction, *, session_id: SessionId, owner_token: int, checkpoint: Checkpoint, wall_ns: int) -> None:
     """Give a session that was imported a checkpoint that its log knows, whose snapshot has another name here."""
-    checkpoints.insert(tx, owner_token=owner_token, checkpoint=checkpoint)
+    checkpoints.insert(tx, session_id=session_id, owner_token=owner_token, checkpoint=checkpoint)
     event = (Kind.CHECKPOINT_REPACKED, checkpoints.move_data(checkpoint))
-    _note(tx, checkpoint.session_id, owner_token, [event], wall_ns)
+    _note(tx, session_id, owner_token, [event], wall_ns)
 
 
 def _plan(

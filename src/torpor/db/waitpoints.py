@@ -82,6 +82,7 @@ def create(
 
 def wait(tx: Transaction, *, session_id: SessionId, owner_token: int, kind: WaitpointKind, wall_ns: int) -> None:
     """A session that runs waits from now on."""
+    held_row(tx, session_id, owner_token)
     _move(tx, session_id, owner_token, SessionStatus.RUNNING, SessionStatus.WAITING, f"it waits: {kind}", wall_ns)
 
 
@@ -154,6 +155,7 @@ def answer(
         InvalidInput: `answer_missing`; `answer_not_a_choice`; `answer_refused`, it waits for something else.
     """
     owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    held_row(tx, session_id, owner_token)
     point = find(tx, session_id, waitpoint_id)
     if point is None:
         raise NotFound("waitpoint_not_found", f"cannot resolve waitpoint {waitpoint_id}: there is none", hint=_HINT)

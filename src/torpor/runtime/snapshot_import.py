@@ -115,7 +115,8 @@ async def _bring(runtime: Runtime, bringing: "_Bringing") -> None:
 
         def also(tx: Transaction) -> None:
             keys.add_session(tx, session_id=session_id, owner_token=0, key=kept)
-            roots.bring(tx, owner_token=0, checkpoint=point, wall_ns=runtime.clock.wall_ns())
+            wall_ns = runtime.clock.wall_ns()
+            roots.bring(tx, session_id=session_id, owner_token=0, checkpoint=point, wall_ns=wall_ns)
 
         with bringing.lines() as lines:
             incoming = await asyncio.to_thread(transfer.Incoming, lines)
