@@ -21,6 +21,7 @@
 
 #include "crc32c.h"
 #include "init.h"
+#include "worker.h"
 
 enum { EVENTS_MAX = 64, TICK_MS = 50, EXIT_USAGE = 2 };
 
@@ -202,7 +203,25 @@ static void run(struct init *init) {
     }
 }
 
+/* One program, several duties: its name says which. */
+static bool has_duty(const char *name, int *status) {
+    static const struct duty {
+        const char *name;
+        int (*run)(void);
+    } duties[] = {{"torpor-exec", exec_main}};
+    const char *slash = name ? strrchr(name, '/') : NULL;
+    if (slash) name = slash + 1;
+    for (size_t i = 0; name && i < sizeof duties / sizeof *duties; i++) {
+        if (strcmp(name, duties[i].name) != 0) continue;
+        *status = duties[i].run();
+        return true;
+    }
+    return false;
+}
+
 int main(int argc, char **argv) {
+    int status;
+    if (has_duty(argv[0], &status)) return status;
     static struct init init; /* zeroed; too large for a stack */
     parse_options(&init.options, argc, argv);
     crc32c_init();

@@ -54,7 +54,8 @@ class Node:
                 "kill": lambda: _kill(owner, ended),
                 "stop": lambda: _stop(owner, ended),
             }
-            async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
+            channels: dict[str, wire.Channel] = {"work": partial(_work, owner)}
+            async with wire.serve(self.holder.socket, verbs, channels), _signals(owner, watcher):
                 try:
                     return await owner.run()
                 finally:
@@ -133,6 +134,13 @@ async def _checkpoint(owner: "Owner") -> dict[str, Any]:
 
 async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
     return asdict(await owner.add_to_budget(add))
+
+
+async def _work(owner: "Owner", worker: str) -> wire.Carry:
+    """Start a worker in the sandbox, and carry its bytes; this node reads none of them."""
+    from torpor.runtime.carrying import carry
+
+    return partial(carry, await owner.work(worker))
 
 
 async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
