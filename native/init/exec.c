@@ -292,7 +292,8 @@ static void wait_for_something(struct exec *exec, const sigset_t *signals) {
     if (fds[0].revents & (POLLIN | POLLHUP | POLLERR)) read_socket(exec);
 }
 
-int exec_main(void) {
+int exec_main(int argc, char **argv) {
+    (void)argc, (void)argv; /* what to run comes over the socket */
     static struct exec exec = {.in_fd = -1, .channel_fd = {-1, -1}};
     struct sigaction action = {.sa_handler = on_child};
     sigset_t blocked, before;

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "crc32c.h"
+#include "guest.h"
 #include "init.h"
 #include "worker.h"
 
@@ -204,16 +205,16 @@ static void run(struct init *init) {
 }
 
 /* One program, several duties: its name says which. */
-static bool has_duty(const char *name, int *status) {
+static bool has_duty(int argc, char **argv, int *status) {
     static const struct duty {
         const char *name;
-        int (*run)(void);
-    } duties[] = {{"torpor-exec", exec_main}};
-    const char *slash = name ? strrchr(name, '/') : NULL;
+        int (*run)(int argc, char **argv);
+    } duties[] = {{"torpor-exec", exec_main}, {"torpor-guest", guest_main}};
+    const char *name = argv[0], *slash = name ? strrchr(name, '/') : NULL;
     if (slash) name = slash + 1;
     for (size_t i = 0; name && i < sizeof duties / sizeof *duties; i++) {
         if (strcmp(name, duties[i].name) != 0) continue;
-        *status = duties[i].run();
+        *status = duties[i].run(argc, argv);
         return true;
     }
     return false;
@@ -221,7 +222,7 @@ static bool has_duty(const char *name, int *status) {
 
 int main(int argc, char **argv) {
     int status;
-    if (has_duty(argv[0], &status)) return status;
+    if (has_duty(argc, argv, &status)) return status;
     static struct init init; /* zeroed; too large for a stack */
     parse_options(&init.options, argc, argv);
     crc32c_init();

@@ -5,6 +5,6 @@
 #define TORPOR_WORKER_H
 
 /* exec.c: runs a program with its standard streams on the socket */
-int exec_main(void);
+int exec_main(int argc, char **argv);
 
 #endif

@@ -61,3 +61,25 @@ def test_an_agent_gets_its_checkpoint_once_and_goes_on_from_it(quick: Stage, kil
     assert not [event for event in events if event["kind"] == "call.diverged"]
     quick.torpor("log", "one", "--verify")
     check_nothing_left(quick)
+
+
+SHELL_AGENT = """
+set -e
+torpor-guest whoami
+torpor-guest note "written from a shell"
+torpor-guest checkpoint
+torpor-guest ask "Deploy?" --choices yes,no || test $? -eq 4
+"""
+
+
+def test_a_shell_script_asks_through_torpor_guest(quick: Stage) -> None:
+    (quick.project / "asking.sh").write_text(SHELL_AGENT)
+    told = quick.torpor("run", "--name", "one", "--", "bash", "asking.sh")
+    events = quick.events("one")
+    session, _, incarnation, *_, number = told.stdout.splitlines()
+    assert (session, incarnation) == (f"session: {quick.rows('show', 'one')[0]['session']}", "incarnation: 1")
+    assert [event["text"] for event in events if event["kind"] == "note.added"] == ["written from a shell"]
+    assert [str(point["number"]) for point in quick.rows("checkpoints", "one") if point["reason"] == "agent"] == [
+        number
+    ]
+    check_nothing_left(quick)
