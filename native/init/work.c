@@ -11,7 +11,7 @@
 #include "init.h"
 #include "record.h"
 
-static const char *const workers[] = {"torpor-exec"};
+static const char *const workers[] = {"torpor-exec", "torpor-copy-out", "torpor-copy-in"};
 
 static const char *find_worker(const uint8_t *name, size_t len) {
     for (size_t i = 0; i < sizeof workers / sizeof *workers; i++)

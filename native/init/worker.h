@@ -7,4 +7,8 @@
 /* exec.c: runs a program with its standard streams on the socket */
 int exec_main(int argc, char **argv);
 
+/* copy.c: a file or a directory out of the sandbox, and into it */
+int copy_out_main(int argc, char **argv);
+int copy_in_main(int argc, char **argv);
+
 #endif

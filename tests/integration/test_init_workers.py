@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -197,20 +198,64 @@ def test_a_reset_frees_the_stream_and_leaves_no_process_behind_a_program_that_en
     wait_until_gone(int(worker.bytes_of(b"O")))
 
 
+def entry(kind: bytes, path: bytes, target: bytes = b"") -> bytes:
+    return record(kind, struct.pack("<IqQ", 0o644, 10**18, 3) + path + b"\0" + target)
+
+
+EXEC_SAYS = record(b"P", spec(["cat"])) + record(b"G") + record(b"I", b"x" * 500) + record(b"I")
+FILE_SAYS = entry(b"A", b"d/f") + record(b"B", b"abc") + record(b"Z") + entry(b"L", b"l", b"d/f")
+COPY_SAYS = entry(b"D", b"") + entry(b"D", b"d") + FILE_SAYS + record(b"K")
+
+
 @pytest.mark.parametrize("seed", range(40))
-def test_an_exec_worker_survives_any_bytes(binary: Path, seed: int) -> None:
-    """A broken host gets a hang-up; the sanitized program must not trip."""
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [("torpor-exec", b"", EXEC_SAYS), ("torpor-copy-in", record(b"R", b"place\0name"), COPY_SAYS)],
+)
+def test_a_worker_survives_any_bytes(
+    binary: Path, tmp_path: Path, name: str, first: bytes, then: bytes, seed: int
+) -> None:
+    """A broken host gets a hang-up; the sanitized program must not trip, and nothing half made is left."""
     choice = random.Random(seed)
-    good = record(b"P", spec(["cat"])) + record(b"G") + record(b"I", b"x" * 500) + record(b"I")
-    data = bytearray(good * choice.randint(1, 3))
+    data = bytearray(then * choice.randint(1, 3))
     for _ in range(choice.randint(0, 6)):
         data[choice.randrange(len(data))] = choice.choice([0, 0xFF, choice.randrange(256)])
     if choice.random() < 0.3:
         data = bytearray(choice.randbytes(2000))
+    ended = converse(binary, name, first + data, choice, tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert {path.name for path in tmp_path.iterdir()} <= {"place"}
+
+
+def test_a_tree_is_taken_and_sent_again(binary: Path, tmp_path: Path) -> None:
+    said = record(b"R", b"place\0name") + COPY_SAYS
+    assert converse(binary, "torpor-copy-in", said, random.Random(1), tmp_path).stdout == record(b"K")
+    assert (tmp_path / "place/d/f").read_bytes() == b"abc"
+    sent = converse(binary, "torpor-copy-out", record(b"R", b"place"), random.Random(1), tmp_path).stdout
+    assert all(part in sent for part in (b"d/f\0", record(b"B", b"abc"), record(b"Z"), b"l\0d/f"))
+    assert sent.endswith(record(b"K"))
+    # Now there is a directory, so the next goes into it by its own name, and the one after that finds it in its way.
+    assert converse(binary, "torpor-copy-in", said, random.Random(1), tmp_path).stdout == record(b"K")
+    assert (tmp_path / "place/name/d/f").read_bytes() == b"abc"
+    assert b"File exists" in converse(binary, "torpor-copy-in", said, random.Random(1), tmp_path).stdout
+
+
+def test_a_copy_in_writes_through_no_link(binary: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    said = record(b"R", b"place\0name") + entry(b"D", b"") + entry(b"L", b"l", b"../outside") + entry(b"A", b"l/x")
+    assert converse(binary, "torpor-copy-in", said, random.Random(1), tmp_path).stdout[:1] == b"F"
+    assert [path.name for path in tmp_path.rglob("*")] == ["outside"]
+
+
+def converse(
+    binary: Path, name: str, data: bytes, choice: random.Random, directory: Path
+) -> subprocess.CompletedProcess[bytes]:
+    """Say this to a worker in pieces, and hear all that it says; `stdout` is what came over its socket."""
     ours, theirs = socket.socketpair()
+    heard = b""
     with ours, theirs:
         process = subprocess.Popen(
-            ["torpor-exec"], executable=binary, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [name], executable=binary, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=directory
         )
         theirs.close()
         while data:
@@ -219,14 +264,12 @@ def test_an_exec_worker_survives_any_bytes(binary: Path, seed: int) -> None:
                 ours.sendall(data[:piece])
             except ConnectionError:
                 break
-            del data[:piece]
+            data = data[piece:]
         ours.shutdown(socket.SHUT_WR)
         ours.settimeout(30)
-        try:
-            while ours.recv(65536):
-                pass
-        except ConnectionError:
-            pass
+        with suppress(ConnectionError):
+            while piece_heard := ours.recv(65536):
+                heard += piece_heard
         ours.close()
         _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (0, b"")
+    return subprocess.CompletedProcess([name], process.returncode, heard, said)

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from torpor import __version__
-from torpor.cli import costs, inside, keys, lifecycle, machine, reading, running, search, transfer, trust, turns
+from torpor.cli import (
+    copying,
+    costs,
+    inside,
+    keys,
+    lifecycle,
+    machine,
+    reading,
+    running,
+    search,
+    transfer,
+    trust,
+    turns,
+)
 from torpor.cli.printer import err, print_error
 from torpor.core.errors import TorporError, innermost
 
@@ -29,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (running, inside, reading, turns, search, costs, trust, transfer, lifecycle, keys, machine):
+for group in (running, inside, copying, reading, turns, search, costs, trust, transfer, lifecycle, keys, machine):
     group.register(app)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torpor.core.errors import Conflict
 from torpor.sandbox.frames import PAYLOAD_BYTES_MAX, WORKERS_MAX, WORKERS_SINCE, AgentSpec, pack_spec, violation
 
-EXEC = "torpor-exec"
+EXEC, COPY_OUT, COPY_IN = "torpor-exec", "torpor-copy-out", "torpor-copy-in"
 STDIN_WINDOW_BYTES = 65_536
 """Bytes of stdin that may be on their way: what the program takes is granted anew."""
 
