@@ -10,15 +10,9 @@
 #include <unistd.h>
 
 #include "init.h"
+#include "spec.h"
 
 extern char **environ;
-
-struct spec {
-    char *cwd;
-    char **args; /* NULL-terminated */
-    char **environment;
-    char **pointers; /* what both point into */
-};
 
 /* Where the child failed, as it says so through the pipe that a successful exec closes. */
 struct failure {
@@ -34,49 +28,6 @@ void agent_spec_piece(struct init *init, uint64_t offset, const uint8_t *bytes, 
     if (!agent->spec && !(agent->spec = malloc(SPEC_BYTES_MAX))) return;
     if (len > 0) memcpy(agent->spec + agent->spec_bytes, bytes, len);
     agent->spec_bytes += len;
-}
-
-/* The next NUL-terminated string, or NULL. */
-static char *next_string(char **at, const char *end) {
-    if (*at >= end) return NULL;
-    char *found = *at, *nul = memchr(found, 0, (size_t)(end - found));
-    if (!nul) return NULL;
-    *at = nul + 1;
-    return found;
-}
-
-static bool next_strings(char **at, const char *end, char **strings, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        if (!(strings[i] = next_string(at, end))) return false;
-    return true;
-}
-
-/* A count cannot be true if it exceeds the bytes that are left: each string has at least its NUL. */
-static bool next_count(char **at, const char *end, size_t *count) {
-    char *text = next_string(at, end), *rest;
-    if (!text || text[0] < '0' || text[0] > '9') return false;
-    errno = 0;
-    unsigned long long value = strtoull(text, &rest, 10);
-    if (errno || *rest || value > (unsigned long long)(end - *at)) return false;
-    *count = (size_t)value;
-    return true;
-}
-
-static bool parse_spec(uint8_t *bytes, size_t len, struct spec *spec) {
-    char *at = (char *)bytes, *end = at + len;
-    size_t arg_count, environment_count;
-    spec->pointers = NULL;
-    if (!(spec->cwd = next_string(&at, end)) || !next_count(&at, end, &arg_count) || arg_count == 0) return false;
-    char **args = calloc(arg_count + 1, sizeof *args);
-    if (!args) return false;
-    spec->pointers = args;
-    if (!next_strings(&at, end, args, arg_count) || !next_count(&at, end, &environment_count)) return false;
-    char **both = realloc(args, (arg_count + 1 + environment_count + 1) * sizeof *both);
-    if (!both) return false;
-    spec->pointers = spec->args = both;
-    spec->environment = both + arg_count + 1;
-    spec->environment[environment_count] = NULL;
-    return next_strings(&at, end, spec->environment, environment_count) && at == end;
 }
 
 void child_reset_signals(void) {
@@ -168,7 +119,7 @@ void agent_start(struct init *init, uint64_t spec_bytes) {
     struct agent *agent = &init->agent;
     struct spec spec = {0};
     bool whole = agent->spec && agent->spec_bytes == spec_bytes;
-    if (whole && parse_spec(agent->spec, agent->spec_bytes, &spec))
+    if (whole && spec_parse(agent->spec, agent->spec_bytes, &spec))
         spawn(init, &spec);
     else
         start_failed(init, EINVAL, "read", "the agent's spec");

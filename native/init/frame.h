@@ -34,6 +34,7 @@ enum host_frame {
     HOST_SIGNAL,
     HOST_EXIT_ACK,
     HOST_FORGET,
+    HOST_WORK,
 };
 
 enum guest_frame {

@@ -7,6 +7,8 @@ enum { START_BYTES = 16 + ENTROPY_BYTES };
 
 static void on_hello(struct init *init, const struct frame *frame) {
     link_begin(&init->link, frame->nonce);
+    /* A host that is older than this init gets what it knows. */
+    init->version = frame->arg < 1 || frame->arg > PROTOCOL_VERSION ? PROTOCOL_VERSION : (uint32_t)frame->arg;
     init->barrier = BARRIER_NONE;
     report_hello(init);
 }
@@ -112,6 +114,10 @@ void host_frame(void *context, const struct frame *frame) {
     struct init *init = context;
     if (frame->type == HOST_SIGNAL) {
         on_signal(init, frame); /* its stream field is the signal's number */
+        return;
+    }
+    if (frame->type == HOST_WORK) {
+        work_open(init, frame->stream, frame->arg, frame->payload, frame->payload_bytes);
         return;
     }
     if (frame->stream == 0) {

@@ -8,12 +8,12 @@
 #include <sys/types.h>
 
 #include "link.h"
+#include "spec.h"
 #include "stream.h"
 
 enum {
-    PROTOCOL_VERSION = 1,
+    PROTOCOL_VERSION = 2,
     LISTENERS_MAX = 8,
-    SPEC_BYTES_MAX = 2097152,
     ENTROPY_BYTES = 64,
     HOOKS_MAX = 64,
     HOOK_MS_MAX = 5000,
@@ -22,6 +22,7 @@ enum {
     LACK_RETRY_MS = 50,
     REAP_RETRY_MS = 50,
     REAP_MS_MAX = 5000,
+    WORK_IDS_KEPT = 64,
 };
 
 /* epoll data: what in the high half, which in the low half. */
@@ -64,6 +65,12 @@ struct restore {
     bool owes_alive;
 };
 
+/* The last requests to start a worker: one that comes twice is started once. */
+struct work {
+    uint64_t ids[WORK_IDS_KEPT];
+    unsigned next;
+};
+
 struct listener {
     int fd;
     uint16_t port;
@@ -77,10 +84,12 @@ struct init {
     struct streams streams;
     struct agent agent;
     struct restore restore;
+    struct work work;
     struct listener listeners[LISTENERS_MAX];
     int64_t lack_until_ms; /* of descriptors or memory: nothing is accepted, no output read before; 0 = none */
     enum barrier barrier;
     uint64_t barrier_number;
+    uint32_t version; /* of the protocol, as this host and init both speak it */
     bool owes_pong;
     uint64_t pong_number;
     unsigned turn; /* which stream sends first */
@@ -124,6 +133,11 @@ void agent_reaped(struct init *init, pid_t pid, int wait_status);
 void agent_wind_up(struct init *init);
 /* In a fork: signals as a program expects them. */
 void child_reset_signals(void);
+
+/* work.c: workers, which do what a person asks of the sandbox */
+void work_open(struct init *init, uint32_t stream_id, uint64_t request_id, const uint8_t *name, size_t name_bytes);
+/* With a new link the streams of the old one's workers end; what they had started lives on. */
+void work_drop_all(struct init *init);
 
 /* restore.c: incarnations */
 void restore_begin(struct init *init, uint64_t incarnation, const uint8_t *entropy);

@@ -20,7 +20,9 @@
 #include <unistd.h>
 
 #include "crc32c.h"
+#include "guest.h"
 #include "init.h"
+#include "worker.h"
 
 enum { EVENTS_MAX = 64, TICK_MS = 50, EXIT_USAGE = 2 };
 
@@ -202,7 +204,26 @@ static void run(struct init *init) {
     }
 }
 
+/* One program, several duties: its name says which. */
+static bool has_duty(int argc, char **argv, int *status) {
+    static const struct duty {
+        const char *name;
+        int (*run)(int argc, char **argv);
+    } duties[] = {{"torpor-exec", exec_main}, {"torpor-guest", guest_main},
+                  {"torpor-copy-out", copy_out_main}, {"torpor-copy-in", copy_in_main}};
+    const char *name = argv[0], *slash = name ? strrchr(name, '/') : NULL;
+    if (slash) name = slash + 1;
+    for (size_t i = 0; name && i < sizeof duties / sizeof *duties; i++) {
+        if (strcmp(name, duties[i].name) != 0) continue;
+        *status = duties[i].run(argc, argv);
+        return true;
+    }
+    return false;
+}
+
 int main(int argc, char **argv) {
+    int status;
+    if (has_duty(argc, argv, &status)) return status;
     static struct init init; /* zeroed; too large for a stack */
     parse_options(&init.options, argc, argv);
     crc32c_init();

@@ -9,7 +9,7 @@
 enum { STATUS_HEAD_BYTES = 56, STATUS_STREAM_BYTES = 48 };
 enum { FLAG_HALF_CLOSED = 1, FLAG_FIN_RECEIVED = 4, FLAG_NOT_RESUMABLE = 8 };
 static const uint8_t ending_flag[] = {[ENDING_NONE] = 0, [ENDING_CONSUMED] = 16, [ENDING_GONE] = 2, [ENDING_RESET] = 32};
-_Static_assert(STATUS_HEAD_BYTES + STREAMS_MAX * STATUS_STREAM_BYTES <= FRAME_PAYLOAD_MAX, "STATUS is one frame");
+_Static_assert(STATUS_HEAD_BYTES + STREAMS_TOLD_MAX * STATUS_STREAM_BYTES <= FRAME_PAYLOAD_MAX, "STATUS is one frame");
 
 static size_t put_stream(uint8_t *at, const struct stream *stream) {
     uint8_t flags = ending_flag[stream->ending];
@@ -29,8 +29,8 @@ static size_t put_stream(uint8_t *at, const struct stream *stream) {
 }
 
 static void queue_status(struct init *init, uint8_t type, uint64_t arg) {
-    static uint8_t record[STATUS_HEAD_BYTES + STREAMS_MAX * STATUS_STREAM_BYTES];
-    put_u32(record, PROTOCOL_VERSION);
+    static uint8_t record[STATUS_HEAD_BYTES + STREAMS_TOLD_MAX * STATUS_STREAM_BYTES];
+    put_u32(record, init->version);
     put_u32(record + 4, init->agent.phase);
     put_u64(record + 8, init->restore.incarnation);
     put_u32(record + 16, (uint32_t)init->agent.wait_status);
@@ -41,13 +41,14 @@ static void queue_status(struct init *init, uint8_t type, uint64_t arg) {
     put_u32(record + 48, init->agent.start_errno);
     put_u32(record + 52, streams_count(&init->streams));
     size_t len = STATUS_HEAD_BYTES;
-    for (int i = 0; i < STREAMS_MAX; i++)
+    for (int i = 0; i < STREAMS_TOLD_MAX; i++)
         if (init->streams.slot[i].used) len += put_stream(record + len, &init->streams.slot[i]);
     link_queue(&init->link, type, 0, arg, record, len);
 }
 
 void report_hello(struct init *init) {
-    for (int i = 0; i < STREAMS_MAX; i++) {
+    work_drop_all(init);
+    for (int i = 0; i < STREAMS_TOLD_MAX; i++) {
         struct stream *stream = &init->streams.slot[i];
         if (!stream->used) continue;
         stream->quiet = true;
@@ -60,7 +61,7 @@ void report_hello(struct init *init) {
     init->agent.owes_exit = init->agent.phase == PHASE_EXITED;
     init->restore.owes_alive = false;
     init->owes_pong = false;
-    queue_status(init, GUEST_STATUS, PROTOCOL_VERSION);
+    queue_status(init, GUEST_STATUS, init->version);
 }
 
 static void queue(struct init *init, uint8_t type, uint32_t stream, uint64_t arg) {
@@ -162,7 +163,7 @@ static bool end_is_untold(const struct stream *stream) {
  * Returns the newest stream whose data may go. */
 static uint32_t pump_ends(struct init *init) {
     uint32_t newest = UINT32_MAX;
-    for (int i = OUTPUTS; i < STREAMS_MAX; i++) {
+    for (int i = OUTPUTS; i < CALLS_END; i++) { /* a worker's stream is nobody's retry */
         struct stream *stream = &init->streams.slot[i];
         bool ends = stream->used && (stream->owes_fin || stream->owes_closed);
         if (ends && !stream->owes_open) pump_stream(init, stream);
@@ -180,7 +181,7 @@ static bool pump_streams(struct init *init) {
         struct stream *stream = &init->streams.slot[(first + i) % STREAMS_MAX];
         if (!stream->used) continue;
         if (stream->owes_open) continue; /* nothing of a stream goes before its OPEN */
-        if (init->barrier == BARRIER_NONE && stream->id <= newest) progress |= pump_data(init, stream);
+        if (init->barrier == BARRIER_NONE && (stream->worker || stream->id <= newest)) progress |= pump_data(init, stream);
         pump_stream(init, stream);
     }
     return progress;

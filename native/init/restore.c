@@ -34,6 +34,17 @@ static void make_run_dir(const struct init *init) {
     mkdir(path, 0755);
 }
 
+/* A command for the agent: this very program, which goes by the name that it is called by. */
+static void link_guest(const struct init *init) {
+    char directory[RUN_PATH_MAX], path[RUN_PATH_MAX], target[RUN_PATH_MAX];
+    ssize_t len = readlink("/proc/self/exe", target, sizeof target - 1);
+    if (len <= 0 || !run_path(init, "bin", directory) || !run_path(init, "bin/torpor-guest", path)) return;
+    target[len] = 0;
+    mkdir(directory, 0755);
+    unlink(path);
+    (void)!symlink(target, path); /* what the agent has put in its place stays */
+}
+
 static bool write_all(int fd, const void *bytes, size_t len) {
     return len == 0 || write(fd, bytes, len) == (ssize_t)len;
 }
@@ -76,6 +87,7 @@ void restore_begin(struct init *init, uint64_t incarnation, const uint8_t *entro
     int len = snprintf(text, sizeof text, "%" PRIu64 "\n", incarnation);
     init->restore.incarnation = incarnation;
     make_run_dir(init);
+    link_guest(init);
     replace_file(init, "incarnation", 0644, text, (size_t)len);
     mix_entropy(entropy);
     replace_file(init, "entropy", 0600, entropy, ENTROPY_BYTES);
@@ -112,7 +124,7 @@ static _Noreturn void become_hook(const struct restore *restore, const char *pat
     snprintf(incarnation, sizeof incarnation, "TORPOR_INCARNATION=%" PRIu64, restore->incarnation);
     snprintf(slept, sizeof slept, "TORPOR_SLEPT_NS=%" PRIu64, restore->slept_ns);
     char *args[] = {(char *)path, NULL};
-    char *environment[] = {incarnation, slept, "PATH=/usr/local/bin:/usr/bin:/bin", NULL};
+    char *environment[] = {incarnation, slept, "PATH=/usr/local/bin:/usr/bin:/bin:/run/torpor/bin", NULL};
     child_reset_signals();
     int fd = open("/dev/null", O_RDWR);
     if (setsid() < 0 || fd < 0 || dup2(fd, 0) < 0 || dup2(fd, 1) < 0 || dup2(fd, 2) < 0) _exit(126);

@@ -31,18 +31,18 @@ struct stream *stream_find(struct streams *all, uint32_t id) {
 
 unsigned streams_count(const struct streams *all) {
     unsigned count = 0;
-    for (int i = 0; i < STREAMS_MAX; i++) count += all->slot[i].used;
+    for (int i = 0; i < STREAMS_TOLD_MAX; i++) count += all->slot[i].used;
     return count;
 }
 
 static struct stream *free_call_slot(const struct streams *all) {
-    for (int i = OUTPUTS; i < STREAMS_MAX; i++)
+    for (int i = OUTPUTS; i < CALLS_END; i++)
         if (!all->slot[i].used) return (struct stream *)&all->slot[i];
     return NULL;
 }
 
 bool streams_have_room(const struct streams *all) {
-    return all->next_id <= UINT32_MAX && free_call_slot(all) != NULL;
+    return all->next_id < STREAM_FIRST_WORKER && free_call_slot(all) != NULL;
 }
 
 static struct stream *fill_slot(struct stream *stream, uint32_t id, int fd) {
@@ -56,7 +56,7 @@ static struct stream *fill_slot(struct stream *stream, uint32_t id, int fd) {
 
 struct stream *stream_open_call(struct streams *all, int fd, uint16_t port) {
     struct stream *slot = free_call_slot(all);
-    if (!slot || all->next_id > UINT32_MAX) return NULL;
+    if (!slot || all->next_id >= STREAM_FIRST_WORKER) return NULL;
     struct stream *stream = fill_slot(slot, (uint32_t)all->next_id++, fd);
     stream->port = port;
     stream->owes_open = true;
@@ -68,6 +68,17 @@ struct stream *stream_open_output(struct streams *all, uint32_t id, int fd) {
     struct stream *stream = fill_slot(&all->slot[id - STREAM_STDOUT], id, fd);
     stream->output = true;
     return stream;
+}
+
+struct stream *stream_open_worker(struct streams *all, uint32_t id, int fd) {
+    if (id < STREAM_FIRST_WORKER || stream_find(all, id)) return NULL;
+    for (int i = CALLS_END; i < STREAMS_MAX; i++) {
+        if (all->slot[i].used) continue;
+        struct stream *stream = fill_slot(&all->slot[i], id, fd);
+        stream->worker = true;
+        return stream;
+    }
+    return NULL;
 }
 
 static void free_first_chunk(struct streams *all, struct stream *stream) {
@@ -162,6 +173,15 @@ void request_added(struct streams *all, struct stream *stream, size_t len) {
     stream->last->used += (uint32_t)len;
     stream->read_bytes += len;
     if (len == 0) raise_floor(all, stream, stream->floor); /* an empty chunk need not stay */
+}
+
+bool request_put(struct streams *all, struct stream *stream, const uint8_t *bytes, size_t len) {
+    uint8_t *where;
+    bool out_of_memory;
+    if (request_space(all, stream, &where, &out_of_memory) < len) return false;
+    memcpy(where, bytes, len);
+    request_added(all, stream, len);
+    return true;
 }
 
 size_t request_peek(struct stream *stream, const uint8_t **bytes) {

@@ -11,10 +11,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The streams of workers are numbered by the host, from here on. */
+#define STREAM_FIRST_WORKER 0x80000000u
+
 enum {
     CALLS_MAX = 256,
     OUTPUTS = 2,
-    STREAMS_MAX = CALLS_MAX + OUTPUTS,
+    CALLS_END = OUTPUTS + CALLS_MAX, /* the slots: outputs, calls, workers */
+    WORKERS_MAX = 32,
+    STREAMS_MAX = CALLS_END + WORKERS_MAX,
+    STREAMS_TOLD_MAX = CALLS_END,
     STREAM_STDOUT = 1,
     STREAM_STDERR = 2,
     STREAM_FIRST_CALL = 16,
@@ -31,6 +37,7 @@ struct chunk;
 struct stream {
     bool used;
     bool output; /* the agent's stdout or stderr, no connection */
+    bool worker; /* a worker's socket: lasts as long as the link, and no status tells of it */
     uint32_t id;
     uint16_t port;
     int fd; /* -1 once closed */
@@ -69,6 +76,7 @@ struct streams {
 
 void streams_init(struct streams *all, uint64_t request_bytes_max, uint64_t total_bytes_max);
 struct stream *stream_find(struct streams *all, uint32_t id);
+/* Those that a status tells of. */
 unsigned streams_count(const struct streams *all);
 
 /* True when another connection can get a stream. */
@@ -76,6 +84,8 @@ bool streams_have_room(const struct streams *all);
 /* NULL when there is no room. */
 struct stream *stream_open_call(struct streams *all, int fd, uint16_t port);
 struct stream *stream_open_output(struct streams *all, uint32_t id, int fd);
+/* NULL when the number is no worker's or in use, or when there are too many. */
+struct stream *stream_open_worker(struct streams *all, uint32_t id, int fd);
 void stream_forget(struct streams *all, struct stream *stream);
 /* True once the host was told how it ended, by CLOSED or STATUS: the last word about a stream on this link. */
 bool stream_end_is_told(const struct stream *stream);
@@ -86,6 +96,8 @@ size_t request_space(struct streams *all, struct stream *stream, uint8_t **where
 bool request_welcome(struct streams *all, struct stream *stream);
 /* Says how many bytes were put there, 0 included. */
 void request_added(struct streams *all, struct stream *stream, size_t len);
+/* Puts bytes there as if they had been read; false when there is no room for all of them. */
+bool request_put(struct streams *all, struct stream *stream, const uint8_t *bytes, size_t len);
 /* The bytes at `sent`, as many as lie together. */
 size_t request_peek(struct stream *stream, const uint8_t **bytes);
 void request_ack(struct streams *all, struct stream *stream, uint64_t below);

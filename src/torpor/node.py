@@ -68,7 +68,8 @@ class Node:
                 "kill": lambda: _kill(owner, ended),
                 "stop": lambda: _stop(owner, ended),
             }
-            async with wire.serve(self.holder.socket, verbs), _signals(owner, watcher):
+            channels: dict[str, wire.Channel] = {"work": partial(_work, owner)}
+            async with wire.serve(self.holder.socket, verbs, channels), _signals(owner, watcher):
                 spare_collections()
                 try:
                     return await owner.run()
@@ -185,6 +186,13 @@ async def _resolve(owner: "Owner", waitpoint: str, answer: str | None) -> dict[s
 
 async def _send(owner: "Owner", text: str) -> dict[str, Any]:
     return {"number": await owner.deliver(text)}
+
+
+async def _work(owner: "Owner", worker: str) -> wire.Carry:
+    """Start a worker in the sandbox, and carry its bytes; this node reads none of them."""
+    from torpor.runtime.carrying import carry
+
+    return partial(carry, await owner.work(worker))
 
 
 async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:

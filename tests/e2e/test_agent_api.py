@@ -61,3 +61,37 @@ def test_an_agent_gets_its_checkpoint_once_and_goes_on_from_it(quick: Stage, kil
     assert not [event for event in events if event["kind"] == "call.diverged"]
     quick.torpor("log", "one", "--verify")
     check_nothing_left(quick)
+
+
+SHELL_AGENT = """
+set -e
+torpor-guest whoami
+torpor-guest note "written from a shell"
+torpor-guest checkpoint
+torpor-guest ask "Deploy?" --choices yes,no
+torpor-guest sleep 0.1
+torpor-guest receive
+torpor-guest receive --timeout 0.1 || test $? -eq 3
+torpor-guest send "deployed"
+"""
+
+
+def test_a_shell_script_asks_and_is_answered_through_torpor_guest(quick: Stage) -> None:
+    (quick.project / "asking.sh").write_text(SHELL_AGENT)
+    node = quick.node("run", "--name", "one", "--", "bash", "asking.sh")
+    log = quick.follow("one")
+    log.wait("waitpoint.created")
+    quick.torpor("send", "one", "go to the west")
+    quick.torpor("resolve", "one", "yes")
+    assert node.wait(300) == 0
+    log.close()
+    events = quick.events("one")
+    session, _, incarnation, *_, number, answer, message = quick.torpor("output", "one").stdout.splitlines()
+    assert (session, incarnation) == (f"session: {quick.rows('show', 'one')[0]['session']}", "incarnation: 1")
+    assert (answer, message) == ("yes", "go to the west")
+    assert [row["text"] for row in quick.rows("tail", "one")] == ["deployed"]
+    assert [event["text"] for event in events if event["kind"] == "note.added"] == ["written from a shell"]
+    assert [str(point["number"]) for point in quick.rows("checkpoints", "one") if point["reason"] == "agent"] == [
+        number
+    ]
+    check_nothing_left(quick)

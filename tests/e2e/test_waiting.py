@@ -19,7 +19,7 @@ def call(path, **body):
 
 call("checkpoint")
 answer = call("ask", question="Deploy?", choices=["yes", "no"])["answer"]
-message = call("receive")["message"]
+message = call("receive")
 call("send", text=f"{answer}: {message['text']}")
 print(answer, message["number"])
 """

@@ -95,7 +95,7 @@ async def test_a_lie_ends_the_link(fifos: FifoPair, guest: HostileGuest, lie: li
         await link.wait_exit()
 
 
-@pytest.mark.parametrize("status", [b"", status_record(version=2), status_record((16, 1, 0, 0, 0, 1, 0, 0, 0))])
+@pytest.mark.parametrize("status", [b"", status_record(version=3), status_record((16, 1, 0, 0, 0, 1, 0, 0, 0))])
 async def test_a_lie_in_the_status_ends_the_handshake(fifos: FifoPair, guest: HostileGuest, status: bytes) -> None:
     with pytest.raises(ExceptionGroup) as failed:
         await open_link(fifos, guest, status)

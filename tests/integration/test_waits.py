@@ -25,6 +25,7 @@ from torpor.db.messages import Box
 from torpor.runtime.records import Records
 from torpor.testing.clock import FakeClock
 
+NO_MESSAGE = {"state": "timed_out", "number": None, "text": None, "sent_at": None}
 YEARS = 10 * 365 * 86_400
 
 
@@ -150,7 +151,7 @@ Wait = Callable[[Stage], Awaitable[bytes]]
         (ask("sleep", seconds=YEARS), {"kind": "timer", "state": "resolved"}),
         (ask("sleep", until="2033-11-14T00:00:00+01:00"), {"kind": "timer", "state": "resolved"}),
         (ask("ask", question="Anybody?", timeout_seconds=YEARS), {"kind": "ask", "state": "timed_out", "answer": None}),
-        (ask("receive", timeout_seconds=YEARS), {"message": None}),
+        (ask("receive", timeout_seconds=YEARS), NO_MESSAGE),
     ],
 )
 async def test_years_pass_for_whoever_waits(tmp_path: Path, request_of: bytes, expected: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ async def test_a_time_that_has_come_already_answers_at_once(tmp_path: Path) -> N
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         for request in (ask("sleep"), ask("sleep", seconds=0.05), ask("sleep", until="2001-01-01T00:00:00Z")):
             assert json_of(await stage.raw(request))["state"] == "resolved"
-        assert json_of(await stage.raw(ask("receive", timeout_seconds=0))) == {"message": None}
+        assert json_of(await stage.raw(ask("receive", timeout_seconds=0))) == NO_MESSAGE
         await whole(node)
 
 
@@ -194,14 +195,14 @@ async def test_a_person_ends_a_sleep_before_its_time(tmp_path: Path) -> None:
 async def test_messages_are_given_out_once_in_their_order_to_whoever_waits(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         assert await deliver(node, "one") == 1
-        assert json_of(await stage.raw(ask("receive")))["message"]["text"] == "one"
+        assert json_of(await stage.raw(ask("receive")))["text"] == "one"
         async with client(stage, ask("receive")) as (reader, _):
             await node.logged(Kind.WAITPOINT_CREATED)
             await deliver(node, "two")
             await deliver(node, "three")
-            got = json_of(await reader.read(-1))["message"]
+            got = json_of(await reader.read(-1))
             assert (got["number"], got["text"]) == (2, "two")
-        assert json_of(await stage.raw(ask("receive", timeout_seconds=5)))["message"]["text"] == "three"
+        assert json_of(await stage.raw(ask("receive", timeout_seconds=5)))["text"] == "three"
         inbox = await node.database.read(lambda tx: messages.list_after(tx, node.session_id, Box.IN))
         by_call = {call.call_id: call for call in await node.calls()}
         assert [by_call[message.call_id].state for message in inbox if message.call_id] == [CallState.ANSWERED] * 3
@@ -214,14 +215,14 @@ async def test_a_restored_agent_receives_again_what_it_had_received_and_nothing_
             for text in ("one", "two", "three"):
                 await deliver(node, text)
             for text in ("one", "two"):
-                assert json_of(await stage.raw(ask("receive", timeout_seconds=9)))["message"]["text"] == text
+                assert json_of(await stage.raw(ask("receive", timeout_seconds=9)))["text"] == text
             redo = await redo_everything(node)
         stage.reboot()
         async with stage.node(incarnation=2, redo=redo) as node:
             for seconds, text in enumerate(("one", "two", "three")):
                 received = await stage.raw(ask("receive", timeout_seconds=seconds))
-                assert json_of(received)["message"]["text"] == text
-            assert json_of(await stage.raw(ask("receive", timeout_seconds=0))) == {"message": None}
+                assert json_of(received)["text"] == text
+            assert json_of(await stage.raw(ask("receive", timeout_seconds=0))) == NO_MESSAGE
 
 
 async def test_what_an_agent_sends_is_in_the_outbox_once_however_often_it_is_restored(tmp_path: Path) -> None:

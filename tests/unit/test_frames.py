@@ -146,7 +146,7 @@ def test_a_status_says_how_each_stream_ended() -> None:
     ("record", "reason"),
     [
         (b"", "has 0 bytes"),
-        (status_record(version=2), "version 2"),
+        (status_record(version=3), "version 3"),
         (status_record(phase=4), "phase 4"),
         (status_record(next_stream=3), "next stream would be 3"),
         (status_record(count=1), "for 1 streams"),

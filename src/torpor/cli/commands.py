@@ -33,6 +33,8 @@ COMMANDS: Mapping[str, Entry] = {
     "checkpoints": Entry("reading", "List a session's checkpoints."),
     "diff": Entry("reading", "What the session changed in its workspace."),
     "pull": Entry("reading", "Bring the session's workspace back."),
+    "exec": Entry("inside", "Run a command inside a running session."),
+    "cp": Entry("copying", "Copy files into or out of a running session."),
     "waitpoints": Entry("waiting", "List what sessions wait on."),
     "resolve": Entry("waiting", "Answer a session's question, or end its sleep."),
     "send": Entry("waiting", "Send a session a message."),

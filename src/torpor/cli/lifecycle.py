@@ -1,6 +1,7 @@
 """Commands that change a session from outside: checkpoint, kill, rm. They ask its node, or act when it has none."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ import typer
 from torpor import wire
 from torpor.cli.printer import human_bytes, milliseconds, notice, out, print_json
 from torpor.core.errors import Conflict
-from torpor.core.session import SessionStatus
+from torpor.core.session import ENDED, SessionStatus
 from torpor.db.sessions import Session
 from torpor.node import Node, open_node, socket_of
 from torpor.runtime.leasing import wait_until_free
@@ -69,7 +70,7 @@ def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     async def work() -> tuple[Session, int]:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = await _socket(node, session)
+            socket = await node_socket(node, session)
             await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
             await wait_until_free(node.runtime.home.lock(found.session_id))
             newest = await node.runtime.newest_checkpoint(found.session_id)
@@ -101,17 +102,24 @@ def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False
 
 async def _ask_node(session: str, verb: str, **arguments: object) -> dict[str, Any]:
     async with open_node() as node:
-        socket = await _socket(node, session)
+        socket = await node_socket(node, session)
         return await wire.ask(socket, verb, deadline_seconds=NODE_DEADLINE_SECONDS, **arguments)
 
 
-async def _socket(node: Node, session: str) -> Any:
+async def node_socket(node: Node, session: str) -> Path:
+    """The socket of the node that runs a session.
+
+    Raises:
+        Conflict: `session_not_running`.
+    """
     found = await node.runtime.session(session)
     socket = socket_of(node.runtime.home.lock(found.session_id))
     if socket is None:
         raise Conflict(
             "session_not_running",
             f"cannot reach session {found.session_id}: no node runs it",
-            hint=f"`torpor resume {session}` goes on with it." if found.exit_status is None else "",
+            hint=f"It has {found.status}: `torpor output` and `torpor pull` have what it left."
+            if found.status in ENDED
+            else f"`torpor resume {session}` goes on with it.",
         )
     return socket

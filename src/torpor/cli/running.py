@@ -86,7 +86,7 @@ def run(
         name=name,
         image=image,
         workspace=workspace or Path.cwd(),
-        environment=_pairs(env or []),
+        environment=env_pairs(env or []),
         mounts=tuple(mount or ()),
         on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
@@ -151,7 +151,7 @@ async def _create(node: Node, request: Request) -> SessionId:
     return await node.create(replace(request, any_size=True))
 
 
-def _pairs(texts: list[str]) -> dict[str, str]:
+def env_pairs(texts: list[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for text in texts:
         key, separator, value = text.partition("=")

@@ -113,7 +113,7 @@ class Waits:
         made = [_settled(tx, fence, point, wall_ns) for point in waitpoints.list_of_call(tx, session_id, call_id)]
         match wish.body:
             case ReceiveBody():
-                return Reply(status=200, body={"message": _message(tx, fence, call_id)})
+                return Reply(status=200, body=_message(tx, fence, call_id))
             case WaitBody() as body:
                 return _waited(tx, fence, body, wall_ns)
             case _:
@@ -177,12 +177,12 @@ def _waited(tx: Transaction, fence: Any, body: WaitBody, wall_ns: int) -> Reply:
     return Reply(status=200, body={"done": done, "waitpoints": [_outcome(tx, point) for point in found]})
 
 
-def _message(tx: Transaction, fence: Any, call_id: CallId) -> dict[str, Any] | None:
+def _message(tx: Transaction, fence: Any, call_id: CallId) -> dict[str, Any]:
     taken = messages.take(tx, **fence, call_id=call_id)
     if taken is None:
-        return None
+        return {"state": "timed_out", "number": None, "text": None, "sent_at": None}
     sent_at = datetime.fromtimestamp(taken.wall_ns / 1e9, UTC).isoformat(timespec="milliseconds")
-    return {"number": taken.number, "text": taken.text, "sent_at": sent_at}
+    return {"state": "resolved", "number": taken.number, "text": taken.text, "sent_at": sent_at}
 
 
 def _outcome(tx: Transaction, point: Waitpoint) -> dict[str, Any]:

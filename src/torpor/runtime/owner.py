@@ -16,7 +16,7 @@ from torpor.core.checkpoint import Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
+from torpor.core.errors import Conflict, InvalidInput, MachineUnfit, SandboxFailed, TorporError, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
@@ -132,6 +132,21 @@ class Owner:
             self._early_signals.append(wanted)  # Its first output may be here before the life has begun.
         else:
             await self._life.link.signal(*wanted)
+
+    async def work(self, worker: str) -> Stream:
+        """Start a worker in the sandbox; its stream ends with this life, and is the caller's to reset and forget.
+
+        Raises:
+            Conflict: `session_between_lives`, and as `Link.work`.
+        """
+        if self._life is None:
+            raise Conflict(
+                "session_between_lives",
+                f"cannot do this in session {self._records.session_id}: its sandbox is being made or restored",
+                hint="Try again in a moment.",
+            )
+        self._signals += 1
+        return await self._life.link.work(worker, self._clock.wall_ns() + self._signals)
 
     async def checkpoint(self, *, is_pinned: bool = False) -> Checkpoint | None:
         """Make a checkpoint now; None when it failed."""

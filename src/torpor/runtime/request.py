@@ -44,7 +44,7 @@ def make_spec(
     else:
         image = rootfs.directory_image(Path(request.image), request.mounts)
     environment = {
-        "PATH": image.path,
+        "PATH": f"{image.path}:{rootfs.GUEST_COMMANDS}",
         "HOME": "/root",
         "USER": "root",
         "LANG": "C.UTF-8",

@@ -21,7 +21,9 @@ from cobs import cobs
 
 from torpor.core.errors import InvalidInput, SandboxFailed
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+WORKERS_SINCE = 2
+"""The version of the protocol that brought workers; an older init is in every older image."""
 NONCE_BYTES = 8
 PAYLOAD_BYTES_MAX = 32_768
 SPEC_BYTES_MAX = 2 * 1024 * 1024
@@ -29,6 +31,8 @@ ENTROPY_BYTES = 64
 STREAMS_MAX = 256
 STDOUT, STDERR = 1, 2
 FIRST_CALL_STREAM = 16
+FIRST_WORKER_STREAM = 1 << 31
+WORKERS_MAX = 32
 
 _HEAD = struct.Struct("<8sB3xIQ")
 _CRC = struct.Struct("<I")
@@ -41,7 +45,7 @@ _STATUS_HEAD = struct.Struct("<IIQiIQQQII")
 _STATUS_STREAM = struct.Struct("<IHBBQQQQQ")
 _LIFE = struct.Struct("<QQ64s")
 
-StreamKind = Literal["call", "output"]
+StreamKind = Literal["call", "output", "worker"]
 
 
 class ToGuest(IntEnum):
@@ -63,6 +67,7 @@ class ToGuest(IntEnum):
     SIGNAL = 0x0E
     EXIT_ACK = 0x0F
     FORGET = 0x10
+    WORK = 0x11
 
 
 class FromGuest(IntEnum):
@@ -254,8 +259,8 @@ def parse_status(payload: bytes) -> GuestStatus:
     version, phase, incarnation, wait_status, pid, next_stream, signal_id, dropped, errno, count = (
         _STATUS_HEAD.unpack_from(payload)
     )
-    if version != PROTOCOL_VERSION:
-        raise violation(f"it speaks version {version} of the protocol, this node speaks {PROTOCOL_VERSION}")
+    if not 1 <= version <= PROTOCOL_VERSION:
+        raise violation(f"it speaks version {version} of the protocol, this node speaks 1 to {PROTOCOL_VERSION}")
     if phase not in list(Phase):
         raise violation(f"its status names phase {phase}")
     if len(payload) != _STATUS_HEAD.size + count * _STATUS_STREAM.size:

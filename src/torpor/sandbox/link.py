@@ -21,6 +21,7 @@ from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.sandbox.fifos import Fifos, Pulse
 from torpor.sandbox.frames import (
     FIRST_CALL_STREAM,
+    FIRST_WORKER_STREAM,
     NONCE_BYTES,
     PAYLOAD_BYTES_MAX,
     PROTOCOL_VERSION,
@@ -41,6 +42,7 @@ from torpor.sandbox.frames import (
     violation,
 )
 from torpor.sandbox.streams import Stream
+from torpor.sandbox.workers import check_can_work
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._unclaimed: dict[int, StreamStatus] = {}
         self._last_stream = FIRST_CALL_STREAM - 1
+        self._next_worker = FIRST_WORKER_STREAM
         self._opened: deque[Stream] = deque()
         self._outputs: dict[int, Stream] = {}
         self._started: tuple[int, str] | None = None
@@ -287,6 +290,26 @@ class Link:
             raise self._ended
         self._fifos.post(ToGuest.SIGNAL, number, request_id)
 
+    async def work(self, worker: str, request_id: int) -> Stream:
+        """Start a worker of init; the stream is its socket, and ends with this link.
+
+        Args:
+            request_id: init starts a worker once for each, and remembers the last 64.
+
+        Raises:
+            Conflict: as `check_can_work`.
+            SandboxFailed: the link ended.
+        """
+        busy = sum(stream.kind == "worker" for stream in self._streams.values())
+        check_can_work(self.status.version, busy)
+        await self._fifos.room()
+        if self._ended is not None:
+            raise self._ended
+        stream = self._add(self._next_worker, port=0)
+        self._next_worker += 1
+        self._fifos.post(ToGuest.WORK, stream.id, request_id, worker.encode())
+        return stream
+
     async def wait_exit(self) -> int:
         """The raw wait status of the agent's main process, once it ended."""
         return await self._until(lambda: self._wait_status)
@@ -367,6 +390,8 @@ class Link:
         stream = self._streams.get(frame.stream)
         if stream is not None:
             stream.handle(frame.type, frame.arg, frame.payload)
+        elif FIRST_WORKER_STREAM <= frame.stream < self._next_worker:
+            return  # It was forgotten, and this was on its way.
         elif frame.stream in self._unclaimed or not FIRST_CALL_STREAM <= frame.stream <= self._last_stream:
             raise violation(f"it speaks of stream {frame.stream}, which is not open")
 
@@ -402,7 +427,7 @@ class Link:
             logger.warning("init said %d lines; the rest is dropped", _LOG_LINES_MAX)
 
     def _add(self, number: int, port: int) -> Stream:
-        kind = "call" if number >= FIRST_CALL_STREAM else "output"
+        kind = "output" if number < FIRST_CALL_STREAM else "call" if number < FIRST_WORKER_STREAM else "worker"
         stream = Stream(number=number, port=port, kind=kind, fifos=self._fifos, forget=self._forget)
         self._streams[number] = stream
         return stream

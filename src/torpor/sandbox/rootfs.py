@@ -61,6 +61,8 @@ ETC_WRITTEN = {
     "resolv.conf": "# No network in here: use the proxy that HTTP_PROXY names.\n",
 }
 EMPTY_DIRECTORIES = ("dev", "proc", "sys", "tmp", "run", "run/torpor", "root", "home", "var", "var/tmp", "workspace")
+GUEST_COMMANDS = "/run/torpor/bin"
+"""Where init puts torpor-guest, whatever the image."""
 MASKED_IN_PYTHON = ("pip.conf", "lib/python*/site-packages/*.dist-info/direct_url.json")
 """Files of a Python environment that may hold tokens or point into the home directory: shown empty."""
 

@@ -1,4 +1,4 @@
-"""One byte stream of the link: a connection of the agent, or the agent's stdout or stderr.
+"""One byte stream of the link: a connection of the agent, the agent's stdout or stderr, or the socket of a worker.
 
 Owns a stream's positions and its receive buffer (at most WINDOW_BYTES). Checks every position that the guest
 states against what was really exchanged: one that lies is SandboxFailed("link_protocol").
@@ -36,7 +36,7 @@ class Stream:
     One task receives and one sends at a time.
 
     Attributes:
-        id, port, kind: its number, the port that was connected to, "call" or "output".
+        id, port, kind: its number, the port that was connected to, "call", "output" or "worker".
         received: request (or output) bytes received so far.
         acknowledged: of these, what the guest was told to be durable.
         sent: response bytes handed to the link so far.
@@ -121,7 +121,7 @@ class Stream:
         Raises:
             StreamGone: the client went away, or the link ended.
         """
-        if self.kind != "call" or self._finished or offset > self.sent:
+        if self.kind == "output" or self._finished or offset > self.sent:
             raise ValueError(f"stream {self.id} ({self.kind}) can't send from {offset}: it has sent {self.sent}")
         end = offset + len(data)
         while self.sent < end:
@@ -148,7 +148,7 @@ class Stream:
 
     def reset(self) -> None:
         """Break the connection off: the client sees a reset, never a clean end."""
-        if self.kind != "call":
+        if self.kind == "output":
             raise ValueError(f"stream {self.id} is output and can't be reset")
         if self.closed is None:
             self.closed = Closed.RESET

@@ -224,7 +224,7 @@ class _Laying:
             return False
 
     def _symlink(self, parent: int, entry: Entry, path: bytes, depth: int) -> None:
-        if not _stays_inside(entry.target, depth):
+        if not stays_inside(entry.target, depth):
             self._report.escaping.append(path)
             return
         with contextlib.suppress(OSError):
@@ -251,7 +251,7 @@ def _replacing(name: bytes, parent: int) -> Generator[bytes]:
         raise
 
 
-def _stays_inside(target: bytes, depth: int) -> bool:
+def stays_inside(target: bytes, depth: int) -> bool:
     """Relative, and its `..` all lead and number no more than the link's depth.
 
     A `..` behind a name is refused, because that name may be a link: what it leads out of is not known from
