@@ -394,11 +394,11 @@ class SnapshotStore:
 
     def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
         manifest = self.read_manifest(ref)
-        page_packs = read_pack_indexes(manifest.page_packs, self._backend)
+        page_packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
             pages=page_index(paged, page_packs),
-            object_packs=tuple(read_pack_indexes(manifest.object_packs, self._backend)),
+            object_packs=tuple(read_pack_index(self._backend, ref) for ref in manifest.object_packs),
         )
 
     def _publish(self, manifest: Manifest, key: Key) -> bytes:
