@@ -27,6 +27,7 @@ from torpor.db import (
     log,
     messages,
     outputs,
+    questions,
     redaction,
     redo,
     requests,
@@ -176,7 +177,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, messages, keys),
+    *(waitpoints, questions, messages, keys),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -216,7 +217,7 @@ class Rows:
         waiting = {"kind": WaitpointKind.BUDGET, "call_id": None, "data": {}}
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
         asking = {"question": Question(text="Go on?"), "due_ns": None, "wall_ns": NOW}
-        self.question = waitpoints.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
+        self.question = questions.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
         messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         self.call = scene.new_call()
@@ -260,16 +261,16 @@ class Rows:
             "budgets.admit": {"call_id": self.intended.call_id, "needed_nanousd": 10, "wall_ns": NOW},
             "budgets.add": {"amount_nanousd": 1, "wall_ns": NOW},
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
-            "waitpoints.create": {"kind": WaitpointKind.TIMER, "call_id": self.sent, "text": "new", "wall_ns": NOW},
+            "waitpoints.create": {"kind": WaitpointKind.TIMER, "call_id": self.sent, "wall_ns": NOW},
             "waitpoints.wait": {"kind": budget, "wall_ns": NOW},
-            "waitpoints.ask": {
+            "questions.ask": {
                 "call_id": self.sent,
                 "question": Question(text="Really?"),
                 "due_ns": None,
                 "wall_ns": NOW,
             },
-            "waitpoints.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
-            "waitpoints.resolve": {"point": self.question, "resolution": {}, "text": "no", "wall_ns": NOW},
+            "questions.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
+            "waitpoints.resolve": {"point": self.question, "resolution": {}, "wall_ns": NOW},
             "messages.deliver": {"text": "to it", "wall_ns": NOW},
             "messages.take": {"call_id": self.sent},
             "messages.send": {"call_id": self.sent, "text": "from it", "wall_ns": NOW},

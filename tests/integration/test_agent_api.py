@@ -17,6 +17,7 @@ from torpor.core.errors import SandboxFailed
 from torpor.core.events import Kind
 from torpor.core.ids import CheckpointId, SnapshotId
 from torpor.core.redo import RedoSet
+from torpor.gateway.agent_api import RULES
 
 SESSION, CHECKPOINT, NOTES = (f"/torpor/v1/{name}" for name in ("session", "checkpoint", "notes"))
 
@@ -265,14 +266,23 @@ async def test_the_document_is_served_where_it_says(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         received = await stage.raw(get("/torpor/v1/openapi.json"))
         document = json_of(received)
+        bodies: dict[str, Any] = {
+            NOTES: {"text": "a"},
+            "/torpor/v1/ask": {"question": "Go on?", "wait": False},
+            "/torpor/v1/receive": {"timeout_seconds": 0},
+            "/torpor/v1/send": {"text": "a"},
+        }
         for path, operations in document["paths"].items():
             for method in operations:
-                body = b'{"text": "a"}' if path == NOTES else b""
+                body = json.dumps(bodies[path]).encode() if path in bodies else b""
                 stage.checkpoint_for.outcome = checkpoint_of(stage)
                 answer = await stage.raw(http_request(path, body, method=method.upper()))
                 assert str(status_of(answer)) in operations[method]["responses"]
                 assert status_of(answer) < 300
-        assert len(await node.calls()) == 3
+                if path == "/torpor/v1/ask":
+                    asked = json_of(answer)["waitpoint"]
+                    bodies["/torpor/v1/wait"] = {"waitpoints": [asked], "timeout_seconds": 0}
+        assert len(await node.calls()) == len(RULES)
 
 
 async def test_an_empty_redo_set_makes_a_checkpoint_anew(tmp_path: Path) -> None:

@@ -30,10 +30,18 @@ def around_intents(node: Node, step: Callable[[Callable[[], Awaitable[Any]]], Aw
 
 async def test_intent_and_sending_are_one_commit(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
-        before = node.database.writes
+        states: list[CallState] = []
+
+        async def step(commit: Callable[[], Awaitable[Any]]) -> Any:
+            result = await commit()
+            if isinstance(result, Call):
+                states.append(result.state)
+            return result
+
+        around_intents(node, step)
         async with client(stage, http_request(CHAT, question())):
             await node.logged(Kind.CALL_SENT)
-            assert node.database.writes == before + 1
+            assert states == [CallState.SENT]
             [intended], [sent] = await node.events(Kind.CALL_INTENDED), await node.events(Kind.CALL_SENT)
             assert (sent.seq, sent.wall_ns) == (intended.seq + 1, intended.wall_ns)
             assert sent.data["attempt"] == 1

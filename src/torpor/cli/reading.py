@@ -242,9 +242,11 @@ def standing(tx: Transaction, session_id: SessionId) -> dict[str, Any]:
 
 
 def _waited_on(tx: Transaction, point: Waitpoint) -> dict[str, Any]:
+    from torpor.db import questions
+
     told = {"kind": point.kind.value, "call": point.call_id, "waitpoint": point.waitpoint_id}
     if point.kind is WaitpointKind.ASK:
-        return {**told, "question": waitpoints.question_of(tx, point).text}
+        return {**told, "question": questions.question_of(tx, point).text}
     return {**told, **point.data}
 
 

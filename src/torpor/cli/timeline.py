@@ -17,8 +17,8 @@ from torpor.db import log as event_log
 from torpor.db import notes
 from torpor.db.database import Transaction
 from torpor.db.notes import Note
+from torpor.db.questions import question_from
 from torpor.db.verify import count_redacted, verify_chain
-from torpor.db.waitpoints import question_from
 from torpor.runtime.runtime import Runtime, open_runtime
 
 FOLLOW_SECONDS = 0.25

@@ -17,7 +17,7 @@ from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId, WaitpointId
 from torpor.core.session import ENDED
 from torpor.core.waitpoint import Waitpoint, WaitpointKind
-from torpor.db import messages, waitpoints
+from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.messages import Box, Message
 from torpor.node import open_node, socket_of
@@ -183,7 +183,7 @@ async def _only(runtime: Runtime, session_id: SessionId) -> WaitpointId:
 
 
 def _row(tx: Transaction, point: Waitpoint, now_ns: int) -> dict[str, Any]:
-    question = waitpoints.question_of(tx, point) if point.kind is WaitpointKind.ASK else None
+    question = questions.question_of(tx, point) if point.kind is WaitpointKind.ASK else None
     due = None if point.due_ns is None else f"in {human_age((point.due_ns - now_ns) / 1e9)}"
     return {
         "session": point.session_id,

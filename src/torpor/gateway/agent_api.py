@@ -22,7 +22,8 @@ from torpor.gateway.request import Headers, Request, RequestLine
 PREFIX = "/torpor/v1"
 DOCUMENT_PATH = f"{PREFIX}/openapi.json"
 NOTE_CHARACTERS_MAX = 16_384
-BODY_BYTES_MAX = 64 << 20
+BODY_BYTES_MAX = 1 << 20
+MESSAGE_BYTES_MAX = 64 << 20
 SECONDS_MAX = 100 * 366 * 86_400
 
 RpcId: TypeAlias = str | int
@@ -327,7 +328,8 @@ def read_wish(request: Request, body: bytes) -> Wish | Reply:
     rule = allowed.get(line.method)
     if rule is None:
         raise refuse_method(line, ", ".join(allowed))
-    return Wish(rule=rule, body=parse(body or b"{}", rule.body))
+    bytes_max = MESSAGE_BYTES_MAX if rule.body is SendBody else BODY_BYTES_MAX
+    return Wish(rule=rule, body=parse(body or b"{}", rule.body, bytes_max))
 
 
 def check_origin(line: RequestLine) -> None:
@@ -347,14 +349,14 @@ def refuse_method(line: RequestLine, allowed: str) -> Refused:
     return Refused("method_refused", reason, status=405, headers=(("allow", allowed),))
 
 
-def parse(body: bytes, kind: type[Any]) -> Any:
+def parse(body: bytes, kind: type[Any], bytes_max: int = BODY_BYTES_MAX) -> Any:
     """JSON of a kind.
 
     Raises:
         Refused: it is not that.
     """
-    if len(body) > BODY_BYTES_MAX:
-        raise Refused("request_too_large", f"its body is longer than {BODY_BYTES_MAX >> 20} MiB", status=413)
+    if len(body) > bytes_max:
+        raise Refused("request_too_large", f"its body is longer than {bytes_max >> 20} MiB", status=413)
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torpor.core.ids import CallId, WaitpointId
 from torpor.core.waitpoint import TIMED_OUT, Question, Waitpoint, WaitpointKind
-from torpor.db import messages, waitpoints
+from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.gateway.agent_api import AskBody, ReceiveBody, Reply, SleepBody, WaitBody, Wish
 from torpor.gateway.record import Recorder
@@ -132,7 +132,7 @@ def _make(tx: Transaction, fence: Any, call_id: CallId, wish: Wish, wall_ns: int
     match body:
         case AskBody():
             question = Question(text=body.question, choices=tuple(body.choices), free_text=body.free_text)
-            return [waitpoints.ask(tx, **make, question=question, due_ns=_due(body.timeout_seconds, wall_ns))]
+            return [questions.ask(tx, **make, question=question, due_ns=_due(body.timeout_seconds, wall_ns))]
         case SleepBody():
             until_ns = 0 if body.until is None else round(body.until.timestamp() * 1e9)
             due = max(wall_ns + round(body.seconds * 1e9), until_ns)
@@ -191,5 +191,5 @@ def _outcome(tx: Transaction, point: Waitpoint) -> dict[str, Any]:
     state = "open" if point.is_open else "timed_out" if point.timed_out and not is_timer else "resolved"
     seen: dict[str, Any] = {"waitpoint": point.waitpoint_id, "kind": point.kind.value, "state": state}
     if point.kind is WaitpointKind.ASK:
-        seen["answer"] = waitpoints.answer_of(tx, point)
+        seen["answer"] = questions.answer_of(tx, point)
     return seen

@@ -18,7 +18,7 @@ from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import Waitpoint
-from torpor.db import budgets, calls, checkpoints, log, messages, outputs, roots, sessions, waitpoints
+from torpor.db import budgets, calls, checkpoints, log, messages, outputs, questions, roots, sessions, waitpoints
 from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction
 
@@ -254,12 +254,12 @@ class Records:
         return account
 
     async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
-        """Resolve a waitpoint for a person; see `waitpoints.answer`."""
+        """Resolve a waitpoint for a person; see `questions.answer`."""
 
         def work(tx: Transaction) -> Waitpoint:
             fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
             wall_ns = self._clock.wall_ns()
-            return waitpoints.answer(tx, **fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
+            return questions.answer(tx, **fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
 
         point = await self.database.write(work, durable=True)
         crash_point("waitpoint.resolved")
