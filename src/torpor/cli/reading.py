@@ -326,6 +326,8 @@ def _in_memory(reader: Reader, session: sessions.Session, points: Sequence["Chec
 
 def _shown(name: str, value: Any) -> str:
     """A field of `show` for people."""
+    if name == "waits_on":
+        return "; ".join(printable(f"{on['kind']}: {on.get('question', on['waitpoint'])}") for on in value) or "-"
     if isinstance(value, int) and name.endswith("_ns"):
         return moment(value, SystemClock().wall_ns())
     if isinstance(value, int) and name.endswith("_bytes"):
