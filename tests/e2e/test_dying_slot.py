@@ -36,6 +36,7 @@ def drivers_command_runs(stage: Stage) -> bool:
 def test_a_slot_that_dies_while_it_is_filled_costs_no_checkpoint(quick: Stage) -> None:
     node = quick.node("--verbose", "run", "--name", "one", "--", "bash", "-c", WAITING)
     log = quick.follow("one")
+    log.wait("recovery.chosen")  # The session is listed before its first sandbox has a directory.
     incarnations = next((quick.home / "sessions").glob("*/incarnations"))
 
     def in_workspace(number: int, name: str) -> Path:

@@ -91,6 +91,7 @@ def ls(json: Annotated[bool, JSON] = False) -> None:
 
 def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
     """Show one session: its status, its node, its calls and checkpoints, and how far back a crash would go."""
+    from torpor.core.checkpoint import cut_order
     from torpor.core.events import Kind
     from torpor.db import calls, checkpoints, log
 
@@ -98,7 +99,7 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         found = await reader.session(session)
         points = await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
         made = await reader.database.read(lambda tx: calls.load_calls(tx, found.session_id))
-        newest = max(points, key=lambda point: point.seq, default=None)
+        newest = max(points, key=cut_order, default=None)
         spent = await reader.database.read(budgets.costs)
         state = await reader.database.read(lambda tx: standing(tx, found.session_id))
         counts = await reader.database.read(lambda tx: log.counts(tx, found.session_id))

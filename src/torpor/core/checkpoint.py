@@ -77,6 +77,14 @@ class Checkpoint:
     joinable: tuple[CallId, ...] = ()
 
 
+def cut_order(point: Checkpoint) -> tuple[int, int]:
+    """Key that sorts a session's checkpoints, oldest cut first.
+
+    The position alone does not: the next cut does not wait for a commit, so two of them may stand at the same event.
+    """
+    return point.seq, point.number
+
+
 class StreamFate(StrEnum):
     """What a restored (or adopted) sandbox's open stream gets."""
 
@@ -159,7 +167,7 @@ def restore_order(
     checkpoints: Sequence[Checkpoint], calls: Mapping[CallId, Call], pump_alive: PumpAlive
 ) -> list[Checkpoint]:
     """The ladder: newest eligible first, and when none is eligible, newest first (its torn streams are RESET)."""
-    newest_first = sorted(checkpoints, key=lambda point: point.seq, reverse=True)
+    newest_first = sorted(checkpoints, key=cut_order, reverse=True)
     good = [point for point in newest_first if eligible(point, calls, pump_alive)]
     return good + [point for point in newest_first if point not in good]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torpor.core.branch import Timeline
 from torpor.core.call import Call
-from torpor.core.checkpoint import Checkpoint, OpenStream, every_stream_goes_on, restore_order
+from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on, restore_order
 from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
@@ -91,7 +91,7 @@ class Ladder:
             return "the last node died before it had taken over its streams", None
         if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
             return "its agent holds part of an answer that was torn", None
-        newest = max(checkpoints, key=lambda point: point.seq)
+        newest = max(checkpoints, key=cut_order)
         rung = Rung(life=life, mode="adopt", checkpoint=newest, redo=redo, streams=streams, requested_at=started_at)
         return "", rung
 

@@ -21,7 +21,7 @@ from torpor.config import (
     torpor_home,
 )
 from torpor.core.call import Call
-from torpor.core.checkpoint import Checkpoint
+from torpor.core.checkpoint import Checkpoint, cut_order
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
@@ -198,7 +198,7 @@ class Runtime(Reader):
         found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
         if not found:
             raise Conflict("session_without_checkpoint", f"cannot read session {session_id}: it has no checkpoint")
-        return max(found, key=lambda point: point.seq)
+        return max(found, key=cut_order)
 
     async def pull(self, session_id: SessionId, destination: Path) -> ExportReport:
         """Lay the session's newest checkpointed workspace over a directory."""
@@ -214,7 +214,7 @@ class Runtime(Reader):
         async with store.lease():
             last = await self.newest_checkpoint(session_id)
             found = await self.database.read(lambda tx: checkpoints.list_intact(tx, session_id))
-            first = min(found, key=lambda point: point.seq)
+            first = min(found, key=cut_order)
             return await asyncio.to_thread(store.diff, first, last)
 
     async def remove(self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers) -> None:

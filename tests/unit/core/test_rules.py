@@ -8,6 +8,7 @@ from torpor.core.branch import ContextTree, Timeline
 from torpor.core.call import CONTINUE, CallState, ResponseHead, response_bytes, state_without_pump
 from torpor.core.checkpoint import (
     StreamFate,
+    cut_order,
     every_stream_goes_on,
     holds_barrier,
     recovery_floor,
@@ -288,3 +289,10 @@ def test_the_newest_eligible_checkpoint_restores_first_and_the_others_come_after
     assert order == [bad, old, new]
     assert not every_stream_goes_on(new.open_streams, {"c": torn}, lambda call_id: False)
     assert every_stream_goes_on(new.open_streams, {"c": torn}, lambda call_id: True)
+
+
+def test_of_two_cuts_at_the_same_event_the_later_one_is_the_newer(make):
+    """The second was made while the first was being committed, so no event came between them."""
+    first, second = make.checkpoint(6, number=1), make.checkpoint(6, number=2)
+    assert restore_order([first, second], {}, lambda call_id: False) == [second, first]
+    assert max([first, second], key=cut_order) is second

@@ -78,7 +78,8 @@ class Scene:
         (workspace / "old").write_bytes(b"%d" % (first_page // 30))
 
         def work(task: Task) -> None:
-            store = self.store(SteppedBackend(self.real, task))
+            backend = _Saving(self.real, task)
+            store = self.store(backend)
             with store.lease() as lease:
                 task.gate()
                 mine = [row.saved for row in self.rows.values() if row.session == session]
@@ -92,14 +93,24 @@ class Scene:
                     key=KEY,
                     lease=lease,
                 )
-                if parent is not None and parent.id in self.rows:
-                    assert saved.parent_problem == "", "what a row names is there, and is shared"
+                self._check_sharing(saved, parent, backend.condemned)
                 lease.check()
                 task.gate()
                 self.rows[saved.id] = Row(session, saved, contents(image), contents(workspace))
                 self.ever.append(saved)
 
         return work
+
+    def _check_sharing(self, saved: SavedSnapshot, parent: SavedSnapshot | None, condemned: frozenset[str]) -> None:
+        """What a row names is there, and is shared, unless the save found it on the condemned list.
+
+        It may be there: without a grace period, packs of a save that is under way are condemned, and its row, which
+        takes them off the list again, may be committed, and be a parent, before the sweep that reads it.
+        """
+        assert not condemned & {*load_head(self.real, saved.id, saved.manifest_digest).pack_names}
+        if parent is not None and parent.id in self.rows:
+            objects = {pack.key for pack in self.store(self.real).read_manifest(parent.ref).object_packs}
+            assert bool(saved.parent_problem) == bool(condemned & objects), saved.parent_problem
 
     def restore(self, choice: int) -> Work:
         """Restore one of the rows that are there when the lease is taken."""
@@ -173,6 +184,18 @@ class Scene:
         assert set(self.real.list("")) == needed
         assert read_condemned(self.real) == set()
         assert self.real.leases.held() == set()
+
+
+class _Saving(SteppedBackend):
+    """A save's: it knows what that read as the condemned list."""
+
+    condemned: frozenset[str] = frozenset()
+
+    def get(self, key: str) -> bytes:
+        found: bytes = self.__getattr__("get")(key)
+        if key.startswith("condemned/"):
+            self.condemned = frozenset(found.decode().split("\n"))
+        return found
 
 
 class _Roots:

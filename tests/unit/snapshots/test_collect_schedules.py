@@ -11,6 +11,7 @@ from tests.unit.snapshots.collecting import Scene, Work
 from tests.unit.snapshots.stepping import Task
 
 from torpor.snapshots import layout, usage
+from torpor.snapshots.condemned import read_condemned
 
 SAVE_OF_GARBAGE = "a save that shares what is garbage, whose index is in memory"
 SAVE_THEN_FORGOTTEN = "a save whose parent is forgotten once it has begun"
@@ -86,3 +87,26 @@ def test_no_schedule_of_two_loses_anything(what: str) -> None:
         scene.check()
         scene.check_at_rest()
         scene.close()
+
+
+def test_a_child_of_what_was_condemned_while_it_was_saved_is_stored_whole() -> None:
+    """Its parent's row came after the list was made, and the sweep that reads it has yet to come: both restore."""
+    scene = Scene()
+    scene.run(scene.save("a", 0, length=2))
+    parent = Task("parent", scene.save("a", 1, length=2))
+    while len(list(scene.real.list("packs/"))) < 4:  # Pages and objects, of each of the two.
+        parent.step()
+    collector = Task("collect", scene.collect())
+    while not read_condemned(scene.real):
+        collector.step()
+    parent.finish()
+    scene.run(scene.save("a", 2, length=2))
+    child = scene.ever[-1]
+    assert "it is not in the store" in child.parent_problem
+    assert child.new_pages == child.total_pages
+    while not collector.done:
+        collector.step()
+    collector.check()
+    scene.check()
+    scene.check_at_rest()
+    scene.close()
