@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
@@ -273,6 +273,8 @@ class Stage:
     checkpoint_for: CheckpointFor = field(default_factory=CheckpointFor)
     store: Path | None = None
     """Another place for the large bodies than beside the database."""
+    log: Path | None = None
+    """Another directory of the database than the sandbox's: that of the session from which this one was forked."""
 
     @property
     def blobs(self) -> LocalDirectory:
@@ -280,7 +282,8 @@ class Stage:
         return LocalDirectory(self.store or self.directory / "store")
 
     async def open_database(self) -> Database:
-        return await open_database(f"sqlite://{self.directory / 'torpor.db'}", clock=CLOCK, blobs=self.blobs)
+        log = self.log or self.directory
+        return await open_database(f"sqlite://{log / 'torpor.db'}", clock=CLOCK, blobs=self.blobs)
 
     @property
     def url(self) -> str:
@@ -371,6 +374,26 @@ class Stage:
             ),
             durable=True,
         )
+
+    @asynccontextmanager
+    async def fork(self, name: str) -> AsyncGenerator["Stage"]:
+        """A session forked from this one as it is now, with a sandbox of its own."""
+        session_id, directory, address = new_session_id(CLOCK.wall_ns()), self.directory / name, free_address()
+        directory.mkdir()
+
+        def create(tx: Transaction) -> None:
+            parent = sessions.Parent(session_id=self.session_id, seq=sessions.get(tx, self.session_id).head_seq)
+            sessions.create(tx, session_id=session_id, name=name, spec={}, parent=parent, wall_ns=CLOCK.wall_ns())
+
+        database = await self.open_database()
+        await database.write(create, durable=True)
+        await database.close()
+        process, log = start_init(directory, address), self.log or self.directory
+        try:
+            yield replace(self, directory=directory, address=address, session_id=session_id, process=process, log=log)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
     def reboot(self) -> None:
         """Another sandbox in place of the one that dies now."""

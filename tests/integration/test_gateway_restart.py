@@ -298,3 +298,17 @@ async def test_a_restored_stream_is_known_to_the_node_that_adopts_it_later(tmp_p
             assert new != received
         await connected.__aexit__(None, None, None)
         assert stage.model.witness.requests == 2
+
+
+async def test_two_forks_of_one_session_never_get_each_others_answers(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path) as stage:
+        async with stage.node():
+            await stage.raw(http_request(CHAT, question()))
+        async with stage.fork("one") as one, stage.fork("two") as two, one.node() as first, two.node() as second:
+            for asked in (1, 2):
+                # The parent's own question, and the same one in both forks at once.
+                await asyncio.gather(one.raw(http_request(CHAT, question())), two.raw(http_request(CHAT, question())))
+                assert stage.model.witness.requests == 1 + 2 * asked
+            for node in (first, second):
+                assert [call.state for call in await node.calls()] == [CallState.ANSWERED] * 2
+                assert await node.events(Kind.CALL_REPEATED, Kind.CALL_JOINED) == []
