@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,3 +47,11 @@ def scratch() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="torpor-test-"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a test starts takes Ctrl-C, as at a terminal: a run in the background ignores it, and so would they."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -58,13 +58,11 @@ def test_files_and_directories_go_both_ways_whole(waiting: Stage, tmp_path: Path
     assert (refused.returncode, "copy_impossible" in refused.stderr) == (64, True)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_copy_leaves_nothing(waiting: Stage, tmp_path: Path) -> None:
     place = tmp_path / "zeros"
     waiting.torpor("exec", "one", "--", "truncate", "-s", "100G", "/tmp/endless")
     command = [*waiting.command, "cp", "one:/tmp/endless", str(place)]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # A test run in the background ignores it, and so would cp.
     process = subprocess.Popen(command, env=waiting.environment, cwd=waiting.project, stderr=subprocess.PIPE)
     while not [path for path in tmp_path.iterdir() if path.stat().st_size]:
         assert process.poll() is None

@@ -42,6 +42,7 @@ def test_the_demo_loses_nothing_and_tears_the_one_call_that_its_node_died_in(run
     check_nothing_left(output)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", ["a coding agent starts", "kill -9 of the sandbox"])
 def test_ctrl_c_in_the_demo_leaves_nothing_behind(runsc: Path, moment: str) -> None:
     demo = start_demo(runsc)
