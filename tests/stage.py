@@ -121,6 +121,12 @@ class Stage:
                 process.kill()
             process.wait()
         self.kill_sandbox()
+        # A test that failed has not closed them, and Python would complain of that in the middle of another one.
+        for process in self.started:
+            if process.stdout is not None:
+                process.stdout.close()
+            if process.stderr is not None:
+                process.stderr.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 

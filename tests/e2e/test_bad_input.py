@@ -167,7 +167,7 @@ def test_no_space_left_fails_the_checkpoint_and_not_the_session(scratch: Path, r
         made.home.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", made.home], check=True)
         try:
-            made.torpor(*RUN_AGENT)
+            assert "runsc cannot be kept" in made.torpor(*RUN_AGENT).stderr
             failed = [event["data"] for event in made.events("one") if event["kind"] == "checkpoint.failed"]
             assert failed
             assert failed[0]["code"] == "no_space"

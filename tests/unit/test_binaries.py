@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,34 @@ def test_helpers_of_a_release_are_kept_with_it(tmp_path: Path) -> None:
     (tmp_path / "usr/gvisor-bin").mkdir()
     (tmp_path / "usr/gvisor-bin/helper").write_bytes(b"helper")
     assert (keep_runsc(made, tmp_path / "bin").parent / "gvisor-bin/helper").read_bytes() == b"helper"
+
+
+@pytest.mark.user
+def test_what_cannot_be_kept_for_want_of_space_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    """Nor does it take the last of the space, which the event log on the same disk needs."""
+    made = program(tmp_path / "usr/runsc", "20260801.0")
+    (tmp_path / "usr/gvisor-bin").mkdir()
+    (tmp_path / "usr/gvisor-bin/helper").write_bytes(bytes(3 << 20))
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", small], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            keep_runsc(made, small / "bin")
+        assert list((small / "bin").iterdir()) == []
+        (tmp_path / "usr/gvisor-bin/helper").write_bytes(bytes(1 << 20))
+        assert keep_runsc(made, small / "bin").exists()
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_what_cannot_be_copied_leaves_nothing(tmp_path: Path) -> None:
+    made = program(tmp_path / "usr/runsc", "20260801.0")
+    (tmp_path / "usr/gvisor-bin").mkdir()
+    (tmp_path / "usr/gvisor-bin/helper").symlink_to("nowhere")
+    with pytest.raises(OSError, match="helper"):
+        keep_runsc(made, tmp_path / "bin")
+    assert list((tmp_path / "bin").iterdir()) == []
 
 
 def test_kept_program_that_was_changed_or_is_gone_is_not_found(tmp_path: Path) -> None:

@@ -175,7 +175,11 @@ class Runtime(Reader):
             )
         store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
         runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
-        await asyncio.to_thread(keep_runsc, runsc, self.home.tools)
+        try:
+            await asyncio.to_thread(keep_runsc, runsc, self.home.tools)
+        except OSError as error:  # Needed by none but a later restore, after somebody has replaced the original.
+            reason = error.strerror or error
+            watcher.notice(f"runsc cannot be kept for this session's images, do not remove {runsc.path}: {reason}")
         await ready_or_down(self.backend, watcher.notice)
         lock = await leasing.acquire_lock(session_id, self.home.lock(session_id), me, answers=answers)
         try:

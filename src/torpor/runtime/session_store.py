@@ -30,7 +30,7 @@ from torpor.snapshots.diff import Change
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import SnapshotRef
 from torpor.snapshots.materialize import ExportReport
-from torpor.snapshots.owners import sign_store
+from torpor.snapshots.owners import Signature
 from torpor.snapshots.shared import SharedIndexes
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
 from torpor.snapshots.tree import TreeIndex
@@ -155,16 +155,20 @@ class SessionStores:
         return SessionStore(await self.store(), key, session_id, _shares(spec))
 
     async def store(self) -> SnapshotStore:
-        """The store without any session's key.
+        """The store without any session's key. Nothing is asked of the backend for it, which may be down.
 
         Raises:
             As `keyring`.
         """
         if self._store is None:
             tenant = (await self.keyring()).tenant
-            await asyncio.to_thread(sign_store, self.backend, tenant.id)
-            shared = SharedIndexes(self._home.shared_indexes, tenant.secret)
-            self._store = SnapshotStore(self.backend, ContentIds(tenant.secret), shared=shared, clock=self._clock)
+            self._store = SnapshotStore(
+                self.backend,
+                ContentIds(tenant.secret),
+                signature=Signature(self.backend, tenant.id),
+                shared=SharedIndexes(self._home.shared_indexes, tenant.secret),
+                clock=self._clock,
+            )
         return self._store
 
 

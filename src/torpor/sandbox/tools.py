@@ -5,12 +5,13 @@ own signature check (package) holds. Whether a found runsc works on this kernel 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ OLDEST_USABLE = 20240101
 """Releases before 2024 lack the systrap platform or restore badly; Debian 12's own is of 2022."""
 
 HELPERS = "gvisor-bin"
+SPARE_BYTES = 4 << 20
+"""Left free by what is kept, for the event log."""
 
 Progress = Callable[[str], None]
 
@@ -136,20 +139,40 @@ def _install(fetched: Path, runsc: Runsc, tools_directory: Path) -> Runsc:
 def keep_runsc(runsc: Runsc, tools_directory: Path) -> Path:
     """Keep a binary by its hash, whoever installed it: an image needs the very one that wrote it.
 
-    Newer releases come with a directory of helpers, which have to lie beside it.
+    Newer releases come with a directory of helpers, which have to lie beside it. It is copied, not linked: who writes
+    a newer one over the original would change what is kept.
+
+    Raises:
+        OSError: it can't be kept, mostly for want of space; nothing is left of the attempt.
     """
     target = tools_directory / kept_name(runsc.sha256) / "runsc"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
     helpers = runsc.path.parent / HELPERS
-    if helpers.is_dir():
-        shutil.copytree(helpers, target.parent / HELPERS, dirs_exist_ok=True)
-    staged = target.with_name(f"runsc.{os.getpid()}")
-    shutil.copyfile(runsc.path, staged)
-    staged.chmod(0o755)
-    staged.rename(target)
+    tools_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+    _check_room([runsc.path, *helpers.rglob("*")], tools_directory)
+    staged = target.parent.with_name(f"{target.parent.name}.{os.getpid()}")
+    try:
+        staged.mkdir(mode=0o755, exist_ok=True)
+        if helpers.is_dir():
+            shutil.copytree(helpers, staged / HELPERS, dirs_exist_ok=True)
+        shutil.copyfile(runsc.path, staged / "runsc")
+        (staged / "runsc").chmod(0o755)
+        try:
+            staged.rename(target.parent)
+        except OSError:
+            if not target.exists():  # Else another node was faster.
+                raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     return target
+
+
+def _check_room(files: Iterable[Path], directory: Path) -> None:
+    """Refuse before a byte is written: the event log on the same disk needs the last ones more."""
+    needed = sum(file.stat().st_size for file in files if file.is_file())
+    if shutil.disk_usage(directory).free < needed + SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def find_kept(tools_directory: Path, sha256: str, clock: Clock) -> Runsc | None:

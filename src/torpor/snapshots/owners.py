@@ -11,10 +11,27 @@ from torpor.snapshots.backend import Backend
 _PREFIX = "owners/"
 
 
-def sign_store(backend: Backend, tenant_id: KeyId) -> None:
-    """Say that this tenant saves here; durable before its first object is."""
-    if not backend.exists(_PREFIX + tenant_id):
-        backend.put(_PREFIX + tenant_id, b"")
+class Signature:
+    """Says that a tenant saves in a store: made within the lease of a save, and durable before its first object is.
+
+    Not before: who only reads, or adopts a living sandbox, must not need a store that can be written to.
+    """
+
+    def __init__(self, backend: Backend, tenant_id: KeyId) -> None:
+        self._backend = backend
+        self._key = _PREFIX + tenant_id
+        self._is_there = False
+
+    def make(self) -> None:
+        """Once; done already, by this process or another, is fine.
+
+        Raises:
+            MachineUnfit: no_space, storage_failed, storage_unreachable. The next time it is tried again.
+        """
+        if not self._is_there:
+            if not self._backend.exists(self._key):
+                self._backend.put(self._key, b"")
+            self._is_there = True
 
 
 def check_alone(backend: Backend, tenant_id: KeyId | None) -> None:

@@ -39,6 +39,7 @@ from torpor.snapshots.manifest import (
 )
 from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
+from torpor.snapshots.owners import Signature
 from torpor.snapshots.pack import PackIndex, missing, read_pack_index
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
 from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
@@ -114,14 +115,22 @@ _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
 
 class SnapshotStore:
     def __init__(
-        self, backend: Backend, ids: ContentIds, *, shared: SharedIndexes | None = None, clock: Clock | None = None
+        self,
+        backend: Backend,
+        ids: ContentIds,
+        *,
+        signature: Signature | None = None,
+        shared: SharedIndexes | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Args:
         ids: names contents; those that go by other ids share nothing.
+        signature: whose snapshots it saves; None, of nobody: nothing in it is ever collected.
         shared: what snapshots without a parent are compared with.
         """
         self._backend = backend
         self._ids = ids
+        self._signature = signature
         self._shared = shared
         self._clock = clock or SystemClock()
         self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
@@ -158,6 +167,8 @@ class SnapshotStore:
             Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
+        if self._signature is not None:
+            self._signature.make()
         condemned = read_condemned(self._backend)
         before, problem = self._indexes_before(parent, compared_with, condemned, workspace, snapshot_id)
         written = self._write_packs(image_dir, paged_files, workspace, before, shares, condemned)
