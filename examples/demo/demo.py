@@ -127,16 +127,17 @@ class Stage:
 
     def start(self, *command: object) -> subprocess.Popen:
         """Start a program in a session of its own: Ctrl-C is for the demo, which then ends what it has started."""
-        process = subprocess.Popen(
-            command,
-            env=self.environment,
-            cwd=self.workspace,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._started.append(process)
+        with _interrupts_held():
+            process = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.workspace,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            self._started.append(process)
         return process
 
     def node(self, *command: object) -> tuple[subprocess.Popen, Shown]:
@@ -144,9 +145,11 @@ class Stage:
         return process, Shown(process)
 
     def output(self, *command: str) -> str:
-        return subprocess.run(
-            [TORPOR, *command], env=self.environment, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
+        process = self.start(TORPOR, *command)
+        text, _ = process.communicate()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, text)
+        return text
 
     def kill_sandbox(self, pattern: str = "runsc-(sandbox|gofer) ") -> bool:
         """kill -9 of every process of the sandbox; False when there was none."""
@@ -170,6 +173,21 @@ class Stage:
         """Leave nothing in memory or on disk either."""
         subprocess.run([TORPOR, "rm", "demo"], env=self.environment, capture_output=True, check=False)
         shutil.rmtree(self.home.parent)
+
+
+@contextlib.contextmanager
+def _interrupts_held():
+    """Ctrl-C comes after this: amid a start it would leave a process that nobody knows of."""
+    came = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: came.append(True)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def say(text: str) -> None:
