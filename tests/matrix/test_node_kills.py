@@ -21,7 +21,7 @@ NAME = "victim"
 TORN = {"call.sent": 1, "call.retried": 1, "call.received": 1}
 """Where an attempt is given up: it was sent, and its answer was not there."""
 CALL_POINTS = [point for point in CRASH_POINTS if point.startswith("call.")]
-PACE = ["--turns", str(TURNS), "--first-byte-seconds", "0.3", "--chunk-seconds", "0.02"]
+PACE = ["--turns", str(TURNS), "--first-byte-seconds", "1", "--chunk-seconds", "0.02"]
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(300)]
 
@@ -55,8 +55,10 @@ def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
         refused = point == "call.retried"
         if refused:
             refuse_once(made)
-        # The second call, so that there is a checkpoint of the first; a call has one piece for each event it got.
-        at_pass = {"call.retried": 1, "call.received": 20}.get(point, 2)
+        # The third call, and a model that takes its time, so that the checkpoint of an earlier one is committed: an agent
+        # that has to begin anew may do something else, and never makes the call again. A call has one piece for each
+        # event it got.
+        at_pass = {"call.retried": 1, "call.received": 40}.get(point, 3)
         variables = {"TORPOR_CRASH_POINT": f"{point}:{at_pass}"}
         options = under_a_budget(made) if point == "call.intended" else []
         node = made.node("run", "--name", NAME, *options, "--", sys.executable, "agent.py", **variables)
