@@ -55,9 +55,9 @@ def test_a_call_is_sent_again_only_if_its_answer_was_arriving(
         refused = point == "call.retried"
         if refused:
             refuse_once(made)
-        # The third call, and a model that takes its time, so that the checkpoint of an earlier one is committed: an agent
-        # that has to begin anew may do something else, and never makes the call again. A call has one piece for each
-        # event it got.
+        # The third call, and a model that takes its time, so that the checkpoint of an earlier one is committed: an
+        # agent that has to begin anew may do something else, and never makes the call again. A call has one piece for
+        # each event it got.
         at_pass = {"call.retried": 1, "call.received": 40}.get(point, 3)
         variables = {"TORPOR_CRASH_POINT": f"{point}:{at_pass}"}
         options = under_a_budget(made) if point == "call.intended" else []
