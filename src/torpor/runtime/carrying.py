@@ -9,6 +9,8 @@ import contextlib
 
 from torpor.sandbox.streams import WINDOW_BYTES, Stream, StreamGone
 
+PARTING_SECONDS = 10
+
 
 async def carry(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Carry until one end is closed; the stream is reset and forgotten then."""
@@ -21,6 +23,20 @@ async def carry(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.St
     finally:
         stream.reset()
         stream.forget()
+    await _part(reader, writer)
+
+
+async def _part(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Let the one who asked hang up, and read what he says until then.
+
+    If his connection were closed first, his next piece of input would fail, and take with it what he has not read yet:
+    the worker's last words.
+    """
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        writer.write_eof()
+        async with asyncio.timeout(PARTING_SECONDS):
+            while await reader.read(WINDOW_BYTES):
+                continue
 
 
 async def _to_guest(stream: Stream, reader: asyncio.StreamReader) -> None:
