@@ -13,7 +13,7 @@ import platform
 import select
 import signal
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class GvisorDriver:
             ends.callback(os.close, stdin)
             stdout = os.open(plan.from_guest, os.O_WRONLY | os.O_CLOEXEC)
             ends.callback(os.close, stdout)
-            await process.run_attached(
+            creating = process.run_attached(
                 self.command("create", f"--bundle={bundle}", plan.sandbox_id, namespace=True),
                 stdin_fd=stdin,
                 stdout_fd=stdout,
@@ -133,6 +133,7 @@ class GvisorDriver:
                 deadline_seconds=self.deadline_seconds,
                 clock=self.clock,
             )
+            await _to_its_end(creating)
         return GvisorSandbox(driver=self, plan=plan)
 
     def find(self, plan: SandboxPlan) -> "GvisorSandbox | None":
@@ -312,6 +313,17 @@ def _open(files: contextlib.ExitStack, path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     files.callback(os.close, descriptor)
     return descriptor
+
+
+async def _to_its_end(creating: Coroutine[Any, Any, object]) -> None:
+    """Make a sandbox even if the caller is cancelled: half made it has processes, and no state by which it is found."""
+    made = asyncio.ensure_future(creating)
+    try:
+        await asyncio.shield(made)
+    except asyncio.CancelledError:
+        await asyncio.wait([made])
+        made.exception()  # seen: what counts for the caller is that it was cancelled
+        raise
 
 
 def _without_closed_watches(state: Path) -> bytearray | None:
