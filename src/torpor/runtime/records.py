@@ -32,6 +32,11 @@ class Records:
         self.owner_token = owner_token
         self._clock = clock
 
+    @property
+    def _fence(self) -> Any:
+        """What every statement that writes presents."""
+        return {"session_id": self.session_id, "owner_token": self.owner_token}
+
     async def position(self) -> tuple[int, int]:
         """The log's head and the branch's cursor."""
         session = await self.session()
@@ -44,8 +49,7 @@ class Records:
         def work(tx: Transaction) -> list[Event]:
             return log.append(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 drafts=drafts,
                 wall_ns=self._clock.wall_ns(),
             )
@@ -59,8 +63,7 @@ class Records:
             if sessions.get(tx, self.session_id).status is not status:
                 sessions.set_status(
                     tx,
-                    session_id=self.session_id,
-                    owner_token=self.owner_token,
+                    **self._fence,
                     status=status,
                     wall_ns=self._clock.wall_ns(),
                     reason=reason,
@@ -78,12 +81,11 @@ class Records:
         await self._move(SessionStatus.WAITING, SessionStatus.RUNNING, reason)
 
     async def _move(self, present: SessionStatus, wanted: SessionStatus, reason: str) -> None:
-        fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
 
         def work(tx: Transaction) -> None:
             held = wanted is SessionStatus.RUNNING and waitpoints.open_waitpoints(tx, self.session_id)
             if sessions.get(tx, self.session_id).status is present and not held:
-                sessions.set_status(tx, **fence, status=wanted, wall_ns=self._clock.wall_ns(), reason=reason)
+                sessions.set_status(tx, **self._fence, status=wanted, wall_ns=self._clock.wall_ns(), reason=reason)
 
         await self.database.write(work, durable=True)
 
@@ -93,15 +95,12 @@ class Records:
         def work(tx: Transaction) -> None:
             sessions.set_incarnation(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 incarnation=number,
                 wall_ns=self._clock.wall_ns(),
                 data={"mode": mode, "reason": reason, "checkpoint": checkpoint.number},
             )
-            sessions.set_cursor(
-                tx, session_id=self.session_id, owner_token=self.owner_token, cursor_seq=checkpoint.cursor_seq
-            )
+            sessions.set_cursor(tx, **self._fence, cursor_seq=checkpoint.cursor_seq)
 
         await self.database.write(work, durable=True)
 
@@ -111,8 +110,7 @@ class Records:
         def work(tx: Transaction) -> Checkpoint:
             return checkpoints.commit(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 checkpoint=checkpoint,
                 wall_ns=self._clock.wall_ns(),
             )
@@ -127,8 +125,7 @@ class Records:
         def work(tx: Transaction) -> tuple[int, ...]:
             return roots.retain(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 policy=policy,
                 wall_ns=self._clock.wall_ns(),
                 in_use=in_use,
@@ -141,8 +138,7 @@ class Records:
         """Give up on checkpoints that do not restore."""
 
         def work(tx: Transaction) -> None:
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
-            roots.forget_damaged(tx, **fence, roots=damaged, wall_ns=self._clock.wall_ns())
+            roots.forget_damaged(tx, **self._fence, roots=damaged, wall_ns=self._clock.wall_ns())
 
         await self.database.write(work, durable=False)
 
@@ -150,8 +146,7 @@ class Records:
         """Keep a checkpoint whatever retention says, or leave it to retention again."""
 
         def work(tx: Transaction) -> None:
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
-            roots.pin(tx, **fence, number=number, is_pinned=is_pinned, wall_ns=self._clock.wall_ns())
+            roots.pin(tx, **self._fence, number=number, is_pinned=is_pinned, wall_ns=self._clock.wall_ns())
 
         await self.database.write(work, durable=True)
 
@@ -159,8 +154,7 @@ class Records:
         """Let checkpoints name their repacked snapshots."""
 
         def work(tx: Transaction) -> list[Checkpoint]:
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
-            return roots.move(tx, **fence, moves=moves, wall_ns=self._clock.wall_ns())
+            return roots.move(tx, **self._fence, moves=moves, wall_ns=self._clock.wall_ns())
 
         return await self.database.write(work, durable=True)
 
@@ -197,8 +191,7 @@ class Records:
         def work(tx: Transaction) -> None:
             outputs.append_output(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 channel=channel,
                 position=position,
                 incarnation=incarnation,
@@ -217,18 +210,16 @@ class Records:
         def work(tx: Transaction) -> None:
             checkpoints.commit(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 checkpoint=final,
                 wall_ns=self._clock.wall_ns(),
             )
             draft = EventDraft(kind=Kind.AGENT_EXITED, incarnation=final.incarnation, data=data)
             wall_ns = self._clock.wall_ns()
-            log.append(tx, session_id=self.session_id, owner_token=self.owner_token, drafts=[draft], wall_ns=wall_ns)
+            log.append(tx, **self._fence, drafts=[draft], wall_ns=wall_ns)
             sessions.set_status(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 status=status,
                 wall_ns=wall_ns,
                 reason="the agent exited",
@@ -243,8 +234,7 @@ class Records:
         def work(tx: Transaction) -> Account:
             return budgets.add(
                 tx,
-                session_id=self.session_id,
-                owner_token=self.owner_token,
+                **self._fence,
                 amount_nanousd=amount_nanousd,
                 wall_ns=self._clock.wall_ns(),
             )
@@ -257,9 +247,8 @@ class Records:
         """Resolve a waitpoint for a person; see `questions.answer`."""
 
         def work(tx: Transaction) -> Waitpoint:
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
             wall_ns = self._clock.wall_ns()
-            return questions.answer(tx, **fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
+            return questions.answer(tx, **self._fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
 
         point = await self.database.write(work, durable=True)
         crash_point("waitpoint.resolved")
@@ -271,8 +260,7 @@ class Records:
         stored = await owned.text(text)
 
         def work(tx: Transaction) -> int:
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
-            return messages.deliver(tx, **fence, text=text, wall_ns=self._clock.wall_ns(), stored=stored).number
+            return messages.deliver(tx, **self._fence, text=text, wall_ns=self._clock.wall_ns(), stored=stored).number
 
         number = await self.database.write(work, durable=True)
         crash_point("message.received")
@@ -285,18 +273,15 @@ class Records:
             data = {"pending": list(pending), "orphaned": [], "policy": OnDivergence.FAIL.value, "request": what}
             draft = EventDraft(kind=Kind.CALL_DIVERGED, incarnation=incarnation, data=data)
             wall_ns = self._clock.wall_ns()
-            fence: dict[str, Any] = {"session_id": self.session_id, "owner_token": self.owner_token}
-            log.append(tx, **fence, drafts=[draft], wall_ns=wall_ns)
+            log.append(tx, **self._fence, drafts=[draft], wall_ns=wall_ns)
             reason = f"after a restore the agent took another path than the log's: {what}"
-            sessions.set_status(tx, **fence, status=SessionStatus.FAILED, wall_ns=wall_ns, reason=reason)
+            sessions.set_status(tx, **self._fence, status=SessionStatus.FAILED, wall_ns=wall_ns, reason=reason)
 
         await self.database.write(work, durable=True)
 
     async def release(self) -> None:
         """Say that no node drives the session any more."""
         await self.database.write(
-            lambda tx: sessions.release(
-                tx, session_id=self.session_id, owner_token=self.owner_token, wall_ns=self._clock.wall_ns()
-            ),
+            lambda tx: sessions.release(tx, **self._fence, wall_ns=self._clock.wall_ns()),
             durable=True,
         )
