@@ -3,32 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.stage import Stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
-
-AGENT = """
-import os
-os.mkfifo("go")
-open("go").read()
-"""
-
-
-@pytest.fixture
-def waiting(quick: Stage) -> Iterator[Stage]:
-    """A session `one` whose agent waits."""
-    (quick.project / "waiting.py").write_text(AGENT)
-    quick.torpor("run", "-d", "--name", "one", "--", sys.executable, "waiting.py")
-    log = quick.follow("one")
-    log.wait("recovery.chosen")
-    log.close()
-    yield quick
-    quick.torpor("kill", "one", check=False)
 
 
 def test_files_and_directories_go_both_ways_whole(waiting: Stage, tmp_path: Path) -> None:

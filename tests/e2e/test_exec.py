@@ -4,32 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 
 import pytest
 from tests.stage import Stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
-
-AGENT = """
-import os
-os.mkfifo("go")
-open("go").read()
-"""
-"""Waits until somebody writes into its FIFO."""
-
-
-@pytest.fixture
-def waiting(quick: Stage) -> Iterator[Stage]:
-    """A session `one` whose agent waits."""
-    (quick.project / "waiting.py").write_text(AGENT)
-    quick.torpor("run", "-d", "--name", "one", "--", sys.executable, "waiting.py")
-    log = quick.follow("one")
-    log.wait("recovery.chosen")
-    log.close()
-    yield quick
-    quick.torpor("kill", "one", check=False)
 
 
 def execute(stage: Stage, *command: str, stdin: bytes = b"", options: tuple[str, ...] = ()) -> tuple[int, bytes, bytes]:
