@@ -9,18 +9,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from torpor.core.crash import crash_point
 from torpor.snapshots.backend import Backend
 from torpor.snapshots.content_ids import PAGE_BYTES, PAGE_ID_BYTES, ContentIds
 from torpor.snapshots.image import restore_paged
 from torpor.snapshots.manifest import Manifest, PagedFile, WholeFile, decode_extents, encode_extents
-from torpor.snapshots.pack import PackBuilder, PackRef, read_pack_index
-from torpor.snapshots.pages import PAGES_PER_FRAME, PAGES_PER_PACK, Extent, extents_of, page_list_of
+from torpor.snapshots.pack import PackRef, read_pack_index
+from torpor.snapshots.page_packs import PagePacks
+from torpor.snapshots.pages import PAGES_PER_FRAME, Extent, extents_of, page_list_of
 
 FRAMES_OVER_IDEAL = 1.1
 """Above this an image is scattered."""
 _FRAMES_FREE = 2
-_LEVEL = 3
 
 Room = Callable[[int], AbstractContextManager[Path]]
 """An empty memory-backed directory for so many bytes. Raises MachineUnfit: `no_staging_space`."""
@@ -44,13 +43,15 @@ class Layout:
         self._backend = backend
         self._ids = ids
         self._room = room
-        self._builder = PackBuilder(ids, holds_pages=True, level=_LEVEL)
+        self._packs = PagePacks(backend, ids)
         self._known: dict[bytes, int] = {}
-        self.packs: list[PackRef] = []
-        self.stored_bytes = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        return self._packs.stored_bytes
 
     def place(self, manifest: Manifest) -> tuple[PagedFile | WholeFile, ...]:
-        """The image's files, of which the paged ones lie in `packs` once `finish` returns.
+        """The image's files, of which the paged ones lie in the new packs once `finish` returns.
 
         Raises:
             Damaged: a page is not what was saved.
@@ -72,44 +73,21 @@ class Layout:
 
     def finish(self) -> Sequence[PackRef]:
         """Durable on return."""
-        self._close_pack()
-        return self.packs
+        self._packs.finish()
+        return self._packs.packs
 
     def _store(self, image: Path, ids: bytes) -> "array[int]":
         """Each page's place; equal ones are stored once."""
         places = array("Q")
-        pages: list[bytes] = []
-        page_ids: list[bytes] = []
         with image.open("rb") as source:
             for at in range(0, len(ids), PAGE_ID_BYTES):
                 page_id, page = ids[at : at + PAGE_ID_BYTES], source.read(PAGE_BYTES)
                 if page_id not in self._known:
-                    self._known[page_id] = len(self.packs) << 32 | self._builder.items + len(pages)
-                    pages.append(page.ljust(PAGE_BYTES, b"\0"))
-                    page_ids.append(page_id)
+                    pack, item = self._packs.add(page.ljust(PAGE_BYTES, b"\0"), page_id)
+                    self._known[page_id] = pack << 32 | item
                 places.append(self._known[page_id])
-                if len(pages) == PAGES_PER_FRAME:
-                    self._close_frame(pages, page_ids)
-        self._close_frame(pages, page_ids)
+        self._packs.end_frame()
         return places
-
-    def _close_frame(self, pages: list[bytes], page_ids: list[bytes]) -> None:
-        if pages:
-            self._builder.add_frame(b"".join(pages), page_ids)
-            pages.clear()
-            page_ids.clear()
-        if self._builder.items >= PAGES_PER_PACK:
-            self._close_pack()
-
-    def _close_pack(self) -> None:
-        if not self._builder.items:
-            return
-        index, data = self._builder.finish()
-        self._builder = PackBuilder(self._ids, holds_pages=True, level=_LEVEL)
-        if self._backend.put(index.ref.key, data):
-            self.stored_bytes += len(data)
-        self.packs.append(index.ref)
-        crash_point("snapshot.pack_written")
 
 
 def _frames_of(extent: Extent) -> range:

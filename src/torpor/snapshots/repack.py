@@ -31,11 +31,10 @@ from torpor.snapshots.manifest import (
     manifest_key,
 )
 from torpor.snapshots.objects import ObjectWriter
-from torpor.snapshots.pack import PackBuilder, PackIndex, PackRef, read_object, read_pack_index
-from torpor.snapshots.pages import PAGES_PER_FRAME, PAGES_PER_PACK, extents_of
+from torpor.snapshots.pack import PackRef, read_object, read_pack_index
+from torpor.snapshots.page_packs import PagePacks
+from torpor.snapshots.pages import extents_of
 from torpor.snapshots.usage import DeadWeight, Usage
-
-_STEP_LEVEL = 3
 
 _Files: TypeAlias = "tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...]]"
 """An image's files, and the packs that their extents name."""
@@ -211,7 +210,7 @@ class Repacker:
             else:
                 for item in range(extent.first, extent.first + extent.count):
                     number, place = moved[item]
-                    places.append(packs.setdefault(self._pages.packs[number].ref, len(packs)) << 32 | place)
+                    places.append(packs.setdefault(self._pages.packs[number], len(packs)) << 32 | place)
         return encode_extents(extents_of(places))
 
 
@@ -220,14 +219,17 @@ class _PageMover:
 
     def __init__(self, backend: Backend, ids: ContentIds) -> None:
         self._backend = backend
-        self._ids = ids
-        self._builder = PackBuilder(ids, holds_pages=True, level=_STEP_LEVEL)
-        self._pages: list[bytes] = []
-        self._page_ids: list[bytes] = []
-        self.packs: list[PackIndex] = []
+        self._packs = PagePacks(backend, ids)
         self.places: dict[bytes, dict[int, tuple[int, int]]] = {}
         """By an emptied pack's name and item: which new pack, and which item of it."""
-        self.stored_bytes = 0
+
+    @property
+    def packs(self) -> list[PackRef]:
+        return self._packs.packs
+
+    @property
+    def stored_bytes(self) -> int:
+        return self._packs.stored_bytes
 
     def move(self, ref: PackRef, needed: bytes | bytearray) -> None:
         """`needed` has a byte for each page, 1 if it is."""
@@ -241,29 +243,8 @@ class _PageMover:
             for at in range(frame.items):
                 if wanted[at]:
                     item = frame.first_item + at
-                    places[item] = len(self.packs), self._builder.items + len(self._pages)
-                    self._pages.append(raw[at * PAGE_BYTES : (at + 1) * PAGE_BYTES])
-                    self._page_ids.append(pack.ids_of(item, 1))
-                    if len(self._pages) == PAGES_PER_FRAME:
-                        self._close_frame()
+                    page = raw[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+                    places[item] = self._packs.add(page, pack.ids_of(item, 1))
 
     def finish(self) -> None:
-        self._close_frame()
-        self._close_pack()
-
-    def _close_frame(self) -> None:
-        if self._pages:
-            self._builder.add_frame(b"".join(self._pages), self._page_ids)
-            self._pages, self._page_ids = [], []
-        if self._builder.items >= PAGES_PER_PACK:
-            self._close_pack()
-
-    def _close_pack(self) -> None:
-        if not self._builder.items:
-            return
-        index, data = self._builder.finish()
-        self._builder = PackBuilder(self._ids, holds_pages=True, level=_STEP_LEVEL)
-        if self._backend.put(index.ref.key, data):
-            self.stored_bytes += len(data)
-        self.packs.append(index)
-        crash_point("snapshot.pack_written")
+        self._packs.finish()
