@@ -1,7 +1,6 @@
 """Sessions for a moment, one after the other: what `collect` needs of each. It waits for nobody and kills nobody."""
 
 import contextlib
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import Any
 
@@ -66,16 +65,7 @@ class Holding:
                 return
             seen = await self._database.read(lambda tx: sessions.get(tx, session_id))
             token = await self._database.write(
-                lambda tx: sessions.acquire(
-                    tx,
-                    session_id=session_id,
-                    seen_token=seen.owner_token,
-                    node_id=self._me.node_id,
-                    boot_id=leasing.boot_id(),
-                    pid=os.getpid(),
-                    wall_ns=self._clock.wall_ns(),
-                ),
-                durable=False,
+                lambda tx: leasing.acquire(tx, seen, self._me, wall_ns=self._clock.wall_ns()), durable=False
             )
             records = Records(database=self._database, session_id=session_id, owner_token=token, clock=self._clock)
             yield records

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torpor.core.errors import Conflict, MachineUnfit
 from torpor.core.ids import NodeId, SessionId
+from torpor.db import sessions
+from torpor.db.database import Transaction
 
 HolderAnswers = Callable[[Path], Awaitable[bool]]
 """Ask a node, over its socket, whether it is well; False when it is silent."""
@@ -42,6 +44,23 @@ class SessionLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def acquire(tx: Transaction, seen: sessions.Session, me: Holder, *, wall_ns: int) -> int:
+    """Raise the token of a session whose lock is held; gives the new one.
+
+    Raises:
+        Superseded: another node was quicker, or it is gone.
+    """
+    return sessions.acquire(
+        tx,
+        session_id=seen.session_id,
+        seen_token=seen.owner_token,
+        node_id=me.node_id,
+        boot_id=boot_id(),
+        pid=me.pid,
+        wall_ns=wall_ns,
+    )
 
 
 def boot_id() -> str:

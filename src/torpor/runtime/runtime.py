@@ -358,15 +358,7 @@ class Runtime(Reader):
         return GvisorDrivers(runsc=runsc, tools_directory=tools, state_directory=state, clock=self.clock)
 
     def _acquire(self, tx: Transaction, seen: sessions.Session, me: leasing.Holder) -> int:
-        return sessions.acquire(
-            tx,
-            session_id=seen.session_id,
-            seen_token=seen.owner_token,
-            node_id=me.node_id,
-            boot_id=leasing.boot_id(),
-            pid=me.pid,
-            wall_ns=self.clock.wall_ns(),
-        )
+        return leasing.acquire(tx, seen, me, wall_ns=self.clock.wall_ns())
 
     def _owner(
         self,

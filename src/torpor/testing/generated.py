@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.ids import SessionId, new_snapshot_id
-from torpor.db import sessions
 from torpor.db.database import Transaction
 from torpor.runtime import leasing
 from torpor.runtime.checkpointing import files_checkpoint
@@ -142,15 +141,7 @@ async def generate_session(
     assert lock is not None, "nobody else knows of it"
 
     def acquire(tx: Transaction) -> int:
-        return sessions.acquire(
-            tx,
-            session_id=session.session_id,
-            seen_token=session.owner_token,
-            node_id=me.node_id,
-            boot_id=leasing.boot_id(),
-            pid=me.pid,
-            wall_ns=runtime.clock.wall_ns(),
-        )
+        return leasing.acquire(tx, session, me, wall_ns=runtime.clock.wall_ns())
 
     token = await runtime.database.write(acquire, durable=False)
     records = Records(database=runtime.database, session_id=session.session_id, owner_token=token, clock=runtime.clock)
