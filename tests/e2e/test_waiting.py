@@ -63,6 +63,7 @@ def test_a_running_session_is_told_at_once_and_says_what_it_asks(quick: Stage) -
     node = quick.node("run", "--name", "one", "--", sys.executable, "asking.py")
     log = quick.follow("one")
     log.wait("waitpoint.created")
+    assert "held" not in quick.torpor("budget", "one").stdout
     assert quick.torpor("resolve", "one", "NO").stdout.startswith("resolved wp_")
     log.wait("waitpoint.created", 2)
     assert quick.rows("ls")[0]["status"] == "waiting"

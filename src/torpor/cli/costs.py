@@ -70,6 +70,8 @@ def budget(
     for name in ("budget", "spent", "reserved"):
         out.print(f"{name:>10}  {_dollars(state[name]) if state[name] else 'none'}", markup=False)
     for point in state["waits_on"]:
+        if point["kind"] != "budget":
+            continue
         out.print(f"{'held':>10}  call {point['call']}, which may cost {_dollars(point['needed'])}", markup=False)
     if state["hint"]:
         out.print(state["hint"], markup=False)
