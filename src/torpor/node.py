@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import SandboxFailed
 from torpor.core.ids import SessionId, WaitpointId, new_node_id
 from torpor.db.roots import Move
+from torpor.runtime.records import Records
 from torpor.runtime.request import Request
 from torpor.runtime.runtime import Runtime, node_holder, open_runtime
 
@@ -75,6 +76,22 @@ class Node:
                     return await owner.run()
                 finally:
                     ended.set()
+
+    async def ask_or_own(
+        self,
+        session_id: SessionId,
+        verb: str,
+        act: Callable[[Records], Awaitable[dict[str, Any]]],
+        *,
+        deadline_seconds: float,
+        **arguments: object,
+    ) -> dict[str, Any]:
+        """What the node that runs the session answers to a verb; if none runs it, what `act` does to its rows."""
+        socket = socket_of(self.runtime.home.lock(session_id))
+        if socket is not None:
+            return await wire.ask(socket, verb, deadline_seconds=deadline_seconds, **arguments)
+        async with self.runtime.borrow(session_id, self.holder, wire.answers) as records:
+            return await act(records)
 
     async def create(self, request: Request) -> SessionId:
         session = await self.runtime.create(request, os.environ)

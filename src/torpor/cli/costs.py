@@ -1,11 +1,11 @@
 """What sessions cost: `torpor cost` by model and call, `torpor budget` with the way to raise it."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from torpor import wire
 from torpor.cli.printer import out, print_json, print_rows
 from torpor.cli.reading import standing, with_reader
 from torpor.core.call import Call
@@ -13,8 +13,9 @@ from torpor.core.money import dollars_text, parse_dollars
 from torpor.db import calls, sessions
 from torpor.db.database import Transaction
 from torpor.db.sessions import Session
-from torpor.node import open_node, socket_of
+from torpor.node import open_node
 from torpor.runtime.reader import Reader
+from torpor.runtime.records import Records
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 NODE_DEADLINE_SECONDS = 30
@@ -82,12 +83,11 @@ async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
         runtime = node.runtime
         session_id = (await runtime.session(text)).session_id
         if amount_nanousd is not None:
-            socket = socket_of(runtime.home.lock(session_id))
-            if socket is None:
-                async with runtime.borrow(session_id, node.holder, wire.answers) as records:
-                    await records.add_to_budget(amount_nanousd)
-            else:
-                await wire.ask(socket, "budget", deadline_seconds=NODE_DEADLINE_SECONDS, add=amount_nanousd)
+
+            async def add(records: Records) -> dict[str, Any]:
+                return asdict(await records.add_to_budget(amount_nanousd))
+
+            await node.ask_or_own(session_id, "budget", add, deadline_seconds=NODE_DEADLINE_SECONDS, add=amount_nanousd)
         return await runtime.database.read(lambda tx: standing(tx, session_id))
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor import wire
 from torpor.cli.printer import human_age, out, print_json, print_rows, printable
 from torpor.cli.reading import with_runtime
 from torpor.cli.timeline import FOLLOW_SECONDS
@@ -20,7 +19,7 @@ from torpor.core.waitpoint import Waitpoint, WaitpointKind
 from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.messages import Box, Message
-from torpor.node import open_node, socket_of
+from torpor.node import open_node
 from torpor.runtime.records import Records
 from torpor.runtime.runtime import Runtime, open_runtime
 
@@ -70,20 +69,17 @@ def resolve(
     """
     text = sys.stdin.read().rstrip("\n") if answer == "-" else answer
 
-    async def act(records: Records, wanted: WaitpointId) -> dict[str, Any]:
-        point = await records.resolve(wanted, text)
-        return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
-
     async def work() -> dict[str, Any]:
         async with open_node() as node:
             session_id = (await node.runtime.session(session)).session_id
             wanted = WaitpointId(waitpoint) if waitpoint else await _only(node.runtime, session_id)
-            socket = socket_of(node.runtime.home.lock(session_id))
-            if socket is not None:
-                asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
-                return await wire.ask(socket, "resolve", deadline_seconds=NODE_DEADLINE_SECONDS, **asked)
-            async with node.runtime.borrow(session_id, node.holder, wire.answers) as records:
-                return await act(records, wanted)
+
+            async def act(records: Records) -> dict[str, Any]:
+                point = await records.resolve(wanted, text)
+                return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
+
+            asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
+            return await node.ask_or_own(session_id, "resolve", act, deadline_seconds=NODE_DEADLINE_SECONDS, **asked)
 
     resolved = asyncio.run(work())
     if json:
@@ -105,21 +101,19 @@ def send(
     if not said:
         raise InvalidInput("message_empty", "cannot send the message: it is empty")
 
-    async def work() -> int:
+    async def act(records: Records) -> dict[str, Any]:
+        return {"number": await records.deliver(said)}
+
+    async def work() -> dict[str, Any]:
         async with open_node() as node:
             session_id = (await node.runtime.session(session)).session_id
-            socket = socket_of(node.runtime.home.lock(session_id))
-            if socket is not None:
-                answer = await wire.ask(socket, "send", deadline_seconds=NODE_DEADLINE_SECONDS, text=said)
-                return int(answer["number"])
-            async with node.runtime.borrow(session_id, node.holder, wire.answers) as records:
-                return await records.deliver(said)
+            return await node.ask_or_own(session_id, "send", act, deadline_seconds=NODE_DEADLINE_SECONDS, text=said)
 
-    number = asyncio.run(work())
+    sent = asyncio.run(work())
     if json:
-        print_json({"number": number})
+        print_json(sent)
     else:
-        out.print(f"message {number} is in the inbox")
+        out.print(f"message {sent['number']} is in the inbox")
 
 
 def tail(
