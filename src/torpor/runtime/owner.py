@@ -12,7 +12,7 @@ import signal
 from collections.abc import Awaitable, Mapping, Sequence
 from enum import Enum
 
-from torpor.core.checkpoint import Checkpoint, stream_fate
+from torpor.core.checkpoint import FORKED, Checkpoint, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
@@ -331,7 +331,7 @@ class Owner:
                 wall_ns=wall_ns,
                 slept_ns=max(0, wall_ns - checkpoint.wall_ns),
                 entropy=fresh_entropy(),
-                environment={},
+                environment=self._spec.changes if checkpoint.reason == FORKED else {},
                 deadline_seconds=ALIVE_DEADLINE_SECONDS,
             )
         highest = max(point.number for point in await self._records.checkpoints())

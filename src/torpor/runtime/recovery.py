@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torpor.core.branch import Timeline
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on, restore_order
 from torpor.core.clock import Clock
@@ -117,6 +116,8 @@ class Ladder:
         if self._boot:
             checkpoints = [point for point in checkpoints if not point.has_memory]
             self._boot = False
+        past = await self._records.past()
+        checkpoints = [past.point(point) for point in checkpoints]
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
             session = await self._records.session()
             number = session.incarnation + 1
@@ -136,7 +137,7 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
+            redo = redo_set_after_recovery(past.calls(calls), checkpoint, past.timeline)
             return Rung(
                 life=life,
                 mode=mode,

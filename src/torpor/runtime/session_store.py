@@ -83,6 +83,10 @@ class SessionStore:
             shares=self._shares,
         )
 
+    def reseal(self, checkpoint: Checkpoint, *, snapshot_id: SnapshotId, key: Key, lease: Lease) -> SnapshotRef:
+        """Another session's own snapshot of what this one's checkpoint has: the same packs, and its own key."""
+        return self._store.reseal(self.ref(checkpoint), snapshot_id=snapshot_id, key=key, lease=lease)
+
     def share(self, ref: SnapshotRef) -> None:
         """Let the first snapshots of sessions that are like this one be compared with this snapshot, once committed."""
         self._store.share(ref, self._shares, self._session_id)

@@ -126,7 +126,7 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
     events = log.events(tx, session_id)
     told = _told(events)
     starts = [call.intended_seq for call in found]
-    points = checkpoints.list_intact(tx, session_id)
+    points = checkpoints.list_intact(tx, session_id, branches=True)
     frozen = _by_turn(((point.seq, point.freeze_ns) for point in points), starts)
     down = _by_turn(_downtimes(events), starts)
     turns: list[Turn] = []

@@ -198,6 +198,22 @@ class SnapshotStore:
             parent_problem=problem,
         )
 
+    def reseal(self, ref: SnapshotRef, *, snapshot_id: SnapshotId, key: Key, lease: Lease) -> SnapshotRef:
+        """Make another snapshot of the same packs, which opens with another key; durable on return.
+
+        Args:
+            lease: held from before the row was read that names `ref`, and until that of the new one is committed.
+
+        Raises:
+            Damaged: as `read_manifest`.
+            MachineUnfit: no_space, storage_failed.
+            Conflict: snapshot_exists, lease_lost.
+        """
+        manifest = replace(self.read_manifest(ref), snapshot_id=snapshot_id, parent=ref.id)
+        lease.check()
+        data = self._publish(manifest, key)
+        return SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
+
     def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
         """Let first snapshots that share one of these names be compared with this one, where there is none yet.
 

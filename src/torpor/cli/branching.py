@@ -1,0 +1,165 @@
+"""`torpor fork`, `rewind` and `tree`: sessions that come from others, and branches of one."""
+
+import asyncio
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from torpor import wire
+from torpor.cli.lifecycle import NODE_DEADLINE_SECONDS
+from torpor.cli.printer import err, notice, out, print_json, printable
+from torpor.cli.reading import JSON, SESSION, with_reader
+from torpor.cli.running import env_pairs
+from torpor.core.ids import SessionId
+from torpor.db.rewinds import Orphans
+from torpor.node import Node, open_node, socket_of
+from torpor.runtime.lineage import Branch, Line, draw
+from torpor.runtime.reader import Reader
+
+MESSAGE_CHARACTERS_SHOWN = 200
+
+
+def register(app: typer.Typer) -> None:
+    app.command("fork")(fork)
+    app.command("rewind")(rewind)
+    app.command("tree")(tree)
+
+
+def fork(
+    session: Annotated[str, SESSION],
+    at: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT|turn:N", help="Where the children begin (default: now).")
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many.")] = 1,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Told to the children; repeatable.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The first message in each inbox.")] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Ask models anew, instead of joining the parent's answers.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="The child's name; of several, each gets a number behind it.")
+    ] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Make sessions that begin where this one is, or was: same memory, same files, an identity of their own.
+
+    The children are asleep; `torpor resume` runs one. The parent is not disturbed.
+    """
+    from torpor.runtime.forking import Forked, Wish
+    from torpor.runtime.forking import fork as make
+
+    wish = Wish(at=at, count=count, environment=env_pairs(env or []), message=message, resample=resample, name=name)
+
+    async def work() -> Forked:
+        async with open_node() as node:
+            found = await node.runtime.session(session)
+            socket = socket_of(node.runtime.home.lock(found.session_id)) if at is None else None
+            if socket is not None:
+                await wire.ask(socket, "checkpoint", deadline_seconds=NODE_DEADLINE_SECONDS)
+            return await make(node.runtime, found, wish)
+
+    made = asyncio.run(work())
+    for child in made.children:
+        if json:
+            print_json({"session": child, "parent": made.parent, "checkpoint": made.checkpoint, "turn": made.turn})
+        else:
+            typer.echo(child)
+    begun = f"from checkpoint {made.checkpoint} of {made.parent}, after {made.turn} turns"
+    notice(f"{len(made.children)} {begun}; asleep until `torpor resume`")
+
+
+def rewind(
+    session: Annotated[str, SESSION],
+    to: Annotated[str, typer.Option(metavar="CHECKPOINT|turn:N", help="Where the session goes back to.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Although something stays done outside.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Take a session back to an earlier point; what it leaves stays in its log, as a branch.
+
+    A running session is stopped first. It is asleep afterwards; `torpor resume` goes on from there, another way: models
+    are asked anew. Messages that were handled since are unhandled again. What the session did to the outside since then
+    is listed first, and needs a yes.
+    """
+    from torpor.runtime import rewinding
+
+    async def work() -> rewinding.Rewound:
+        async with open_node() as node:
+            session_id = (await node.runtime.session(session)).session_id
+            way = await rewinding.look(node.runtime, session_id, to)
+            if way.orphans and not yes:
+                _print_orphans(way.orphans, as_json=json)
+                if not sys.stdin.isatty() or not typer.confirm("Go back all the same?", err=True):
+                    raise rewinding.orphaned(session_id, way.orphans)
+            await _stop(node, session_id)
+            known = None if yes else way.orphan_names
+            runtime, me = node.runtime, node.holder
+            return await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known)
+
+    done = asyncio.run(work())
+    left = f"{done.way.turns_left} turn{'s' if done.way.turns_left != 1 else ''}"
+    notice(f"back at checkpoint {done.way.origin.checkpoint.number}, after {done.way.turn} turns; {left} left behind")
+    if json:
+        print_json(
+            {
+                "rewound": done.checkpoint.session_id,
+                "to": done.way.origin.checkpoint.number,
+                "checkpoint": done.checkpoint.number,
+                "turn": done.way.turn,
+                "turns_left": done.way.turns_left,
+            }
+        )
+
+
+async def _stop(node: Node, session_id: SessionId) -> None:
+    """Let the node that runs a session put it to sleep: where it stops is the tip of what is left."""
+    from torpor.runtime.leasing import wait_until_free
+
+    lock = node.runtime.home.lock(session_id)
+    socket = socket_of(lock)
+    if socket is not None:
+        await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
+        await wait_until_free(lock)
+
+
+def _print_orphans(orphans: Orphans, *, as_json: bool) -> None:
+    """What a rewind does not undo."""
+    for message in orphans.sent:
+        if as_json:
+            print_json({"orphan": "message", "number": message.number, "text": message.text})
+        else:
+            err.print(f"sent out: message {message.number}: ", end="", markup=False)
+            err.print(printable(message.text[:MESSAGE_CHARACTERS_SHOWN]), markup=False)
+    for call in orphans.effects:
+        if as_json:
+            print_json({"orphan": "request", "call": call.call_id, "method": call.method, "target": call.target})
+        else:
+            err.print(f"requested: {printable(f'{call.method} {call.target}')}", markup=False)
+
+
+def tree(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
+    """Draw where a session comes from, what came from it, and the branches that rewinds left."""
+    from torpor.runtime.lineage import read_lineage
+
+    async def work(reader: Reader) -> list[Line]:
+        found = await reader.session(session)
+        return await reader.database.read(lambda tx: read_lineage(tx, found.session_id))
+
+    lines = with_reader(work)
+    for line in lines:
+        if json:
+            print_json(line.fields)
+        else:
+            _print_line(line)
+
+
+def _print_line(line: Line) -> None:
+    out.print(draw(line), end="", style="dim", markup=False)
+    if isinstance(line, Branch):
+        out.print(printable(line.told), style="yellow", markup=False)
+        return
+    out.print(line.session_id, end="", style="bold" if line.is_meant else "", markup=False)
+    told: list[Any] = [line.name, line.status, f"{line.turns} turns", line.begins]
+    out.print("  " + "  ".join(printable(str(one)) for one in told if one), markup=False)
