@@ -96,12 +96,21 @@ def read_turn(tx: Transaction, session_id: SessionId, number: int) -> TurnConten
             f"cannot find turn {number} of session {session_id}: it has {len(made)}",
             hint="`torpor turns SESSION` lists them.",
         )
-    call = calls.load_call(tx, made[number - 1])
+    return read_call(tx, made[number - 1], number=number, turns=len(made))
+
+
+def read_call(tx: Transaction, call_id: CallId, *, number: int, turns: int) -> TurnContent:
+    """A model's call as the turn of that number.
+
+    Raises:
+        Damaged: as `read_turn`.
+    """
+    call = calls.load_call(tx, call_id)
     request = requests.read_request(tx, call.call_id)
     head, body, masked = read_response(tx, call)
     return TurnContent(
         number=number,
-        turns=len(made),
+        turns=turns,
         call=call,
         request_head=request.head,
         request=request.body,
