@@ -7,17 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from torpor import wire
-from torpor.cli.lifecycle import NODE_DEADLINE_SECONDS
 from torpor.cli.printer import err, notice, out, print_json, printable
 from torpor.cli.reading import JSON, SESSION, with_reader
 from torpor.cli.running import env_pairs
 from torpor.core.ids import SessionId
+from torpor.core.session import SessionStatus
 from torpor.db.rewinds import Orphans
-from torpor.node import Node, open_node, socket_of
+from torpor.node import Node, open_node
 from torpor.runtime.lineage import Branch, Line, draw
 from torpor.runtime.reader import Reader
 
 MESSAGE_CHARACTERS_SHOWN = 200
+_ALIVE = frozenset({SessionStatus.RUNNING, SessionStatus.WAITING})
+"""A node that has such a session can make a checkpoint of now."""
 
 
 def register(app: typer.Typer) -> None:
@@ -56,9 +58,8 @@ def fork(
     async def work() -> Forked:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = socket_of(node.runtime.home.lock(found.session_id)) if at is None else None
-            if socket is not None:
-                await wire.ask(socket, "checkpoint", deadline_seconds=NODE_DEADLINE_SECONDS)
+            if at is None and found.status in _ALIVE:
+                await node.ask(found.session_id, "checkpoint")
             return await make(node.runtime, found, wish)
 
     made = asyncio.run(work())
@@ -87,7 +88,8 @@ def rewind(
 
     async def work() -> rewinding.Rewound:
         async with open_node() as node:
-            session_id = (await node.runtime.session(session)).session_id
+            found = await node.runtime.session(session)
+            session_id, goes_on = found.session_id, found.wake_ns is not None
             way = await rewinding.look(node.runtime, session_id, to)
             if way.orphans and not yes:
                 _print_orphans(way.orphans, as_json=json)
@@ -96,7 +98,7 @@ def rewind(
             await _stop(node, session_id)
             known = None if yes else way.orphan_names
             runtime, me = node.runtime, node.holder
-            return await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known)
+            return await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known, goes_on=goes_on)
 
     done = asyncio.run(work())
     left = f"{done.way.turns_left} turn{'s' if done.way.turns_left != 1 else ''}"
@@ -117,11 +119,8 @@ async def _stop(node: Node, session_id: SessionId) -> None:
     """Let the node that runs a session put it to sleep: where it stops is the tip of what is left."""
     from torpor.runtime.leasing import wait_until_free
 
-    lock = node.runtime.home.lock(session_id)
-    socket = socket_of(lock)
-    if socket is not None:
-        await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
-        await wait_until_free(lock)
+    if await node.ask(session_id, "stop") is not None:
+        await wait_until_free(node.runtime.home.lock(session_id))
 
 
 def _print_orphans(orphans: Orphans, *, as_json: bool) -> None:

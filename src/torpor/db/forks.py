@@ -15,7 +15,7 @@ from torpor.core.ids import CallId, SessionId, SnapshotId, WaitpointId, new_chec
 from torpor.core.origin import Origin, Plan
 from torpor.core.session import SessionStatus
 from torpor.core.waitpoint import Waitpoint, WaitpointKind
-from torpor.db import blocks, calls, checkpoints, copies, keys, log, messages, sessions, waitpoints
+from torpor.db import blocks, calls, checkpoints, copies, keys, log, messages, sessions, sleeping, waitpoints
 from torpor.db.copies import Source
 from torpor.db.database import Transaction
 from torpor.db.keys import WrappedKey
@@ -135,6 +135,8 @@ def create(tx: Transaction, past: Past, child: Child, *, wall_ns: int) -> Checkp
     if child.message is not None:
         messages.deliver(tx, **owner, text=child.message, wall_ns=wall_ns)
     sessions.set_status(tx, **owner, status=SessionStatus.ASLEEP, wall_ns=wall_ns, reason="forked")
+    if parent.wake_ns is not None:  # A node daemon runs the parent, and so the children.
+        sleeping.set_wake(tx, **owner, wake_ns=sleeping.NOW)
     return committed
 
 

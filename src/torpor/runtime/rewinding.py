@@ -17,6 +17,7 @@ from torpor.db import calls, rewinds
 from torpor.db.ahead import Ahead
 from torpor.db.database import Transaction
 from torpor.db.rewinds import Orphans
+from torpor.db.sleeping import NOW
 from torpor.runtime import leasing
 from torpor.runtime.origins import find_origin, number_of_turn
 from torpor.runtime.runtime import Runtime
@@ -75,10 +76,12 @@ async def rewind(
     answers: leasing.HolderAnswers,
     *,
     known: Collection[str] | None,
+    goes_on: bool,
 ) -> Rewound:
     """Take back a session that no node runs.
 
     Args:
+        goes_on: a node daemon is to run it then, as it did before.
         known: the orphans that a person agreed to; None: to all that there are.
 
     Raises:
@@ -91,7 +94,7 @@ async def rewind(
         way = await look(runtime, session_id, to)
         if known is not None and not way.orphan_names <= frozenset(known):
             raise orphaned(session_id, way.orphans)
-        checkpoint = await records.rewind(way.origin, way.plan)
+        checkpoint = await records.rewind(way.origin, way.plan, wake_ns=NOW if goes_on else None)
         crash_point("rewind.committed")
     return Rewound(way=way, checkpoint=checkpoint)
 
