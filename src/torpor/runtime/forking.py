@@ -179,8 +179,6 @@ def machine_id(session_id: SessionId) -> str:
 
 
 def _reseal(store: SessionStore, past: Past, children: Sequence[tuple[Child, Key]], lease: Lease) -> list[Child]:
-    sealed: list[Child] = []
-    for child, key in children:
-        ref = store.reseal(past.origin.checkpoint, snapshot_id=child.snapshot_id, key=key, lease=lease)
-        sealed.append(replace(child, manifest_digest=ref.manifest_digest))
-    return sealed
+    others = [(child.snapshot_id, key) for child, key in children]
+    refs = store.reseal(past.origin.checkpoint, others, lease=lease)
+    return [replace(child, manifest_digest=ref.manifest_digest) for (child, _), ref in zip(children, refs, strict=True)]

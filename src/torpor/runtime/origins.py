@@ -23,8 +23,8 @@ def find_origin(
     Raises:
         InvalidInput: `origin_malformed`.
         NotFound: `checkpoint_not_found`, `turn_not_found`.
-        Conflict: `session_without_checkpoint`; `turn_without_checkpoint`; `checkpoint_left`, `turn_left`: it is on a
-            branch that a rewind left.
+        Conflict: `session_without_checkpoint`; `turn_without_checkpoint`; `origin_left`: it is on a branch that a
+            rewind left.
     """
     if at is None:
         return _newest(tx, session_id, pump_alive)
@@ -70,7 +70,7 @@ def _checkpoint(tx: Transaction, session_id: SessionId, number: int, *, branches
             hint=f"`torpor checkpoints {session_id}` lists them.",
         )
     if not branches and number in checkpoints.list_left(tx, session_id):
-        raise _left("checkpoint_left", session_id, f"checkpoint {number}", str(number))
+        raise _left(session_id, f"checkpoint {number}", str(number))
     return at_checkpoint(point)
 
 
@@ -84,7 +84,7 @@ def _turn(tx: Transaction, session_id: SessionId, number: int, *, branches: bool
         )
     call = calls.load_call(tx, made[number - 1])
     if not branches and not rewinds.past_of(tx, session_id).timeline.holds(call.intended_seq):
-        raise _left("turn_left", session_id, f"turn {number}", f"turn:{number}")
+        raise _left(session_id, f"turn {number}", f"turn:{number}")
     then = rewinds.past_of(tx, session_id, before_seq=call.intended_seq).timeline
     points = [point for point in checkpoints.list_intact(tx, session_id, branches=True) if then.holds(point.seq)]
     origin = at_turn(points, call)
@@ -97,9 +97,9 @@ def _turn(tx: Transaction, session_id: SessionId, number: int, *, branches: bool
     return origin
 
 
-def _left(code: str, session_id: SessionId, what: str, at: str) -> Conflict:
+def _left(session_id: SessionId, what: str, at: str) -> Conflict:
     return Conflict(
-        code,
+        "origin_left",
         f"cannot rewind session {session_id} to {what}: an earlier rewind left it",
         hint=f"`torpor fork {session_id} --at {at}` goes on from there.",
     )

@@ -83,9 +83,11 @@ class SessionStore:
             shares=self._shares,
         )
 
-    def reseal(self, checkpoint: Checkpoint, *, snapshot_id: SnapshotId, key: Key, lease: Lease) -> SnapshotRef:
-        """Another session's own snapshot of what this one's checkpoint has: the same packs, and its own key."""
-        return self._store.reseal(self.ref(checkpoint), snapshot_id=snapshot_id, key=key, lease=lease)
+    def reseal(
+        self, checkpoint: Checkpoint, others: Sequence[tuple[SnapshotId, Key]], *, lease: Lease
+    ) -> list[SnapshotRef]:
+        """Other sessions' own snapshots of what this one's checkpoint has: the same packs, and keys of their own."""
+        return self._store.reseal(self.ref(checkpoint), others, lease=lease)
 
     def share(self, ref: SnapshotRef) -> None:
         """Let the first snapshots of sessions that are like this one be compared with this snapshot, once committed."""

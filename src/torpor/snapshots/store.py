@@ -198,21 +198,25 @@ class SnapshotStore:
             parent_problem=problem,
         )
 
-    def reseal(self, ref: SnapshotRef, *, snapshot_id: SnapshotId, key: Key, lease: Lease) -> SnapshotRef:
-        """Make another snapshot of the same packs, which opens with another key; durable on return.
+    def reseal(self, ref: SnapshotRef, others: Sequence[tuple[SnapshotId, Key]], *, lease: Lease) -> list[SnapshotRef]:
+        """Make other snapshots of the same packs, each of which opens with a key of its own; durable on return.
 
         Args:
-            lease: held from before the row was read that names `ref`, and until that of the new one is committed.
+            others: their ids and keys.
+            lease: held from before the row was read that names `ref`, and until those of the others are committed.
 
         Raises:
             Damaged: as `read_manifest`.
             MachineUnfit: no_space, storage_failed.
             Conflict: snapshot_exists, lease_lost.
         """
-        manifest = replace(self.read_manifest(ref), snapshot_id=snapshot_id, parent=ref.id)
-        lease.check()
-        data = self._publish(manifest, key)
-        return SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
+        manifest = replace(self.read_manifest(ref), parent=ref.id)
+        made: list[SnapshotRef] = []
+        for snapshot_id, key in others:
+            lease.check()
+            data = self._publish(replace(manifest, snapshot_id=snapshot_id), key)
+            made.append(SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key))
+        return made
 
     def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
         """Let first snapshots that share one of these names be compared with this one, where there is none yet.
