@@ -5,17 +5,15 @@ import inspect
 import re
 import threading
 from collections.abc import Awaitable
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
+from tests.conformance.fork_rows import FORK_AREAS, fork_arguments
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import new_call_id
-from torpor.core.origin import Plan, at_checkpoint
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
@@ -26,7 +24,6 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
-    copies,
     keys,
     log,
     messages,
@@ -35,7 +32,6 @@ from torpor.db import (
     redaction,
     redo,
     requests,
-    rewinds,
     roots,
     sessions,
     sleeping,
@@ -183,7 +179,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys, copies, rewinds, sleeping),
+    *(waitpoints, questions, messages, keys, sleeping, *FORK_AREAS),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -224,7 +220,7 @@ class Rows:
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
         asking = {"question": Question(text="Go on?"), "due_ns": None, "wall_ns": NOW}
         self.question = questions.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
-        self.received = replace(messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW), number=5)
+        messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         if writer == "sleeping.fall_asleep":
             sessions.set_status(tx, **scene.owner, status=SessionStatus.HIBERNATING, wall_ns=NOW)
@@ -237,11 +233,10 @@ class Rows:
         chunk = calls.Chunk(number=1, offset_ns=1, data=b"z")
         point = self.checkpoint.checkpoint_id
         budget = WaitpointKind.BUDGET
-        events = log.events(tx, self.scene.session_id)
-        source = copies.read_source(tx, calls.load_call(tx, self.answered), events, past_seq=events[-1].seq)
-        first = checkpoints.numbered(tx, self.scene.session_id, 0)
-        assert first is not None
         return {
+            **fork_arguments(
+                tx, self.scene.session_id, self.answered, opened=self.open, intended=self.intended.call_id
+            ),
             "sessions.release": {"wall_ns": NOW},
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
@@ -286,9 +281,6 @@ class Rows:
             "questions.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
             "waitpoints.resolve": {"point": self.question, "resolution": {}, "wall_ns": NOW},
             "messages.deliver": {"text": "to it", "wall_ns": NOW},
-            "messages.bring": {"message": self.received, "call_id": None, "wall_ns": NOW},
-            "messages.begin_from": {"inbox": 7, "outbox": 8},
-            "messages.unhandle": {"call_ids": [self.sent]},
             "messages.take": {"call_id": self.sent},
             "messages.send": {"call_id": self.sent, "text": "from it", "wall_ns": NOW},
             "waitpoints.resolve_all": {"kind": budget, "resolution": {}, "wall_ns": NOW},
@@ -296,25 +288,6 @@ class Rows:
             "checkpoints.insert": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq)},
             "checkpoints.mark_damaged": {"checkpoint_id": point, "damage": "a pack is gone"},
             "checkpoints.forget": {"checkpoint_id": point},
-            "checkpoints.leave": {"point": first, "left_seq": first.seq},
-            "copies.copy": {
-                "source": source,
-                "call_id": new_call_id(NOW),
-                "prepared": self.body,
-                "origin": {"resamples": self.answered},
-                "wall_ns": NOW,
-            },
-            "copies.take_answer": {
-                "call_id": self.intended.call_id,
-                "answer": source.answer,
-                "joined": self.answered,
-                "wall_ns": NOW,
-            },
-            "rewinds.rewind": {
-                "origin": at_checkpoint(first),
-                "plan": Plan(kept=(), anew=(self.open,), pending=(), joinable=()),
-                "wall_ns": NOW,
-            },
             "roots.bring": {"checkpoint": self.scene.checkpoint(3, self.checkpoint.seq), "wall_ns": NOW},
             "roots.retain": {"policy": RetentionPolicy(keep_last=1, keep_hourly=0, keep_daily=0), "wall_ns": NOW},
             "roots.forget_damaged": {"roots": roots.list_roots(tx)[:1], "wall_ns": NOW},
