@@ -49,6 +49,13 @@ def slow_model(scratch: Path, runsc: Path) -> Iterator[Stage]:
         yield made
 
 
+@pytest.fixture
+def quick_plain(scratch: Path, runsc: Path) -> Iterator[Stage]:
+    """A model that answers at once."""
+    with stage(scratch, runsc, ["--script", "plain", "--first-byte-seconds", "0"]) as made:
+        yield made
+
+
 def drawn(made: Stage, session: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in made.torpor("output", session).stdout.splitlines()]
 
@@ -138,12 +145,14 @@ call("checkpoint")
 answer = call("wait", waitpoints=[asked])["waitpoints"][0]["answer"]
 message = call("receive")
 number = call("send", text=f"{answer}: {message['text']}")["number"]
-with open("/run/torpor/environment") as file:
-    told = dict(line.split("=", 1) for line in file.read().splitlines())
+told = {}
+if os.path.exists("/run/torpor/environment"):
+    with open("/run/torpor/environment") as file:
+        told = dict(line.split("=", 1) for line in file.read().splitlines())
 with open("/run/torpor/incarnation") as file:
     incarnation = int(file.read())
-print(json.dumps({"answer": answer, "message": message, "number": number, "way": told["WAY"],
-    "which": told["TORPOR_FORK"], "machine": told["TORPOR_MACHINE_ID"], "incarnation": incarnation}))
+print(json.dumps({"answer": answer, "message": message, "number": number, "way": told.get("WAY"),
+    "which": told.get("TORPOR_FORK"), "machine": told.get("TORPOR_MACHINE_ID"), "incarnation": incarnation}))
 """
 
 
@@ -158,8 +167,9 @@ def test_each_child_is_answered_and_written_to_by_itself_and_needs_no_parent(slo
     made.torpor("send", "one", "not handled yet")
     log.wait("waitpoint.created", 2)
     children = made.rows("fork", "one", "--count", "2", "--name", "kid", "--env", "WAY=east", "--message", "hello")
-    assert made.torpor("kill", "one").returncode == 0
-    assert node.wait(PATIENCE_SECONDS) == 137
+    made.torpor("resolve", "one", "the parent's way")
+    assert node.wait(PATIENCE_SECONDS) == 0
+    assert drawn(made, "one")[0]["answer"] == "the parent's way"
     log.close()
     made.torpor("rm", "one")
     made.torpor("collect", "--grace", "0")
@@ -254,3 +264,34 @@ def test_the_docs_shell_hook_reads_what_init_writes(tmp_path: Path) -> None:
     hook = text.replace("/run/torpor/environment", str(told)).replace("/etc/machine-id", str(tmp_path / "id"))
     subprocess.run(["sh", "-c", hook], check=True)
     assert (tmp_path / "id").read_text() == "0123\n"
+
+
+def test_a_turn_without_a_checkpoint_of_its_own_is_reached_through_the_log(quick_plain: Stage) -> None:
+    made = quick_plain
+    (made.project / "agent.py").write_text(ASKING + 'for turn in range(1, 5):\n    print(turn, ask(f"turn {turn}"))\n')
+    share = ("run", "--checkpoint-share", "0.001%", "--name", "one")
+    assert made.torpor(*share, "--", sys.executable, "agent.py").returncode == 0
+    points = made.rows("checkpoints", "one")
+    assert [point["reason"] for point in points] == ["start", "call", "exit"]
+    said = made.torpor("output", "one").stdout
+    before = asked(made)
+
+    # The first turn has a checkpoint. Of the third the child has every answer; the fourth it asks for itself.
+    [child] = made.rows("fork", "one", "--at", "turn:3", "--name", "kid")
+    assert child["checkpoint"] == 1
+    assert made.node("resume", "kid").wait(PATIENCE_SECONDS) == 0
+    assert asked(made) == before + 1
+    told = made.torpor("output", "kid").stdout.splitlines()
+    assert told[:3] == said.splitlines()[:3]
+    assert told[3] != said.splitlines()[3]
+    assert [event["kind"] for event in made.events("kid")].count("call.repeated") == 2
+    assert "call.diverged" not in [event["kind"] for event in made.events("kid")]
+    made.torpor("log", "kid", "--verify")
+
+    # Asked anew is only the turn that is meant; what comes after it is new anyway.
+    made.rows("fork", "one", "--at", "turn:3", "--name", "other", "--resample")
+    assert made.node("resume", "other").wait(PATIENCE_SECONDS) == 0
+    assert asked(made) == before + 1 + 2
+    told = made.torpor("output", "other").stdout.splitlines()
+    assert [line == old for line, old in zip(told, said.splitlines(), strict=True)] == [True, True, False, False]
+    made.torpor("log", "other", "--verify")

@@ -60,7 +60,7 @@ def fork(
             found = await node.runtime.session(session)
             if at is None and found.status in _ALIVE:
                 await node.ask(found.session_id, "checkpoint")
-            return await make(node.runtime, found, wish)
+            return await make(node.runtime, found, wish, node.holder)
 
     made = asyncio.run(work())
     for child in made.children:

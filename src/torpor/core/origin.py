@@ -73,7 +73,9 @@ def plan(origin: Origin, calls: Mapping[CallId, Call], timeline: Timeline, *, re
         for stream in point.open_streams
         if stream.call_id is not None and stream.call_id in calls
     ]
-    anew = [call for stream, call in opened if resample and call.is_llm and not _touched(stream)]
+    # On the way to a turn that lies behind the cut another answer would lead elsewhere.
+    may_ask = resample and origin.turn is None
+    anew = [call for stream, call in opened if may_ask and call.is_llm and not _touched(stream)]
     held = [call for _, call in opened if call not in anew]
     between = [
         call

@@ -152,7 +152,8 @@ def _copy_calls(
         touched = stream is not None and stream.taken > stream.untouched_bytes
         seen = stream.attempt if stream is not None and touched else None
         origin: dict[str, Any] = dict(one.told)
-        if one.joins:
+        # A person, a message or a time answers each child by itself; only what was answered by then comes along.
+        if one.joins and (old.is_llm or one.source.answer is not None):
             origin["joins"] = {"session": old.session_id, "call": old.call_id, "attempt": seen}
         call_id = child.call_ids[old.call_id]
         made: dict[str, Any] = {**owner, "call_id": call_id, "wall_ns": wall_ns}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torpor.core.branch import Timeline
 from torpor.core.call import Call, changes_outside
-from torpor.core.checkpoint import REWOUND, Checkpoint, cut_order
+from torpor.core.checkpoint import FORKED, REWOUND, Checkpoint, cut_order
 from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, new_call_id, new_checkpoint_id
@@ -189,7 +189,8 @@ def _commit(
         seq=row.head_seq,
         cursor_seq=row.cursor_seq,
         open_streams=streams,
-        reason=REWOUND,
+        # A fork's image from before its first life is told the fork's environment whenever it is restored.
+        reason=FORKED if point.reason == FORKED else REWOUND,
         freeze_ns=0,
         commit_ns=0,
         stored_bytes=0,

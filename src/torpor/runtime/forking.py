@@ -6,6 +6,7 @@ The parent's rows are only read; a store lease keeps what they name until the ch
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torpor.db import calls, forks, requests, rewinds, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.database import Transaction
 from torpor.db.forks import Child, Copied, Past
-from torpor.runtime.leasing import is_held
+from torpor.runtime import leasing
 from torpor.runtime.origins import find_origin, number_of_turn
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.session_store import SessionStore
@@ -75,8 +76,8 @@ class Forked:
     call_ids: Sequence[Mapping[CallId, CallId]]
 
 
-async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish) -> Forked:
-    """Make the children, all or none.
+async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish, me: leasing.Holder) -> Forked:
+    """Make the children, all or none. Their locks are held meanwhile: what is stored for them has no row yet.
 
     Raises:
         InvalidInput: `fork_count`, and as `find_origin`.
@@ -85,10 +86,17 @@ async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish) -> Forked
     """
     if not 1 <= wish.count <= COUNT_MAX:
         raise InvalidInput("fork_count", f"cannot fork {wish.count} times: a number from 1 to {COUNT_MAX} is needed")
+    await runtime.stores.keyring(anew=True)
     store = await runtime.stores.of(parent)
-    async with store.lease() as lease:
+    async with AsyncExitStack() as held:
+        lease = await held.enter_async_context(store.lease())
         past, turn = await runtime.database.read(lambda tx: _read(tx, runtime, parent, wish))
-        children = [await _prepare(runtime, past, wish, number) for number in range(1, wish.count + 1)]
+        ids = [new_session_id(runtime.clock.wall_ns()) for _ in range(wish.count)]
+        for child_id in ids:
+            lock = leasing.acquire_free_lock(runtime.home.lock(child_id), me)
+            assert lock is not None, "nobody knows the id yet"
+            held.callback(lock.release)
+        children = [await _prepare(runtime, past, wish, child_id, number) for number, child_id in enumerate(ids, 1)]
         sealed = await asyncio.to_thread(_reseal, store, past, children, lease)
         crash_point("fork.stored")
 
@@ -110,7 +118,7 @@ async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish) -> Forked
 
 def _read(tx: Transaction, runtime: Runtime, parent: sessions.Session, wish: Wish) -> tuple[Past, int]:
     session_id = parent.session_id
-    is_run = is_held(runtime.home.lock(session_id))
+    is_run = leasing.is_held(runtime.home.lock(session_id))
     origin = find_origin(tx, session_id, wish.at, branches=True, pump_alive=lambda _: is_run)
     made: dict[CallId, Call] = {call.call_id: call for call in calls.load_calls(tx, session_id)}
     was = rewinds.past_of(tx, session_id, before_seq=origin.past_seq)
@@ -139,10 +147,9 @@ def _told(one: Copied, wish: Wish) -> Copied:
     return replace(one, source=replace(one.source, head=head, body=other.body), told=told)
 
 
-async def _prepare(runtime: Runtime, past: Past, wish: Wish, number: int) -> tuple[Child, Key]:
+async def _prepare(runtime: Runtime, past: Past, wish: Wish, session_id: SessionId, number: int) -> tuple[Child, Key]:
     """A child without its snapshot, and its key. Large requests are stored under its id, which no row has yet."""
     now = runtime.clock.wall_ns
-    session_id = new_session_id(now())
     key, kept = (await runtime.stores.keyring()).new_session_key(session_id)
     ahead = Ahead(database=runtime.database, session_id=session_id, owner_token=0)
     bodies = {
