@@ -295,3 +295,17 @@ def test_a_turn_without_a_checkpoint_of_its_own_is_reached_through_the_log(quick
     told = made.torpor("output", "other").stdout.splitlines()
     assert [line == old for line, old in zip(told, said.splitlines(), strict=True)] == [True, True, False, False]
     made.torpor("log", "other", "--verify")
+
+
+def test_a_child_can_be_booted_with_the_files_that_it_began_with(quick_plain: Stage) -> None:
+    made = quick_plain
+    (made.project / "agent.py").write_text(
+        ASKING
+        + "import os\nprint(os.path.exists('made'), os.environ.get('WAY'))\n"
+        + "open('made', 'w').close()\nask('one')\nask('two')\n"
+    )
+    assert made.torpor("run", "--name", "one", "--", sys.executable, "agent.py").returncode == 0
+    made.rows("fork", "one", "--at", "turn:2", "--name", "kid", "--env", "WAY=east")
+    assert made.node("resume", "--boot", "kid").wait(PATIENCE_SECONDS) == 0
+    assert made.torpor("output", "kid").stdout == "True east\n"
+    made.torpor("log", "kid", "--verify")

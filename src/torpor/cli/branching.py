@@ -14,7 +14,7 @@ from torpor.core.ids import SessionId
 from torpor.core.session import SessionStatus
 from torpor.db.rewinds import Orphans
 from torpor.node import Node, open_node
-from torpor.runtime.lineage import Branch, Line, draw
+from torpor.runtime.lineage import Branch, Line, counted, draw
 from torpor.runtime.reader import Reader
 
 MESSAGE_CHARACTERS_SHOWN = 200
@@ -68,7 +68,7 @@ def fork(
             print_json({"session": child, "parent": made.parent, "checkpoint": made.checkpoint, "turn": made.turn})
         else:
             typer.echo(child)
-    begun = f"from checkpoint {made.checkpoint} of {made.parent}, after {made.turn} turns"
+    begun = f"from checkpoint {made.checkpoint} of {made.parent}, after {counted(made.turn)}"
     notice(f"{len(made.children)} {begun}; asleep until `torpor resume`")
 
 
@@ -101,8 +101,8 @@ def rewind(
             return await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known, goes_on=goes_on)
 
     done = asyncio.run(work())
-    left = f"{done.way.turns_left} turn{'s' if done.way.turns_left != 1 else ''}"
-    notice(f"back at checkpoint {done.way.origin.checkpoint.number}, after {done.way.turn} turns; {left} left behind")
+    back = f"back at checkpoint {done.way.origin.checkpoint.number}, in turn {done.way.turn}"
+    notice(f"{back}; {counted(done.way.turns_left)} left behind")
     if json:
         print_json(
             {
@@ -160,5 +160,5 @@ def _print_line(line: Line) -> None:
         out.print(printable(line.told), style="yellow", markup=False)
         return
     out.print(line.session_id, end="", style="bold" if line.is_meant else "", markup=False)
-    told: list[Any] = [line.name, line.status, f"{line.turns} turns", line.begins]
+    told: list[Any] = [line.name, line.status, counted(line.turns), line.begins]
     out.print("  " + "  ".join(printable(str(one)) for one in told if one), markup=False)

@@ -64,8 +64,7 @@ class Branch(Line):
     @property
     def told(self) -> str:
         tip = "" if self.tip is None else f"; its last checkpoint is {self.tip}"
-        plural = "" if self.turns == 1 else "s"
-        return f"rewound to turn {self.to_turn}: {self.turns} turn{plural} left behind{tip}"
+        return f"rewound to turn {self.to_turn}: {counted(self.turns)} left behind{tip}"
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -83,6 +82,10 @@ def read_lineage(tx: Transaction, session_id: SessionId) -> list[Line]:
     for root in roots:
         lines += _below(tx, found, root, session_id, ())
     return lines
+
+
+def counted(turns: int) -> str:
+    return "1 turn" if turns == 1 else f"{turns} turns"
 
 
 def draw(line: Line) -> str:

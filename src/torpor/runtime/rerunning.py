@@ -50,7 +50,7 @@ async def rerun(
     """
     session_id = session.session_id
     old = await runtime.database.read(lambda tx: read_turn(tx, session_id, number))
-    other = _with_model(old, model)
+    other = with_model(old, model)
     forked = await fork(runtime, session, Wish(at=f"turn:{number}", other={old.call.call_id: other}), me)
     child, call_id = forked.children[0], forked.call_ids[0][old.call.call_id]
     async with runtime.borrow(child, me, answers) as records:
@@ -71,7 +71,7 @@ async def rerun(
     return Rerun(child=child, old=old, new=await runtime.database.read(read))
 
 
-def _with_model(turn: TurnContent, model: str) -> OtherRequest:
+def with_model(turn: TurnContent, model: str) -> OtherRequest:
     """The turn's request, to another model of the same kind.
 
     Raises:
@@ -83,8 +83,8 @@ def _with_model(turn: TurnContent, model: str) -> OtherRequest:
         body = _decoded(turn)
         if not isinstance(body.get("model"), str):
             raise _unreadable(turn, "it names no model")
-        changed = json.dumps({**body, "model": model}, ensure_ascii=False, separators=(",", ":"))
-        return OtherRequest(target=target, body=changed.encode("utf-8", "surrogatepass"), model=model)
+        changed = json.dumps({**body, "model": model}, separators=(",", ":"))
+        return OtherRequest(target=target, body=changed.encode(), model=model)
     before, separator, after = target.partition(f"/models/{call.model}")
     if call.model is None or not separator:
         raise _unreadable(turn, "it names no model where this dialect has it")
