@@ -23,6 +23,7 @@ from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
+from torpor.db import sleeping
 from torpor.db.roots import Move
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
@@ -59,6 +60,7 @@ class Owner:
     """See the module.
 
     Attributes:
+        begun: set when a life of its session has begun, or none will.
         ended: set when its work is done.
     """
 
@@ -91,6 +93,7 @@ class Owner:
         self._beginning = beginning
         self._hibernation = hibernation
         self._wake_ns: int | None = None
+        self.begun = asyncio.Event()
         self.ended = asyncio.Event()
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
@@ -120,6 +123,7 @@ class Owner:
             raise innermost(failures) from failures
         finally:
             self._staging.let_go()
+            self.begun.set()
             self.ended.set()
         await self._images.tend()
         return outcome
@@ -138,6 +142,17 @@ class Owner:
     async def stop(self) -> bool:
         """As `ask_to_stop`, and wait for the session to sleep or end; False: it can't be cut, and runs on."""
         self.ask_to_stop()
+        return await self._stopped()
+
+    async def retire(self) -> bool:
+        """Sleep until this session's node daemon, or another one, is there again; as `stop`."""
+        if self.tier is None:
+            self.ask_to_stop(sleeping.NOW)
+        else:
+            self._hibernation.call(None)
+        return await self._stopped()
+
+    async def _stopped(self) -> bool:
         refused = self._stop_refused
         async with asyncio.TaskGroup() as tasks:
             waiting = [tasks.create_task(self.ended.wait()), tasks.create_task(refused.wait())]
@@ -151,6 +166,15 @@ class Owner:
         self._wanted = Ending.KILLED
         self._asked.set()
         self._hibernation.call(None)
+
+    async def hibernate(self) -> None:
+        """Sleep until what the agent waits for comes; returns when the session sleeps.
+
+        Raises:
+            Conflict: `session_busy`: its agent does not only wait.
+        """
+        if self.tier is None:
+            await self._hibernation.hurry()
 
     def wake(self) -> None:
         """A person wants the session awake, whatever it waits for."""
@@ -295,6 +319,7 @@ class Owner:
                 tasks.create_task(life.link.run())
                 outputs = await self._beginning.begin(rung, tasks)
                 self._life = life
+                self.begun.set()
                 while self._early_signals:
                     await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
@@ -321,6 +346,7 @@ class Owner:
         finally:
             self._life = None
             self._checkpointer.end_life()
+            self._hibernation.end_life()
             if life.watch is not None:
                 life.watch.close()
         return ending
