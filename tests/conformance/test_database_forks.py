@@ -101,6 +101,7 @@ def fork(tx: Transaction, story: Story, *, resample: bool = False, message: str 
         call_ids=ids,
         bodies={one.source.call.call_id: requests.prepare(one.source.body) for one in past.calls},
         message=message,
+        wake_ns=None,
     )
     forks.create(tx, past, child, wall_ns=NOW)
     return Scene(story.database, session_id, 0)

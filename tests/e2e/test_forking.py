@@ -309,3 +309,25 @@ def test_a_child_can_be_booted_with_the_files_that_it_began_with(quick_plain: St
     assert made.node("resume", "--boot", "kid").wait(PATIENCE_SECONDS) == 0
     assert made.torpor("output", "kid").stdout == "True east\n"
     made.torpor("log", "kid", "--verify")
+
+
+def test_who_runs_the_parent_runs_its_children_and_one_that_was_taken_back(slow_model: Stage) -> None:
+    made = slow_model
+    (made.project / "agent.py").write_text(ASKING + 'for turn in range(1, 7):\n    print(turn, ask(f"turn {turn}"))\n')
+    made.torpor("run", "-d", "--name", "one", "--", sys.executable, "agent.py")
+    log = made.follow("one")
+    log.wait("call.sent", 2)
+    made.torpor("rewind", "one", "--to", "turn:1")
+    log.wait("call.sent", 4)
+    made.rows("fork", "one", "--count", "2", "--name", "kid")
+    made.rows("fork", "one", "--name", "left", "--asleep")
+    log.wait("agent.exited")
+    log.close()
+    for kid in ("kid-1", "kid-2"):
+        followed = made.follow(kid)
+        followed.wait("agent.exited")
+        followed.close()
+    states = {row["name"]: row["status"] for row in made.rows("ls")}
+    assert states == {"one": "succeeded", "kid-1": "succeeded", "kid-2": "succeeded", "left": "asleep"}
+    for name in states:
+        made.torpor("log", name, "--verify")

@@ -41,6 +41,9 @@ def fork(
     resample: Annotated[
         bool, typer.Option("--resample", help="Ask models anew, instead of joining the parent's answers.")
     ] = False,
+    asleep: Annotated[
+        bool, typer.Option("--asleep", help="Leave the children asleep, although a node daemon runs the session.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="The child's name; of several, each gets a number behind it.")
     ] = None,
@@ -48,19 +51,29 @@ def fork(
 ) -> None:
     """Make sessions that begin where this one is, or was: same memory, same files, an identity of their own.
 
-    The children are asleep; `torpor resume` runs one. The parent is not disturbed.
+    The children are asleep; `torpor resume` runs one. If a node daemon runs this session, it runs the children as well.
     """
     from torpor.runtime.forking import Forked, Wish
     from torpor.runtime.forking import fork as make
 
-    wish = Wish(at=at, count=count, environment=env_pairs(env or []), message=message, resample=resample, name=name)
+    wish = Wish(
+        at=at,
+        count=count,
+        environment=env_pairs(env or []),
+        message=message,
+        resample=resample,
+        asleep=asleep,
+        name=name,
+    )
 
     async def work() -> Forked:
         async with open_node() as node:
             found = await node.runtime.session(session)
             if at is None and found.status in _ALIVE:
                 await node.ask(found.session_id, "checkpoint")
-            return await make(node.runtime, found, wish, node.holder)
+            made = await make(node.runtime, found, wish, node.holder)
+            await node.ask_daemon("look")
+            return made
 
     made = asyncio.run(work())
     for child in made.children:
@@ -69,7 +82,7 @@ def fork(
         else:
             typer.echo(child)
     begun = f"from checkpoint {made.checkpoint} of {made.parent}, after {counted(made.turn)}"
-    notice(f"{len(made.children)} {begun}; asleep until `torpor resume`")
+    notice(f"{len(made.children)} {begun}")
 
 
 def rewind(
@@ -98,7 +111,9 @@ def rewind(
             await _stop(node, session_id)
             known = None if yes else way.orphan_names
             runtime, me = node.runtime, node.holder
-            return await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known, goes_on=goes_on)
+            done = await rewinding.rewind(runtime, session_id, to, me, wire.answers, known=known, goes_on=goes_on)
+            await node.ask_daemon("look")
+            return done
 
     done = asyncio.run(work())
     back = f"back at checkpoint {done.way.origin.checkpoint.number}, in turn {done.way.turn}"

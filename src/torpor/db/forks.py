@@ -64,6 +64,7 @@ class Child:
         call_ids: of its copies, by the parent's call.
         bodies: the requests of its copies, by the parent's call, stored ahead as far as they are large.
         message: the first one in its inbox that is its own.
+        wake_ns: when a node is to run it; see `sleeping`.
     """
 
     session_id: SessionId
@@ -75,6 +76,7 @@ class Child:
     call_ids: Mapping[CallId, CallId]
     bodies: Mapping[CallId, PreparedBody]
     message: str | None
+    wake_ns: int | None
 
 
 def read_past(tx: Transaction, session_id: SessionId, origin: Origin, plan: Plan) -> Past:
@@ -135,8 +137,7 @@ def create(tx: Transaction, past: Past, child: Child, *, wall_ns: int) -> Checkp
     if child.message is not None:
         messages.deliver(tx, **owner, text=child.message, wall_ns=wall_ns)
     sessions.set_status(tx, **owner, status=SessionStatus.ASLEEP, wall_ns=wall_ns, reason="forked")
-    if parent.wake_ns is not None:  # A node daemon runs the parent, and so the children.
-        sleeping.set_wake(tx, **owner, wake_ns=sleeping.NOW)
+    sleeping.set_wake(tx, **owner, wake_ns=child.wake_ns)
     return committed
 
 

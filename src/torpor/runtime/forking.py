@@ -17,10 +17,12 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import InvalidInput
 from torpor.core.ids import CallId, SessionId, new_call_id, new_session_id, new_snapshot_id
 from torpor.core.origin import Origin, plan
+from torpor.core.session import SessionStatus
 from torpor.db import calls, forks, requests, rewinds, sessions
 from torpor.db.ahead import Ahead
 from torpor.db.database import Transaction
 from torpor.db.forks import Child, Copied, Past
+from torpor.db.sleeping import NOW
 from torpor.runtime import leasing
 from torpor.runtime.origins import find_origin, number_of_turn
 from torpor.runtime.runtime import Runtime
@@ -40,6 +42,7 @@ class Wish:
         at: see `find_origin`.
         resample: models are asked anew where the agent saw nothing of their answers.
         message: the first one in each child's inbox.
+        asleep: only a person wakes the children, although a node daemon runs the parent.
         name: of the only child; of several, each with a number behind it.
         other: by a parent's call, the request that is sent in the place of its own.
     """
@@ -49,6 +52,7 @@ class Wish:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     message: str | None = None
     resample: bool = False
+    asleep: bool = False
     name: str | None = None
     other: "Mapping[CallId, OtherRequest]" = field(default_factory=dict[CallId, "OtherRequest"])
 
@@ -167,8 +171,17 @@ async def _prepare(runtime: Runtime, past: Past, wish: Wish, session_id: Session
         call_ids={call_id: new_call_id(now()) for call_id in bodies},
         bodies=bodies,
         message=wish.message,
+        wake_ns=_wake_ns(past.parent, wish),
     )
     return child, key
+
+
+def _wake_ns(parent: sessions.Session, wish: Wish) -> int | None:
+    """Whoever runs the parent runs the children; those of one that sleeps now sleep until what it waits for comes."""
+    if parent.wake_ns is None or wish.asleep:
+        return None
+    sleeps_on = parent.status is SessionStatus.ASLEEP and wish.at is None and wish.message is None
+    return parent.wake_ns if sleeps_on else NOW
 
 
 def _spec(past: Past, session_id: SessionId, wish: Wish, number: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ async def rerun(
     session_id = session.session_id
     old = await runtime.database.read(lambda tx: read_turn(tx, session_id, number))
     other = with_model(old, model)
-    forked = await fork(runtime, session, Wish(at=f"turn:{number}", other={old.call.call_id: other}), me)
+    forked = await fork(runtime, session, Wish(at=f"turn:{number}", asleep=True, other={old.call.call_id: other}), me)
     child, call_id = forked.children[0], forked.call_ids[0][old.call.call_id]
     async with runtime.borrow(child, me, answers) as records:
         await fetch_answer(
