@@ -8,6 +8,7 @@ import typer
 
 from torpor import wire
 from torpor.cli.printer import err, notice, out, print_json, printable
+from torpor.cli.progress import progress_bars
 from torpor.cli.reading import JSON, SESSION, with_reader
 from torpor.cli.running import env_pairs
 from torpor.core.ids import SessionId
@@ -18,6 +19,8 @@ from torpor.runtime.lineage import Branch, Line, counted, draw
 from torpor.runtime.reader import Reader
 
 MESSAGE_CHARACTERS_SHOWN = 200
+SILENT_COUNT_MAX = 50
+"""So many children are made in about a second."""
 _ALIVE = frozenset({SessionStatus.RUNNING, SessionStatus.WAITING})
 """A node that has such a session can make a checkpoint of now."""
 
@@ -71,7 +74,11 @@ def fork(
             found = await node.runtime.session(session)
             if at is None and found.status in _ALIVE:
                 await node.ask(found.session_id, "checkpoint")
-            made = await make(node.runtime, found, wish, node.holder)
+            if count > SILENT_COUNT_MAX:
+                with progress_bars() as progress:
+                    made = await make(node.runtime, found, wish, node.holder, progress)
+            else:
+                made = await make(node.runtime, found, wish, node.holder)
             await node.ask_daemon("look")
             return made
 

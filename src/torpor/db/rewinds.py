@@ -88,8 +88,9 @@ def rewind(
     _sleep(tx, owner, status, wall_ns)
     event = _log_it(tx, owner, origin, wall_ns)
     _leave(tx, owner, origin, event.seq, wall_ns)
-    _forget_what_was_done(tx, owner, left, wall_ns)
-    cursor, present = _ask_anew(tx, owner, origin, [made[call_id] for call_id in plan.anew], wall_ns)
+    anew = [made[call_id] for call_id in plan.anew]
+    _forget_what_was_done(tx, owner, [*left, *anew], wall_ns)
+    cursor, present = _ask_anew(tx, owner, origin, anew, wall_ns)
     sessions.set_cursor(tx, **owner, cursor_seq=cursor)
     _cut_output(tx, owner, origin.checkpoint, wall_ns)
     return _commit(tx, owner, origin, plan, present, wall_ns)

@@ -29,6 +29,7 @@ from torpor.runtime.runtime import Runtime
 from torpor.runtime.session_store import SessionStore
 from torpor.runtime.spec import SessionSpec
 from torpor.snapshots.cipher import Key
+from torpor.snapshots.collect import Progress
 from torpor.snapshots.lease import Lease
 
 COUNT_MAX = 1000
@@ -80,7 +81,17 @@ class Forked:
     call_ids: Sequence[Mapping[CallId, CallId]]
 
 
-async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish, me: leasing.Holder) -> Forked:
+def _tell_nobody(_what: str, _done: int, _total: int) -> None:
+    return
+
+
+async def fork(
+    runtime: Runtime,
+    parent: sessions.Session,
+    wish: Wish,
+    me: leasing.Holder,
+    progress: Progress = _tell_nobody,
+) -> Forked:
     """Make the children, all or none. Their locks are held meanwhile: what is stored for them has no row yet.
 
     Raises:
@@ -101,7 +112,7 @@ async def fork(runtime: Runtime, parent: sessions.Session, wish: Wish, me: leasi
             assert lock is not None, "nobody knows the id yet"
             held.callback(lock.release)
         children = [await _prepare(runtime, past, wish, child_id, number) for number, child_id in enumerate(ids, 1)]
-        sealed = await asyncio.to_thread(_reseal, store, past, children, lease)
+        sealed = await asyncio.to_thread(_reseal, store, past, children, lease, progress)
         crash_point("fork.stored")
 
         def create(tx: Transaction) -> None:
@@ -198,7 +209,13 @@ def machine_id(session_id: SessionId) -> str:
     return hashlib.sha256(session_id.encode()).hexdigest()[:32]
 
 
-def _reseal(store: SessionStore, past: Past, children: Sequence[tuple[Child, Key]], lease: Lease) -> list[Child]:
+def _reseal(
+    store: SessionStore, past: Past, children: Sequence[tuple[Child, Key]], lease: Lease, progress: Progress
+) -> list[Child]:
     others = [(child.snapshot_id, key) for child, key in children]
-    refs = store.reseal(past.origin.checkpoint, others, lease=lease)
+
+    def tell(done: int) -> None:
+        progress("making children", done, len(others))
+
+    refs = store.reseal(past.origin.checkpoint, others, lease=lease, each=tell)
     return [replace(child, manifest_digest=ref.manifest_digest) for (child, _), ref in zip(children, refs, strict=True)]
