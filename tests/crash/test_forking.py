@@ -178,3 +178,22 @@ def test_below_a_rewinds_own_checkpoint_the_ladder_gives_no_answer_of_what_was_l
     assert used == {answered[1]}
     assert turns_of(asking, "one") == [1, 2, 3, 4]
     asking.torpor("log", "one", "--verify")
+
+
+def test_a_child_of_a_large_request_has_it_whole_whoever_died_before(asking: Stage) -> None:
+    made = asking
+    large = AGENT.replace('f"turn {turn}"', '__import__("random").Random(turn).randbytes(1200000).hex()')
+    (made.project / "agent.py").write_text(large)
+    begin(made, 1)
+    died = made.torpor("fork", "one", "--at", "turn:1", check=False, TORPOR_CRASH_POINT="blob.stored")
+    assert died.returncode == -signal.SIGKILL
+    blobs = list((made.home / "store/blobs").rglob("*_*"))
+    made.torpor("collect", "--grace", "0")
+    assert len(list((made.home / "store/blobs").rglob("*_*"))) < len(blobs)
+    assert len(list((made.home / "sessions").iterdir())) == 1
+    [child] = made.rows("fork", "one", "--at", "turn:1")
+    made.torpor("rm", "one")
+    assert resume(made, child["session"]) == 0
+    assert turns_of(made, child["session"]) == [1, 2, 3, 4]
+    made.torpor("log", child["session"], "--verify")
+    check_nothing_left(made)

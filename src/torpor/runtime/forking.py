@@ -20,6 +20,7 @@ from torpor.core.origin import Origin, plan
 from torpor.core.session import SessionStatus
 from torpor.db import calls, forks, requests, rewinds, sessions
 from torpor.db.ahead import Ahead
+from torpor.db.blobs import BLOB_BYTES_MIN
 from torpor.db.database import Transaction
 from torpor.db.forks import Child, Copied, Past
 from torpor.db.sleeping import NOW
@@ -92,7 +93,7 @@ async def fork(
     me: leasing.Holder,
     progress: Progress = _tell_nobody,
 ) -> Forked:
-    """Make the children, all or none. Their locks are held meanwhile: what is stored for them has no row yet.
+    """Make the children, all or none.
 
     Raises:
         InvalidInput: `fork_count`, and as `find_origin`.
@@ -107,10 +108,8 @@ async def fork(
         lease = await held.enter_async_context(store.lease())
         past, turn = await runtime.database.read(lambda tx: _read(tx, runtime, parent, wish))
         ids = [new_session_id(runtime.clock.wall_ns()) for _ in range(wish.count)]
-        for child_id in ids:
-            lock = leasing.acquire_free_lock(runtime.home.lock(child_id), me)
-            assert lock is not None, "nobody knows the id yet"
-            held.callback(lock.release)
+        if any(len(one.source.body) >= BLOB_BYTES_MIN for one in past.calls):
+            _lock(runtime, ids, me, held)
         children = [await _prepare(runtime, past, wish, child_id, number) for number, child_id in enumerate(ids, 1)]
         sealed = await asyncio.to_thread(_reseal, store, past, children, lease, progress)
         crash_point("fork.stored")
@@ -207,6 +206,14 @@ def _spec(past: Past, session_id: SessionId, wish: Wish, number: int) -> dict[st
 def machine_id(session_id: SessionId) -> str:
     """32 hexadecimal digits that no other session has, for an agent's /etc/machine-id."""
     return hashlib.sha256(session_id.encode()).hexdigest()[:32]
+
+
+def _lock(runtime: Runtime, ids: Sequence[SessionId], me: leasing.Holder, held: AsyncExitStack) -> None:
+    """Let no collector take the children's blobs for garbage, which have no rows yet."""
+    for child_id in ids:
+        lock = leasing.acquire_free_lock(runtime.home.lock(child_id), me)
+        assert lock is not None, "nobody knows the id yet"
+        held.callback(lock.release)
 
 
 def _reseal(
