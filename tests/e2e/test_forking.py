@@ -331,3 +331,27 @@ def test_who_runs_the_parent_runs_its_children_and_one_that_was_taken_back(slow_
     assert states == {"one": "succeeded", "kid-1": "succeeded", "kid-2": "succeeded", "left": "asleep"}
     for name in states:
         made.torpor("log", name, "--verify")
+
+
+def test_children_of_a_sleeper_sleep_on_and_each_is_woken_by_its_own_answer(quick_plain: Stage) -> None:
+    made = quick_plain
+    (made.project / "agent.py").write_text(
+        "import json, urllib.request\n"
+        'asked = json.dumps({"question": "Which way?"}).encode()\n'
+        'with urllib.request.urlopen("http://127.0.0.1:4100/torpor/v1/ask", asked) as answer:\n'
+        '    print(json.load(answer)["answer"], flush=True)\n'
+    )
+    made.torpor("run", "-d", "--name", "one", "--", sys.executable, "agent.py")
+    log = made.follow("one")
+    log.wait("session.status", 4)  # running, waiting, hibernating, asleep
+    assert made.rows("ls")[0]["status"] == "asleep"
+    log.close()
+    made.rows("fork", "one", "--count", "2", "--name", "kid")
+    made.torpor("resolve", "kid-1", "east")
+    followed = made.follow("kid-1")
+    followed.wait("agent.exited")
+    followed.close()
+    states = {row["name"]: row["status"] for row in made.rows("ls")}
+    assert states == {"one": "asleep", "kid-1": "succeeded", "kid-2": "asleep"}
+    assert made.torpor("output", "kid-1").stdout == "east\n"
+    made.torpor("log", "kid-1", "--verify")
