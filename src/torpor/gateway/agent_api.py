@@ -21,6 +21,8 @@ from torpor.gateway.request import Headers, Request, RequestLine
 
 PREFIX = "/torpor/v1"
 DOCUMENT_PATH = f"{PREFIX}/openapi.json"
+EFFECTS_PATH = f"{PREFIX}/effects"
+LOOKUP_PATH = f"{EFFECTS_PATH}/find"
 NOTE_CHARACTERS_MAX = 16_384
 BODY_BYTES_MAX = 1 << 20
 MESSAGE_BYTES_MAX = 64 << 20
@@ -89,7 +91,23 @@ class WaitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_seconds: _Seconds | None = None
 
 
-Body: TypeAlias = NoteBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | WaitBody
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class EffectBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a step of the agent's came to, under its name."""
+
+    name: _Name
+    result: Any = None
+
+
+class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which step's result is looked for. No call: see `gateway.effects`."""
+
+    name: _Name
+
+
+Body: TypeAlias = NoteBody | EffectBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | WaitBody
 
 
 class Operation(StrEnum):
@@ -101,6 +119,7 @@ class Operation(StrEnum):
     RECEIVE = "receive"
     SEND = "send"
     WAIT = "wait"
+    EFFECT = "effect"
 
 
 WAITING = frozenset({Operation.ASK, Operation.SLEEP, Operation.RECEIVE, Operation.WAIT})
@@ -277,6 +296,19 @@ RULES = (
         },
         failures={404: "The session has no such waitpoint."},
     ),
+    Rule(
+        operation=Operation.EFFECT,
+        method="POST",
+        path=EFFECTS_PATH,
+        tool="torpor_record_result",
+        status=201,
+        summary="Record what a step came to, under a name.",
+        description="The first result under a name counts, and is the answer to every later one: a step whose result "
+        "is there need not be done again.",
+        body=EffectBody,
+        answer={"name": {"type": "string"}, "result": {"description": "The first result under this name; any JSON."}},
+        failures={},
+    ),
 )
 
 
@@ -309,7 +341,7 @@ class Refused(TorporError):
         self.reply = Reply(status=status, body=body, headers=headers)
 
 
-def read_wish(request: Request, body: bytes) -> Wish | Reply:
+def read_wish(request: Request, body: bytes) -> Wish | Lookup | Reply:
     """What a request for a path below /torpor asks for.
 
     Args:
@@ -321,6 +353,8 @@ def read_wish(request: Request, body: bytes) -> Wish | Reply:
     line = request.line
     if (line.method, line.path) == ("GET", DOCUMENT_PATH):
         return Reply(status=200, body=openapi())
+    if (line.method, line.path) == ("POST", LOOKUP_PATH):
+        return parse(body or b"{}", Lookup)
     allowed = {rule.method: rule for rule in RULES if rule.path == line.path}
     if not allowed:
         hint = f"GET {DOCUMENT_PATH} says what there is."
@@ -373,6 +407,7 @@ def openapi() -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for rule in RULES:
         paths.setdefault(rule.path, {})[rule.method.lower()] = _operation(rule)
+    paths[LOOKUP_PATH] = {"post": _lookup()}
     paths[DOCUMENT_PATH] = {
         "get": {
             "operationId": "openapi",
@@ -394,6 +429,19 @@ def openapi() -> dict[str, Any]:
         "servers": [{"url": "http://127.0.0.1:4100"}],
         "paths": paths,
         "components": {"schemas": {"Error": error}},
+    }
+
+
+def _lookup() -> dict[str, Any]:
+    answer = {"type": "object", "properties": {"found": {"type": "boolean"}, "result": {}}, "required": ["found"]}
+    error = {"$ref": "#/components/schemas/Error"}
+    content = {"application/json": {"schema": msgspec.json.schema_components([Lookup])[1]["Lookup"]}}
+    return {
+        "operationId": "find_effect",
+        "summary": "Look for the result of a step.",
+        "description": "What the log has now: this alone is never answered as it was before.",
+        "requestBody": {"required": True, "content": content},
+        "responses": {"200": _answer("OK", answer), "400": _answer("The request is not what is wanted.", error)},
     }
 
 

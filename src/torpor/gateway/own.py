@@ -18,9 +18,9 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.errors import SandboxFailed
 from torpor.db.blobs import Stored
 from torpor.db.database import Transaction
-from torpor.gateway import agent_api, mcp
+from torpor.gateway import agent_api, effects, mcp
 from torpor.gateway.admission import LocalAnswer
-from torpor.gateway.agent_api import WAITING, NoteBody, Operation, Refused, Reply, SendBody, Wish
+from torpor.gateway.agent_api import WAITING, EffectBody, Lookup, NoteBody, Operation, Refused, Reply, SendBody, Wish
 from torpor.gateway.delivery import Recording
 from torpor.gateway.record import Recorder
 from torpor.gateway.request import Request, RequestLine, decoded_body
@@ -31,9 +31,20 @@ CheckpointFor = Callable[[Call], Awaitable[Checkpoint | None]]
 
 
 def answer_here(request: Request) -> LocalAnswer | None:
-    """The answer of a request that needs no log; None if it is a call."""
+    """The answer of a request that needs no log; None if it does."""
     wish = _read(request)
     return _rendered(request.line, wish) if isinstance(wish, Reply) else None
+
+
+async def look_up(request: Request, recorder: Recorder) -> LocalAnswer | None:
+    """The answer of a request that only reads the log as it is now; None if it is a call."""
+    if request.line.path != agent_api.LOOKUP_PATH:
+        return None
+    wanted = _read(request)
+    assert isinstance(wanted, Lookup), "anything else was answered before"
+    key = effects.key_of(request.line, wanted)
+    reply = await recorder.read(lambda tx, session_id: effects.found(tx, session_id, key))
+    return _rendered(request.line, reply)
 
 
 class OwnPump:
@@ -100,6 +111,8 @@ class OwnPump:
         match wish.body:
             case NoteBody(text=text):
                 return Reply(status=status, body={"seq": self._recorder.append_note(tx, self.call.call_id, text)})
+            case EffectBody(name=name, result=result):
+                return Reply(status=status, body=effects.record(tx, self.call, name, result))
             case SendBody(text=text):
                 return Reply(
                     status=status, body={"number": self._recorder.send_out(tx, self.call.call_id, text, stored)}
@@ -116,7 +129,7 @@ class OwnPump:
                 return Reply(status=503, body={"code": "checkpoint_failed", "message": message, "hint": hint})
 
 
-def _read(request: Request) -> Wish | Reply:
+def _read(request: Request) -> Wish | Lookup | Reply:
     line = request.line
     body = decoded_body(line, request.body)
     try:

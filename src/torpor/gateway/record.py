@@ -200,6 +200,10 @@ class Recorder:
         crash_point("waitpoint.created")
         return held
 
+    async def read(self, work: Callable[[Transaction, SessionId], T]) -> T:
+        """What the log says now, of this session."""
+        return await self._database.read(lambda tx: work(tx, self._session_id))
+
     async def store_text(self, text: str) -> Stored | None:
         """Store a text that is large, for the transaction that makes it a block."""
         return await self._ahead.text(text)

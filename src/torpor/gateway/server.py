@@ -30,7 +30,7 @@ from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.intake import Intake, take_in
-from torpor.gateway.own import CheckpointFor
+from torpor.gateway.own import CheckpointFor, look_up
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import OnCall, Pumps
 from torpor.gateway.record import Departure, Recorder
@@ -226,7 +226,10 @@ class Gateway:
         """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
         async with AsyncExitStack() as reserved:
             taken_in = await take_in(stream, self._routing, self._room, reserved)
-            return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
+            if not isinstance(taken_in, Intake):
+                return taken_in
+            looked_up = await look_up(taken_in.request, self._recorder)
+            return looked_up or await self._claim(stream, taken_in, incarnation)
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""

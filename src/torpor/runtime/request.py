@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torpor.config import guest_environment, read_checkpoint_share
 from torpor.core.divergence import OnDivergence
-from torpor.runtime.home import Home
+from torpor.runtime.home import SDK_DIRECTORY, Home
 from torpor.runtime.spec import SessionSpec, image_spec, visible_command
 from torpor.sandbox import rootfs
+from torpor.sandbox.driver import INIT_DIRECTORY
 
+GUEST_PYTHON = f"{INIT_DIRECTORY}/{SDK_DIRECTORY}"
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
 
@@ -52,6 +54,7 @@ def make_spec(
         **{name: caller[name] for name in CALLER_VARIABLES_KEPT if name in caller},
         **guest_environment(),
         **request.environment,
+        "PYTHONPATH": ":".join([*([own] if (own := request.environment.get("PYTHONPATH")) else []), GUEST_PYTHON]),
     }
     return SessionSpec(
         argv=(visible_command(request.argv[0], environments), *request.argv[1:]),

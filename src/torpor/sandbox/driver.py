@@ -12,6 +12,9 @@ from typing import Protocol
 from torpor.core.pins import Pins
 from torpor.sandbox.rootfs import RootImage
 
+INIT_DIRECTORY = "/.torpor"
+"""Where a plan's `init_directory` is inside."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxPlan:

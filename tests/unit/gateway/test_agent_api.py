@@ -33,7 +33,10 @@ def test_the_openapi_document_is_valid_and_has_every_operation() -> None:
     document = json.loads(json.dumps(openapi()))
     OpenAPIV31SpecValidator(document).validate()
     told = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert told == {(rule.method, rule.path) for rule in RULES} | {("GET", agent_api.DOCUMENT_PATH)}
+    assert told == {(rule.method, rule.path) for rule in RULES} | {
+        ("GET", agent_api.DOCUMENT_PATH),
+        ("POST", agent_api.LOOKUP_PATH),
+    }
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.tool)
