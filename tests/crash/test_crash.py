@@ -20,7 +20,7 @@ TURNS = 20
 KILLS_PER_SESSION = 10
 UNTOUCHED = {
     *("backend", "blob", "chunks", "collect", "divergence", "import", "keys", "redaction", "repack"),
-    *("retention", "session", "store", "waitpoint"),
+    *("restart", "retention", "session", "store", "waitpoint"),
 }
 NODE_POINTS = [
     point

@@ -113,6 +113,8 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             **_crash(reader, found, points, made),
+            "restarts": counts[Kind.AGENT_RESTARTED],
+            "restarts_max": found.spec.get("restarts_max", 0),
             "turns_skipped": counts[Kind.CHECKPOINT_SKIPPED],
             "checkpoints_overtaken": counts[Kind.CHECKPOINT_OVERTAKEN],
             **_in_memory(reader, found, points),

@@ -16,6 +16,7 @@ from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
+from torpor.core.restart import parse_restart
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node, socket_of
 from torpor.runtime.request import Request
@@ -72,6 +73,9 @@ def run(
         str | None,
         typer.Option(metavar="SHARE", help="What checkpoints at turns may cost of the wall time: 5%, or `always`."),
     ] = None,
+    restart: Annotated[
+        str, typer.Option(metavar="POLICY", help="`on-failure:N`: begin an agent that fails again, N times in a row.")
+    ] = "no",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
@@ -91,6 +95,7 @@ def run(
         on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
         checkpoint_share_ppm=None if checkpoint_share is None else parse_share(checkpoint_share),
+        restarts_max=parse_restart(restart),
         any_size=yes,
     )
 

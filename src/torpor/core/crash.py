@@ -37,6 +37,7 @@ CRASH_POINTS: dict[str, str] = {
     "collect.pack_deleted": "the same, with some packs gone",
     "collect.swept": "a list of what is gone; the next collection removes it",
     "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",
+    "restart.decided": "a sandbox whose agent failed and is to begin again: the next node goes on with that",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "session.asleep": "a paused sandbox of a session that sleeps; the next node kills it and restores",
     "keys.master_made": "a master key that wraps nothing: the next start takes it",

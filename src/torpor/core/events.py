@@ -73,6 +73,8 @@ class Kind(StrEnum):
     """The agent sent a message out; data: number, bytes; refs: the text."""
     BUDGET_CHANGED = "budget.changed"
     AGENT_EXITED = "agent.exited"
+    AGENT_RESTARTED = "agent.restarted"
+    """It failed and begins again; data: exit_status, signal, restart, restarts_max, failed_seq."""
 
 
 CONTEXT_KINDS = frozenset({Kind.SESSION_CREATED, Kind.CALL_INTENDED, Kind.CALL_COMPLETED, Kind.CALL_FAILED})

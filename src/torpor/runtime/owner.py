@@ -7,9 +7,7 @@ costs no second call. A node that was superseded writes nothing more and leaves 
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from enum import Enum
 
 from torpor.core.checkpoint import Checkpoint, stream_fate
@@ -31,6 +29,7 @@ from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
 from torpor.runtime.outputs import OutputPump
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
+from torpor.runtime.restarting import Restarting, describe_exit, exit_code
 from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
 from torpor.runtime.watcher import Outcome, Watcher
@@ -50,6 +49,8 @@ class Ending(Enum):
     LOST = "lost"
     STOPPED = "stopped"
     KILLED = "killed"
+    RESTARTED = "restarted"
+    """The agent failed, and begins again."""
     DIVERGED = "diverged"
     """The agent left the log's path, and the policy is to fail."""
 
@@ -83,6 +84,7 @@ class Owner:
         self._images = images
         self._clock = clock
         self._watcher = watcher
+        self._restarting = Restarting(records=records, restarts_max=spec.restarts_max, watcher=watcher)
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
         self._stop_refused = asyncio.Event()
@@ -203,10 +205,11 @@ class Owner:
             if rung is None:
                 rung = await self._climb(reason)
             ending = await self._live(rung)
-            if ending is not Ending.LOST:
+            if ending not in {Ending.LOST, Ending.RESTARTED}:
                 return await self._end(ending, rung.life)
+            reason = "the sandbox died" if ending is Ending.LOST else "the agent failed"
             at = (await self._records.position())[0]
-            losses = 0 if at > progress + 3 else losses + 1
+            losses = 0 if at > progress + 3 or ending is Ending.RESTARTED else losses + 1
             progress = at
             if losses >= LOSSES_WITHOUT_PROGRESS_MAX:
                 raise SandboxFailed(
@@ -214,12 +217,12 @@ class Owner:
                     f"cannot keep session {self._records.session_id} running: its sandbox dies again and again",
                     hint="`torpor log SESSION` has the reasons; `torpor resume SESSION` tries again.",
                 )
-            await self._records.set_status(SessionStatus.RECOVERING, "the sandbox died")
+            await self._records.set_status(SessionStatus.RECOVERING, reason)
             await rung.life.sandbox.kill()
             # What was cut before the death is committed first: it is the newest point to go back to, and a commit amid
             # the next life would take that life's checkpoint number and leave it the wrong workspace to compare with.
             await self._checkpointer.settle()
-            reason, rung = "the sandbox died", None
+            rung = None
 
     async def _climb(self, reason: str) -> Rung:
         session = await self._records.session()
@@ -257,7 +260,7 @@ class Owner:
                 if self._crossroads.policy is OnDivergence.ASK:
                     tasks.create_task(self._ask_at_crossroads())
                 while True:
-                    ending = await self._wait_for_ending(life, tasks)
+                    ending = await self._restarted_or(await self._wait_for_ending(life, tasks), life)
                     if await self._conclude(ending, life, outputs):
                         _end_tasks()
         except* _LifeOver:
@@ -286,11 +289,19 @@ class Owner:
         ending = done.pop().result()
         return self._wanted or ending if ending is Ending.STOPPED else ending
 
+    async def _restarted_or(self, ending: Ending, life: Incarnation) -> Ending:
+        if ending is not Ending.EXITED:
+            return ending
+        wait_status = await life.link.wait_exit()
+        again = await self._restarting.decide(life.number, exit_code(wait_status), describe_exit(wait_status))
+        return Ending.RESTARTED if again else ending
+
     async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> bool:
         """What has to happen while the link is still open; False when the session has to run on after all."""
-        if ending is Ending.EXITED:
+        if ending in {Ending.EXITED, Ending.RESTARTED}:
             await asyncio.wait(outputs, timeout=OUTPUT_DRAIN_SECONDS)
-            await self._finish(life)
+            if ending is Ending.EXITED:
+                await self._finish(life)
         elif ending is Ending.DIVERGED:
             pending = self._gateway.pending_redo()
             await self._records.fail_diverged(life.number, self._crossroads.what, pending)
@@ -477,17 +488,3 @@ def _tell(rung: Rung, took_ns: int) -> str:
     if rung.mode == "adopt":
         return f"adopted the living sandbox in {milliseconds:.0f} ms"
     return f"restored checkpoint {rung.checkpoint.number} in {milliseconds:.0f} ms"
-
-
-def exit_code(wait_status: int) -> int:
-    """The exit status of the agent as a shell gives it: 128 + n for a signal."""
-    code = os.waitstatus_to_exitcode(wait_status)
-    return code if code >= 0 else 128 - code
-
-
-def describe_exit(wait_status: int) -> Mapping[str, object]:
-    """The agent's exit for its event."""
-    code = os.waitstatus_to_exitcode(wait_status)
-    if code >= 0:
-        return {"exit_status": code}
-    return {"exit_status": 128 - code, "signal": signal.Signals(-code).name}

@@ -21,12 +21,14 @@ from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded,
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId
 from torpor.core.pins import PinsUnmet
-from torpor.core.redo import RedoSet, redo_set_after_recovery
+from torpor.core.redo import RedoSet
+from torpor.core.restart import redo_set_after_restarts, still_restore
 from torpor.core.session import SessionStatus
 from torpor.gateway.server import Gateway
 from torpor.runtime.cutting import open_streams
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
+from torpor.runtime.restarting import load_restarts
 from torpor.sandbox.frames import Phase
 
 
@@ -113,7 +115,8 @@ class Ladder:
 
     async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
-        checkpoints = await self._records.checkpoints()
+        restarts = await load_restarts(self._records)
+        checkpoints = still_restore(await self._records.checkpoints(), restarts)
         if self._boot:
             checkpoints = [point for point in checkpoints if not point.has_memory]
             self._boot = False
@@ -136,7 +139,7 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
+            redo = redo_set_after_restarts(list(calls.values()), checkpoint, restarts, Timeline())
             return Rung(
                 life=life,
                 mode=mode,

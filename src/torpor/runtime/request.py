@@ -29,6 +29,7 @@ class Request:
     budget_nanousd: int | None = None
     checkpoint_share_ppm: int | None = None
     """None: as config.toml says."""
+    restarts_max: int = 0
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -64,5 +65,6 @@ def make_spec(
         init_directory=str(home.init_directory()),
         workspace_source=str(source),
         on_divergence=request.on_divergence,
+        restarts_max=request.restarts_max,
         checkpoint_share_ppm=read_checkpoint_share(home.root, request.checkpoint_share_ppm),
     )

@@ -35,6 +35,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
         checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
+        restarts_max: how often in a row an agent that failed is begun again (core/restart.py).
     """
 
     argv: tuple[str, ...]
@@ -45,6 +46,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     workspace_source: str
     on_divergence: OnDivergence = OnDivergence.CONTINUE
     checkpoint_share_ppm: int = SHARE_PPM
+    restarts_max: int = 0
 
 
 def image_spec(image: RootImage) -> ImageSpec:
