@@ -78,6 +78,7 @@ async def test_an_agent_learns_who_it_is_by_a_call_in_the_log(tmp_path: Path) ->
             "name": None,
             "incarnation": 1,
             "slept_for": 0.0,
+            "memory_lost": False,
             "checkpoint": None,
         }
         assert stage.model.requests == []

@@ -14,6 +14,7 @@ from torpor.cli.printer import err, notice, print_json
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
+from torpor.core.ladder import OnLost
 from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
 from torpor.core.restart import parse_restart
@@ -76,6 +77,9 @@ def run(
     restart: Annotated[
         str, typer.Option(metavar="POLICY", help="`on-failure:N`: begin an agent that fails again, N times in a row.")
     ] = "no",
+    on_lost: Annotated[
+        OnLost, typer.Option(help="What happens when none of its saved memories can be restored.")
+    ] = OnLost.BOOT,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
@@ -95,6 +99,7 @@ def run(
         on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
         checkpoint_share_ppm=None if checkpoint_share is None else parse_share(checkpoint_share),
+        on_lost=on_lost,
         restarts_max=parse_restart(restart),
         any_size=yes,
     )

@@ -183,6 +183,10 @@ RULES = (
             "name": {"type": ["string", "null"], "description": "Its name, if it has one."},
             "incarnation": {**_COUNT, "description": "Counts the lives of the sandbox, from 1."},
             "slept_for": {"type": "number", "description": "Seconds from the cut that was restored to this life."},
+            "memory_lost": {
+                "type": "boolean",
+                "description": "Whether it began anew amid its task, without its memory.",
+            },
             "checkpoint": {"type": ["integer", "null"], "description": "The newest checkpoint's number."},
             "head": {**_COUNT, "description": "The number of the log's last event."},
         },

@@ -232,6 +232,7 @@ class Recorder:
             "name": session.name,
             "incarnation": session.incarnation,
             "slept_for": slept_ns // 1_000_000 / 1000,
+            "memory_lost": started is not None and started.data.get("memory_lost", False),
             "checkpoint": newest.number if newest is not None else None,
             "head": session.head_seq,
         }

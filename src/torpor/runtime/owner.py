@@ -40,6 +40,7 @@ ALIVE_DEADLINE_SECONDS = 60
 CHECKPOINT_AGE_SECONDS = 300
 LOSSES_WITHOUT_PROGRESS_MAX = 5
 OUTPUT_DRAIN_SECONDS = 10
+MEMORY_LOST = {"TORPOR_MEMORY_LOST": "1"}
 
 
 class Ending(Enum):
@@ -240,6 +241,7 @@ class Owner:
             if error.code == "session_lost":
                 await self._records.set_status(SessionStatus.RECOVERING, reason)
                 await self._records.set_status(SessionStatus.LOST, str(error))
+                await self._incarnations.sweep(keep=None)
             raise
 
     async def _live(self, rung: Rung) -> Ending:
@@ -330,7 +332,8 @@ class Owner:
         await self._gateway.begin_incarnation(life.number, rung.redo, adopted=rung.mode == "adopt")
         wall_ns = self._clock.wall_ns()
         if rung.mode == "boot":
-            arguments = AgentSpec(arguments=self._spec.argv, environment=self._spec.environment, cwd=self._spec.cwd)
+            environment = {**self._spec.environment, **(MEMORY_LOST if rung.memory_lost else {})}
+            arguments = AgentSpec(arguments=self._spec.argv, environment=environment, cwd=self._spec.cwd)
             try:
                 await life.link.start(arguments, incarnation=life.number, wall_ns=wall_ns, entropy=fresh_entropy())
             except InvalidInput as error:
@@ -346,20 +349,25 @@ class Owner:
                 deadline_seconds=ALIVE_DEADLINE_SECONDS,
             )
         highest = max(point.number for point in await self._records.checkpoints())
-        await self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
+        await self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1, stands_alone=rung.memory_lost)
         outputs = await self._take_over_outputs(rung, tasks)
         await self._take_over_streams(rung, tasks)
         took_ns = round((self._clock.monotonic() - rung.requested_at) * 1e9)
         chosen = EventDraft(
             kind=Kind.RECOVERY_CHOSEN,
             incarnation=life.number,
-            data={"mode": rung.mode, "checkpoint": checkpoint.number, "took_ns": took_ns},
+            data={
+                "mode": rung.mode,
+                "checkpoint": checkpoint.number,
+                "took_ns": took_ns,
+                **({"memory_lost": True} if rung.memory_lost else {}),
+            },
         )
         await self._records.append(chosen)
         await self._records.set_status(SessionStatus.RUNNING, rung.mode)
         # A call that the budget held while the session did not run lets it wait from now on.
         self._gateway.look_again()
-        if rung.mode != "boot":
+        if rung.mode != "boot" or rung.memory_lost:
             self._watcher.notice(_tell(rung, took_ns))
         return outputs
 
@@ -485,6 +493,8 @@ def _end_tasks() -> None:
 
 def _tell(rung: Rung, took_ns: int) -> str:
     milliseconds = took_ns / 1e6
+    if rung.memory_lost:
+        return f"no memory restores: started anew with the files of checkpoint {rung.checkpoint.number}"
     if rung.mode == "adopt":
         return f"adopted the living sandbox in {milliseconds:.0f} ms"
     return f"restored checkpoint {rung.checkpoint.number} in {milliseconds:.0f} ms"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torpor.config import guest_environment, read_checkpoint_share
 from torpor.core.divergence import OnDivergence
+from torpor.core.ladder import OnLost
 from torpor.runtime.home import SDK_DIRECTORY, Home
 from torpor.runtime.spec import SessionSpec, image_spec, visible_command
 from torpor.sandbox import rootfs
@@ -30,6 +31,7 @@ class Request:
     checkpoint_share_ppm: int | None = None
     """None: as config.toml says."""
     restarts_max: int = 0
+    on_lost: OnLost = OnLost.BOOT
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -65,6 +67,7 @@ def make_spec(
         init_directory=str(home.init_directory()),
         workspace_source=str(source),
         on_divergence=request.on_divergence,
+        on_lost=request.on_lost,
         restarts_max=request.restarts_max,
         checkpoint_share_ppm=read_checkpoint_share(home.root, request.checkpoint_share_ppm),
     )

@@ -7,6 +7,7 @@ import msgspec
 
 from torpor.core.divergence import OnDivergence
 from torpor.core.ids import SessionId
+from torpor.core.ladder import OnLost
 from torpor.core.pacing import SHARE_PPM
 from torpor.runtime.home import Home
 from torpor.sandbox.driver import SandboxPlan
@@ -35,6 +36,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
         checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
+        on_lost: what happens when no memory restores.
         restarts_max: how often in a row an agent that failed is begun again (core/restart.py).
     """
 
@@ -47,6 +49,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     on_divergence: OnDivergence = OnDivergence.CONTINUE
     checkpoint_share_ppm: int = SHARE_PPM
     restarts_max: int = 0
+    on_lost: OnLost = OnLost.BOOT
 
 
 def image_spec(image: RootImage) -> ImageSpec:
