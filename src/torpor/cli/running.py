@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from torpor import wire
 from torpor.cli.printer import err, notice, print_json
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
@@ -19,14 +18,12 @@ from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
 from torpor.core.restart import parse_restart
 from torpor.core.session import SessionStatus
-from torpor.node import Node, open_node, socket_of
+from torpor.node import Node, open_node
 from torpor.runtime.request import Request
 from torpor.runtime.watcher import Outcome, Watcher
 
 EXIT_STOPPED, EXIT_KILLED = 79, 137
 """What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
-
-ANSWER_SECONDS = 10
 
 
 class TerminalWatcher(Watcher):
@@ -111,7 +108,7 @@ def run(
                 _detach(session_id, name, json)
                 return None
             err.print(f"session {session_id}", markup=False)
-            return await node.own(session_id, TerminalWatcher())
+            return await node.run(session_id, TerminalWatcher())
 
     _exit_with(asyncio.run(work()))
 
@@ -136,15 +133,13 @@ def resume(
     async def work() -> Outcome | None:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = socket_of(node.runtime.home.lock(found.session_id)) if let_go else None
-            if socket is not None:
-                await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
+            if let_go and await node.ask(found.session_id, "continue") is not None:
                 return None
             if detach:
                 _detach(found.session_id, found.name, json, let_go=let_go, boot=boot)
                 return None
             err.print(f"session {found.session_id}", markup=False)
-            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go, boot=boot)
+            return await node.run(found.session_id, TerminalWatcher(), let_go=let_go, boot=boot)
 
     _exit_with(asyncio.run(work()))
 

@@ -25,7 +25,6 @@ from torpor.runtime.runtime import Runtime, open_runtime
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 JSON = typer.Option("--json", help="One JSON object a line.")
-NODE_DEADLINE_SECONDS = 60
 _BY_A_PERSON = frozenset({WaitpointKind.ASK, WaitpointKind.TIMER})
 
 
@@ -79,7 +78,7 @@ def resolve(
                 return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
 
             asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
-            return await node.ask_or_own(session_id, "resolve", act, deadline_seconds=NODE_DEADLINE_SECONDS, **asked)
+            return await node.ask_or_own(session_id, "resolve", act, **asked)
 
     resolved = asyncio.run(work())
     if json:
@@ -107,7 +106,7 @@ def send(
     async def work() -> dict[str, Any]:
         async with open_node() as node:
             session_id = (await node.runtime.session(session)).session_id
-            return await node.ask_or_own(session_id, "send", act, deadline_seconds=NODE_DEADLINE_SECONDS, text=said)
+            return await node.ask_or_own(session_id, "send", act, text=said)
 
     sent = asyncio.run(work())
     if json:
