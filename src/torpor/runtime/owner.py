@@ -29,6 +29,7 @@ from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.hibernation import Hibernation, Tier
 from torpor.runtime.image_cache import ImageCache
 from torpor.runtime.incarnation import Incarnation, Incarnations
+from torpor.runtime.memory import Memory
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
 from torpor.runtime.restarting import Restarting, describe_exit, exit_code
@@ -50,6 +51,8 @@ class Ending(Enum):
     """It waits for what wakes it."""
     STOPPED = "stopped"
     KILLED = "killed"
+    FULL = "full"
+    """It takes more memory than it may, and is parked."""
     RESTARTED = "restarted"
     """The agent failed, and begins again."""
     DIVERGED = "diverged"
@@ -78,6 +81,7 @@ class Owner:
         watcher: Watcher,
         beginning: Beginning,
         hibernation: Hibernation,
+        memory: Memory,
     ) -> None:
         self._records = records
         self._incarnations = incarnations
@@ -92,6 +96,7 @@ class Owner:
         self._beginning = beginning
         self._restarting = Restarting(records=records, restarts_max=beginning.spec.restarts_max, watcher=watcher)
         self._hibernation = hibernation
+        self._memory = memory
         self._wake_ns: int | None = None
         self.ended = asyncio.Event()
         self._wanted: Ending | None = None
@@ -236,6 +241,7 @@ class Owner:
         return number
 
     async def _lives(self) -> Outcome:
+        await self._memory.check_enough()
         await self._gateway.recover()
         calls = await self._records.calls()
         rung = await self._ladder.adopt(calls)
@@ -333,6 +339,7 @@ class Owner:
         waiting = [
             tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
             tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
+            tasks.create_task(_as(Ending.FULL, self._memory.until_full(life))),
             tasks.create_task(_as(Ending.HIBERNATED, self._hibernation.until_idle(life))),
         ]
         if self._crossroads.policy is OnDivergence.FAIL:
@@ -364,6 +371,8 @@ class Owner:
             self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
         elif ending is Ending.HIBERNATED:
             return await self._hibernation.doze()
+        elif ending is Ending.FULL:
+            await self._memory.park(life)
         elif ending is Ending.STOPPED:
             return await self._stop()
         return True

@@ -18,6 +18,7 @@ from torpor.runtime.beginning import Beginning
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.hibernation import Hibernation
 from torpor.runtime.incarnation import Incarnations
+from torpor.runtime.memory import Memory
 from torpor.runtime.owner import Owner
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder
@@ -98,6 +99,7 @@ def make_owner(
         watcher=watcher,
         beginning=beginning,
         hibernation=hibernation,
+        memory=Memory(records=records, checkpointer=checkpointer, given_bytes=spec.memory_bytes_max, watcher=watcher),
     )
 
 

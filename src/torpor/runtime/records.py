@@ -103,6 +103,16 @@ class Records:
         """A person stopped the session, which is cut and stands still, or sleeps; None: only a person wakes it."""
         await self._set_status_and_wake(SessionStatus.ASLEEP, wake_ns, "stopped by a person")
 
+    async def limit_memory(self, limit_bytes: int) -> None:
+        """From its next life on the sandbox may take so much."""
+        incarnation = (await self.session()).incarnation
+        data = {"limit_bytes": limit_bytes}
+        await self.append(EventDraft(kind=Kind.MEMORY_CHANGED, incarnation=incarnation, data=data))
+
+    async def park(self, reason: str) -> None:
+        """The session is cut and stands still, and sleeps until a person wakes it."""
+        await self._set_status_and_wake(SessionStatus.ASLEEP, None, reason)
+
     async def _set_status_and_wake(self, status: SessionStatus, wake_ns: int | None, reason: str) -> None:
 
         def work(tx: Transaction) -> None:

@@ -32,6 +32,7 @@ class Request:
     """None: as config.toml says."""
     restarts_max: int = 0
     on_lost: OnLost = OnLost.BOOT
+    memory_bytes_max: int | None = None
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -68,6 +69,7 @@ def make_spec(
         workspace_source=str(source),
         on_divergence=request.on_divergence,
         on_lost=request.on_lost,
+        memory_bytes_max=request.memory_bytes_max,
         restarts_max=request.restarts_max,
         checkpoint_share_ppm=read_checkpoint_share(home.root, request.checkpoint_share_ppm),
     )

@@ -36,6 +36,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
         checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
+        memory_bytes_max: of the sandbox; None: what the machine has. It may be given more since (runtime/memory.py).
         on_lost: what happens when no memory restores.
         restarts_max: how often in a row an agent that failed is begun again (core/restart.py).
     """
@@ -50,6 +51,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_share_ppm: int = SHARE_PPM
     restarts_max: int = 0
     on_lost: OnLost = OnLost.BOOT
+    memory_bytes_max: int | None = None
 
 
 def image_spec(image: RootImage) -> ImageSpec:

@@ -87,6 +87,12 @@ class Sandbox(Protocol):
         """Processor time that its programs, as far as they still run, have used; None when the driver can't tell."""
         ...
 
+    def memory_bytes(self) -> int | None:
+        """What all of its programs have in memory, with the files that they wrote outside of the workspace; None when
+        the driver can't tell.
+        """
+        ...
+
     def alive(self) -> bool:
         """Its kernel answers. Never blocks for long."""
         ...

@@ -231,6 +231,11 @@ class GvisorSandbox:
         pids = self.pids()
         return None if pids is None else process.cpu_seconds_below(pids[0])
 
+    def memory_bytes(self) -> int | None:
+        # The pages of all programs are in one file in memory, from which freed ones are cut out.
+        pids = self.pids()
+        return None if pids is None else process.bytes_of_open_file(pids[0], "/memfd:runsc-memory")
+
     def alive(self) -> bool:
         state = self._state()
         return state is not None and control.answers(state["sandbox"]["controlSocketPath"])
