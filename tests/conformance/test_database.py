@@ -13,6 +13,7 @@ from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acqu
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import new_session_id
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
@@ -23,6 +24,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    children,
     keys,
     log,
     messages,
@@ -37,6 +39,7 @@ from torpor.db import (
     verify,
     waitpoints,
 )
+from torpor.db.children import OnCancel
 from torpor.db.database import Database, Transaction, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
@@ -178,7 +181,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys, sleeping),
+    *(waitpoints, questions, messages, keys, sleeping, children),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -219,6 +222,12 @@ class Rows:
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
         asking = {"question": Question(text="Go on?"), "due_ns": None, "wall_ns": NOW}
         self.question = questions.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
+        self.kin = self.question
+        if writer == "children.settle":
+            kin = {"kind": WaitpointKind.CHILD, "call_id": None, "data": {"child": "ses_gone"}}
+            self.kin = waitpoints.create(tx, **scene.owner, **kin, wall_ns=NOW)
+        self.child_id = new_session_id(NOW)
+        sessions.create(tx, session_id=self.child_id, name=None, spec={}, wall_ns=NOW)
         messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         if writer == "sleeping.fall_asleep":
@@ -237,7 +246,14 @@ class Rows:
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
+            "sessions.wake_parent": {},
             "sessions.forget": {},
+            "children.add": {
+                "child_id": self.child_id,
+                "waitpoint_id": self.question.waitpoint_id,
+                "on_cancel": OnCancel.CANCEL,
+            },
+            "children.settle": {"point": self.kin, "wall_ns": NOW},
             "sleeping.fall_asleep": {"cut_seq": 10**9, "at_latest": None, "wall_ns": NOW},
             "sleeping.set_wake": {"wake_ns": NOW},
             "log.hold": {"wall_ns": NOW},

@@ -20,7 +20,7 @@ TURNS = 20
 KILLS_PER_SESSION = 10
 UNTOUCHED = {
     *("backend", "blob", "chunks", "collect", "divergence", "hibernate", "import", "keys", "redaction", "repack"),
-    *("memory", "restart", "retention", "session", "store", "waitpoint", "wake"),
+    *("child", "memory", "restart", "retention", "session", "store", "waitpoint", "wake"),
 }
 NODE_POINTS = [
     point

@@ -272,6 +272,7 @@ async def test_the_document_is_served_where_it_says(tmp_path: Path) -> None:
             "/torpor/v1/ask": {"question": "Go on?", "wait": False},
             "/torpor/v1/receive": {"timeout_seconds": 0},
             "/torpor/v1/send": {"text": "a"},
+            "/torpor/v1/spawn": {"command": ["true"]},
             "/torpor/v1/effects": {"name": "a", "result": [1]},
             "/torpor/v1/effects/find": {"name": "a"},
         }

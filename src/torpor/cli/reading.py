@@ -260,6 +260,7 @@ def _hint(session: sessions.Session, points: Sequence[Waitpoint]) -> str:
         WaitpointKind.BUDGET: f"torpor budget {name} --add DOLLARS lets it go on",
         WaitpointKind.ASK: f"torpor waitpoints {name} shows what it asks, torpor resolve {name} ANSWER answers",
         WaitpointKind.MESSAGE: f"torpor send {name} TEXT is what it waits for",
+        WaitpointKind.CHILD: "it waits for a session that it began: torpor wait CHILD, torpor kill CHILD",
         WaitpointKind.TIMER: f"torpor resolve {name} lets it go on before its time",
     }
     return told[points[0].kind] if points else ""

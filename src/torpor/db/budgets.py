@@ -21,14 +21,14 @@ from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.core.money import Account, Verdict, decide, dollars_text
 from torpor.core.waitpoint import WaitpointKind
-from torpor.db import sessions, waitpoints
+from torpor.db import children, sessions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row, refusal
 from torpor.db.log import append
 
 
 def account(tx: Transaction, session_id: SessionId) -> Account:
-    """Where a session stands.
+    """Where a session stands, with all that share its budget.
 
     Raises:
         NotFound: there is no such session.
@@ -62,10 +62,17 @@ def add(tx: Transaction, *, session_id: SessionId, owner_token: int, amount_nano
     """Raise the limit, and let everything that waits for a higher one ask again. Commit it durably.
 
     Raises:
-        Conflict: `budget_missing`, nothing limits this session.
+        Conflict: `budget_missing`, nothing limits this session; `budget_shared`, it is a child.
     """
     row = held_row(tx, session_id, owner_token)
     before = row["budget_nanousd"]
+    parent_id = children.parent_of(tx, session_id)
+    if parent_id is not None:
+        raise Conflict(
+            "budget_shared",
+            f"cannot raise the budget of session {session_id}: it spends that of the session that began it",
+            hint=f"torpor budget {parent_id} --add DOLLARS",
+        )
     if before is None:
         raise Conflict(
             "budget_missing",

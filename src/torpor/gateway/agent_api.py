@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from http import HTTPStatus
-from importlib.metadata import version
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -83,6 +81,23 @@ class SendBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: Annotated[str, msgspec.Meta(min_length=1)]
 
 
+class SpawnBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A session to begin.
+
+    Attributes:
+        command: as `torpor run` gets it.
+        workspace: the part of this session's workspace that it gets a copy of, relative to it.
+        environment: added to this session's.
+        on_cancel: whether it is cancelled with this session, or goes on by itself.
+    """
+
+    command: Annotated[list[Annotated[str, msgspec.Meta(max_length=100_000)]], msgspec.Meta(min_length=1)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=63)] | None = None
+    workspace: str = "."
+    environment: dict[str, str] = {}
+    on_cancel: Literal["cancel", "detach"] = "cancel"
+
+
 class WaitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to wait for: all of these waitpoints, or any of them."""
 
@@ -107,7 +122,9 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: _Name
 
 
-Body: TypeAlias = NoteBody | EffectBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | WaitBody
+Body: TypeAlias = (
+    NoteBody | EffectBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | SpawnBody | WaitBody
+)
 
 
 class Operation(StrEnum):
@@ -120,6 +137,7 @@ class Operation(StrEnum):
     SEND = "send"
     WAIT = "wait"
     EFFECT = "effect"
+    SPAWN = "spawn"
 
 
 WAITING = frozenset({Operation.ASK, Operation.SLEEP, Operation.RECEIVE, Operation.WAIT})
@@ -301,6 +319,22 @@ RULES = (
         failures={404: "The session has no such waitpoint."},
     ),
     Rule(
+        operation=Operation.SPAWN,
+        method="POST",
+        path=f"{PREFIX}/spawn",
+        tool="torpor_spawn",
+        status=201,
+        summary="Begin a session of its own.",
+        description="Runs a command as a durable session beside this one, with a copy of the workspace as it is now. "
+        "It spends this session's budget. `wait` for the waitpoint tells how it ended.",
+        body=SpawnBody,
+        answer={
+            "session": {"type": "string", "description": "The new session's id."},
+            "waitpoint": {"type": "string", "description": "Resolves with its end."},
+        },
+        failures={409: "It cannot be begun.", 503: "No checkpoint of the workspace could be made."},
+    ),
+    Rule(
         operation=Operation.EFFECT,
         method="POST",
         path=EFFECTS_PATH,
@@ -356,6 +390,8 @@ def read_wish(request: Request, body: bytes) -> Wish | Lookup | Reply:
     """
     line = request.line
     if (line.method, line.path) == ("GET", DOCUMENT_PATH):
+        from torpor.gateway.openapi import openapi
+
         return Reply(status=200, body=openapi())
     if (line.method, line.path) == ("POST", LOOKUP_PATH):
         return parse(body or b"{}", Lookup)
@@ -404,67 +440,3 @@ def parse(body: bytes, kind: type[Any], bytes_max: int = BODY_BYTES_MAX) -> Any:
 def json_bytes(body: Mapping[str, Any]) -> bytes:
     """ASCII, so that any string that an agent sent goes back as it came."""
     return json.dumps(body).encode()
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI document of the table."""
-    paths: dict[str, Any] = {}
-    for rule in RULES:
-        paths.setdefault(rule.path, {})[rule.method.lower()] = _operation(rule)
-    paths[LOOKUP_PATH] = {"post": _lookup()}
-    paths[DOCUMENT_PATH] = {
-        "get": {
-            "operationId": "openapi",
-            "summary": "This document.",
-            "responses": {"200": _answer("An OpenAPI document.", {"type": "object"})},
-        }
-    }
-    strings = {name: {"type": "string"} for name in ("code", "message", "hint")}
-    error = {"type": "object", "properties": strings, "required": list(strings)}
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Torpor, for the agent in the sandbox",
-            "version": version("torpor"),
-            "description": "Every request is a call in the session's log: an agent that is restored and asks again "
-            "gets the same answer, and nothing is done twice.",
-            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        },
-        "servers": [{"url": "http://127.0.0.1:4100"}],
-        "paths": paths,
-        "components": {"schemas": {"Error": error}},
-    }
-
-
-def _lookup() -> dict[str, Any]:
-    answer = {"type": "object", "properties": {"found": {"type": "boolean"}, "result": {}}, "required": ["found"]}
-    error = {"$ref": "#/components/schemas/Error"}
-    content = {"application/json": {"schema": msgspec.json.schema_components([Lookup])[1]["Lookup"]}}
-    return {
-        "operationId": "find_effect",
-        "summary": "Look for the result of a step.",
-        "description": "What the log has now: this alone is never answered as it was before.",
-        "requestBody": {"required": True, "content": content},
-        "responses": {"200": _answer("OK", answer), "400": _answer("The request is not what is wanted.", error)},
-    }
-
-
-def _operation(rule: Rule) -> dict[str, Any]:
-    responses = {str(rule.status): _answer(HTTPStatus(rule.status).phrase, rule.answer_schema)}
-    error = {"$ref": "#/components/schemas/Error"}
-    for status, reason in {400: "The request is not what is wanted.", **rule.failures}.items():
-        responses[str(status)] = _answer(reason, error)
-    described: dict[str, Any] = {
-        "operationId": rule.tool,
-        "summary": rule.summary,
-        "description": rule.description,
-        "responses": responses,
-    }
-    if rule.method == "POST":
-        content = {"application/json": {"schema": rule.body_schema}}
-        described["requestBody"] = {"required": rule.needs_body, "content": content}
-    return described
-
-
-def _answer(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}

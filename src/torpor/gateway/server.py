@@ -31,7 +31,7 @@ from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_sh
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.idleness import Idleness, Waiting
 from torpor.gateway.intake import Intake, take_in
-from torpor.gateway.own import CheckpointFor, look_up
+from torpor.gateway.own import CheckpointFor, SpawnFor, look_up
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import OnCall, Pumps
 from torpor.gateway.record import Departure, Recorder
@@ -64,7 +64,7 @@ class Gateway:
     Args:
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
-        checkpoint_for: makes the checkpoint that the agent itself asks for.
+        checkpoint_for, spawn_for: make the checkpoint, or the session, that the agent itself asks for.
         on_wait: told, in words, what a person has to do before a call can be answered.
         crossroads: what happens when the agent leaves the log's path; without one it may.
     """
@@ -79,6 +79,7 @@ class Gateway:
         upstreams: Sequence[Upstream],
         on_call: OnCall,
         checkpoint_for: CheckpointFor,
+        spawn_for: SpawnFor,
         on_wait: OnWait = _tell_nobody,
         crossroads: Crossroads | None = None,
         prices: Sequence[PriceRule] = (),
@@ -96,6 +97,7 @@ class Gateway:
             on_failed=self._failed,
             waits=self._waits,
             checkpoint_for=checkpoint_for,
+            spawn_for=spawn_for,
         )
         self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
         self._room = Room()
@@ -244,8 +246,7 @@ class Gateway:
             taken_in = await take_in(stream, self._routing, self._room, reserved)
             if not isinstance(taken_in, Intake):
                 return taken_in
-            looked_up = await look_up(taken_in.request, self._recorder)
-            return looked_up or await self._claim(stream, taken_in, incarnation)
+            return await look_up(taken_in.request, self._recorder) or await self._claim(stream, taken_in, incarnation)
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""

@@ -9,13 +9,15 @@ import msgspec
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
-from torpor.core.ids import CallId
+from torpor.core.ids import CallId, SessionId
 from torpor.db.sessions import Session
+from torpor.gateway.agent_api import SpawnBody
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway
 from torpor.runtime.beginning import Beginning
 from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.children import make_child
 from torpor.runtime.hibernation import Hibernation
 from torpor.runtime.incarnation import Incarnations
 from torpor.runtime.memory import Memory
@@ -117,6 +119,9 @@ def _gateway_and_checkpointer(
     async def on_call(call_id: CallId, first_byte_at: FirstByteAt) -> None:
         await checkpointer.take_turn(call_id, first_byte_at)
 
+    async def spawn_for(call: Call, body: SpawnBody, point: Checkpoint) -> SessionId:
+        return await make_child(runtime, spec, store, point, call, body)
+
     async def checkpoint_for(call: Call) -> Checkpoint | None:
         return await checkpointer.take_for(call)
 
@@ -129,6 +134,7 @@ def _gateway_and_checkpointer(
         prices=runtime.prices,
         on_call=on_call,
         checkpoint_for=checkpoint_for,
+        spawn_for=spawn_for,
         on_wait=watcher.notice,
         crossroads=crossroads,
     )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Operation = tuple[str, str, "dict[str, Any] | None", Callable[[Any], Any]]
 
 __all__ = [
+    "Child",
+    "Ended",
     "Message",
     "Refused",
     "Restored",
@@ -36,6 +38,8 @@ __all__ = [
     "send",
     "session",
     "sleep",
+    "spawn",
+    "wait",
 ]
 
 RUN_DIRECTORY = "/run/torpor"
@@ -49,6 +53,20 @@ class Message(NamedTuple):
     number: int
     text: str
     sent_at: str
+
+
+class Child(NamedTuple):
+    """A session that `spawn` began; `wait` tells how it ended."""
+
+    session: str
+    waitpoint: str
+
+
+class Ended(NamedTuple):
+    """How a child ended: `succeeded`, `failed` or `cancelled`, and its exit status, if its agent had one."""
+
+    status: str
+    exit_status: int | None
 
 
 class Restored(NamedTuple):
@@ -110,6 +128,29 @@ def session() -> dict[str, Any]:
     return _call(_session())
 
 
+def spawn(
+    command: Sequence[str],
+    *,
+    name: str | None = None,
+    workspace: str = ".",
+    environment: dict[str, str] | None = None,
+    detach: bool = False,
+) -> Child:
+    """Begin a session of its own, with a copy of the workspace as it is now; it spends the budget of this one.
+
+    Args:
+        workspace: the directory of the workspace that becomes its workspace.
+        environment: added to that of this session.
+        detach: it goes on when this session is cancelled.
+    """
+    return _call(_spawn(command, name, workspace, environment, detach))
+
+
+def wait(child: Child, *, timeout: float | None = None) -> Ended | None:
+    """Wait until a child has ended. None when it has not within `timeout`."""
+    return _call(_wait(child, timeout))
+
+
 def effect(name: str, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run `step(*args, **kwargs)` unless the log has a result under this name; that result, which JSON can hold.
 
@@ -152,6 +193,20 @@ class _Aio:
 
     async def session(self) -> dict[str, Any]:
         return await _call_async(_session())
+
+    async def spawn(
+        self,
+        command: Sequence[str],
+        *,
+        name: str | None = None,
+        workspace: str = ".",
+        environment: dict[str, str] | None = None,
+        detach: bool = False,
+    ) -> Child:
+        return await _call_async(_spawn(command, name, workspace, environment, detach))
+
+    async def wait(self, child: Child, *, timeout: float | None = None) -> Ended | None:
+        return await _call_async(_wait(child, timeout))
 
     async def effect(self, name: str, step: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         """As `effect`, of a coroutine function."""
@@ -200,6 +255,27 @@ def _checkpoint() -> Operation:
 
 def _session() -> Operation:
     return "GET", "session", None, lambda answer: answer
+
+
+def _spawn(
+    command: Sequence[str], name: str | None, workspace: str, environment: dict[str, str] | None, detach: bool
+) -> Operation:
+    body = {
+        "command": list(command),
+        "name": name,
+        "workspace": workspace,
+        "environment": environment or {},
+        "on_cancel": "detach" if detach else "cancel",
+    }
+    return "POST", "spawn", body, lambda answer: Child(answer["session"], answer["waitpoint"])
+
+
+def _wait(child: Child, timeout: float | None) -> Operation:
+    def ended(answer: Any) -> Ended | None:
+        [point] = answer["waitpoints"]
+        return Ended(point["status"], point["exit_status"]) if answer["done"] else None
+
+    return "POST", "wait", {"waitpoints": [child.waitpoint], "timeout_seconds": timeout}, ended
 
 
 def _find_effect(name: str) -> Operation:

@@ -9,7 +9,8 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from torpor.gateway import agent_api, mcp
-from torpor.gateway.agent_api import RULES, Refused, Reply, Wish, openapi
+from torpor.gateway.agent_api import RULES, Refused, Reply, Wish
+from torpor.gateway.openapi import openapi
 from torpor.gateway.request import Request, RequestLine
 
 RESULTS: dict[str, type[mcp_types.Result]] = {
