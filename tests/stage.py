@@ -6,6 +6,7 @@ the witness counted and what the log says is read afterwards.
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo.demo import Log
+
+from torpor.runtime.leasing import is_held
 
 ROOT = Path(__file__).resolve().parents[1]
 TORPOR = [sys.executable, "-m", "torpor"]
@@ -115,7 +118,18 @@ class Stage:
             except ProcessLookupError:
                 continue
 
+    def kill_daemon(self) -> None:
+        """As `kill -9`, if there is one."""
+        lock = self.home / "run/daemon.lock"
+        if lock.exists() and is_held(lock):
+            pid = json.loads(lock.read_text())["pid"]
+            descriptor = os.pidfd_open(pid)
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], PATIENCE_SECONDS)
+            os.close(descriptor)
+
     def close(self) -> None:
+        self.kill_daemon()
         for process in self.started:
             if process.poll() is None:
                 process.kill()

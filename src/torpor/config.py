@@ -5,6 +5,7 @@ Providers come from TORPOR_HOME/config.toml, else from the variables that the pr
 taken whole from one of the two, so that a key never goes to an address that was not given together with it.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,11 @@ def read_grace_seconds(home: Path) -> float:
         InvalidInput: config.toml is malformed.
     """
     return read_file(home).collect.grace_seconds
+
+
+def read_starts_max(home: Path) -> int:
+    """How many sessions a node daemon begins or wakes at a time. Raises InvalidInput."""
+    return read_file(home).starts_max or max(2, os.cpu_count() or 1)
 
 
 def read_tiers(home: Path) -> Tiers:

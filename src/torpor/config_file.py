@@ -90,6 +90,7 @@ class FileFields(msgspec.Struct, frozen=True):
     checkpoint_share: str = share_text(SHARE_PPM)
     image_cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
     image_cache_seconds_max: Annotated[int, msgspec.Meta(ge=0)] = 3600
+    starts_max: Annotated[int, msgspec.Meta(ge=1)] | None = None
     store: StoreFields = StoreFields()
     retention: RetentionFields = RetentionFields()
     collect: CollectFields = CollectFields()

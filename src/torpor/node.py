@@ -7,12 +7,13 @@ of its own. The socket answers the runtime's verbs to the same user's other comm
 import asyncio
 import contextlib
 import gc
+import hashlib
 import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ class Node:
 
     def __init__(self, runtime: Runtime, clock: Clock) -> None:
         self.runtime = runtime
-        self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
+        # What other commands do to a session is brief.
+        self.holder = replace(node_holder(runtime.home, new_node_id(clock.wall_ns())), is_brief=True)
         self._owners: dict[SessionId, Owner] = {}
 
     async def run(
@@ -62,8 +64,8 @@ class Node:
             return await owner.run()
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncGenerator[None]:
-        """Answer other commands about the sessions that this node owns, while the context lasts."""
+    async def serving(self, more: Mapping[str, wire.Verb] | None = None) -> AsyncGenerator[None]:
+        """Answer other commands about the sessions that this node owns, and `more`, while the context lasts."""
         put_the_loop_first()
         verbs: dict[str, wire.Verb] = {
             "ping": _ping,
@@ -77,6 +79,10 @@ class Node:
             "continue": self._of_session(_let_go),
             "kill": self._of_session(_kill),
             "stop": self._of_session(_stop),
+            "hibernate": self._of_session(_hibernate),
+            "wake": self._of_session(_wake),
+            "tiers": self._tiers,
+            **(more or {}),
         }
         async with wire.serve(self.holder.socket, verbs, {"work": self._work}):
             yield
@@ -96,9 +102,8 @@ class Node:
         Args: as `run`, and
             attended: as `Runtime.own`.
         """
-        acquired = self.runtime.own(
-            session_id, self.holder, wire.answers, watcher, attended=attended, let_go=let_go, boot=boot
-        )
+        me = replace(self.holder, is_brief=False)
+        acquired = self.runtime.own(session_id, me, wire.answers, watcher, attended=attended, let_go=let_go, boot=boot)
         async with acquired as owner:
             spare_collections()
             self._owners[session_id] = owner
@@ -130,7 +135,20 @@ class Node:
         if answer is not None:
             return answer
         async with self.runtime.borrow(session_id, self.holder, wire.answers) as records:
-            return await act(records)
+            done = await act(records)
+        await self.ask_daemon("look")
+        return done
+
+    async def ask_daemon(self, verb: str, **arguments: object) -> dict[str, Any] | None:
+        """What the node daemon answers to a verb; None: none runs.
+
+        Raises:
+            As `wire.ask`.
+        """
+        socket = socket_of(self.runtime.home.daemon_lock)
+        if socket is None:
+            return None
+        return await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, **arguments)
 
     async def create(self, request: Request) -> SessionId:
         session = await self.runtime.create(request, os.environ)
@@ -151,6 +169,11 @@ class Node:
                 hint="Try again in a moment.",
             )
         return owner
+
+    async def _tiers(self) -> dict[str, Any]:
+        """What this node keeps in memory of the sleeping sessions that it owns; of others there may be an image."""
+        tiers = {session_id: owner.tier for session_id, owner in self._owners.items()}
+        return {session_id: tier.value for session_id, tier in tiers.items() if tier and tier.keeps_something}
 
     async def _work(self, session: str, worker: str) -> wire.Carry:
         """Start a worker in the sandbox, and carry its bytes; this node reads none of them."""
@@ -284,9 +307,26 @@ async def _stop(owner: "Owner") -> dict[str, Any]:
     return {}
 
 
+async def _hibernate(owner: "Owner") -> dict[str, Any]:
+    """Put the session to sleep if its agent only waits, however short; answer when it sleeps."""
+    await owner.hibernate()
+    return {}
+
+
+async def _wake(owner: "Owner") -> dict[str, Any]:
+    owner.wake()
+    return {}
+
+
 def socket_of(lock: Path) -> Path | None:
-    """The socket of the node that holds a session's lock."""
+    """The socket of the node that holds a session's lock, or that holds the daemon's."""
     from torpor.runtime.leasing import is_held, read_holder
 
     holder = read_holder(lock) if is_held(lock) else None
-    return holder.socket if holder else None
+    return holder.socket if holder and not holder.is_brief else None
+
+
+def upstreams_digest(runtime: Runtime) -> str:
+    """Says whether two processes would call the same providers with the same keys; tells neither."""
+    said = [(repr(upstream), upstream.key.value and upstream.key.value.reveal()) for upstream in runtime.upstreams]
+    return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -156,27 +156,6 @@ async def test_cancelled_write_that_runs_ends_before_the_cancellation_is_deliver
     assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
 
 
-async def test_closed_database_refuses(database_url: str) -> None:
-    database = await open_database(database_url, clock=FakeClock())
-    await database.close()
-    await database.close()
-    with pytest.raises(Conflict) as refused:
-        await database.write(lambda tx: None, durable=False)
-    assert refused.value.code == "database_closed"
-    with pytest.raises(Conflict):
-        await database.read(lambda tx: None)
-
-
-async def test_rows_are_there_after_reopening(database_url: str) -> None:
-    first = await open_database(database_url, clock=FakeClock())
-    scene = await new_scene(first, "mine")
-    await first.close()
-    second = await open_database(database_url, clock=FakeClock())
-    found = await second.read(lambda tx: sessions.find(tx, "mine"))
-    assert (found.session_id, found.spec) == (scene.session_id, {"argv": ["a\udcff"]})
-    await second.close()
-
-
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
@@ -226,8 +205,8 @@ class Rows:
         if writer == "children.settle":
             kin = {"kind": WaitpointKind.CHILD, "call_id": None, "data": {"child": "ses_gone"}}
             self.kin = waitpoints.create(tx, **scene.owner, **kin, wall_ns=NOW)
-        self.child_id = new_session_id(NOW)
-        sessions.create(tx, session_id=self.child_id, name=None, spec={}, wall_ns=NOW)
+        self.bound = {"child_id": new_session_id(NOW), "waitpoint_id": self.question.waitpoint_id}
+        sessions.create(tx, session_id=self.bound["child_id"], name=None, spec={}, wall_ns=NOW)
         messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         if writer == "sleeping.fall_asleep":
@@ -248,11 +227,7 @@ class Rows:
             "sessions.set_cursor": {"cursor_seq": 1},
             "sessions.wake_parent": {},
             "sessions.forget": {},
-            "children.add": {
-                "child_id": self.child_id,
-                "waitpoint_id": self.question.waitpoint_id,
-                "on_cancel": OnCancel.CANCEL,
-            },
+            "children.add": {**self.bound, "on_cancel": OnCancel.CANCEL},
             "children.settle": {"point": self.kin, "wall_ns": NOW},
             "sleeping.fall_asleep": {"cut_seq": 10**9, "at_latest": None, "wall_ns": NOW},
             "sleeping.set_wake": {"wake_ns": NOW},

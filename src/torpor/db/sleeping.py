@@ -56,7 +56,8 @@ def list_due(tx: Transaction, wall_ns: int) -> list[Session]:
     return [sessions.session_of(row) for row in tx.all("session/list_due", wall_ns=wall_ns)]
 
 
-def next_wake_ns(tx: Transaction, wall_ns: int) -> int | None:
-    """When the next session comes to its time; None: none does."""
+def next_wake(tx: Transaction, wall_ns: int) -> tuple[int | None, int]:
+    """When the next session comes to its time (None: none does), and how many are not left to a person."""
     row = tx.one("session/find_next_wake", wall_ns=wall_ns)
-    return None if row is None else row["wake_ns"]
+    assert row is not None
+    return row["wake_ns"], row["sessions"]

@@ -26,6 +26,7 @@ from enum import StrEnum
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
+from torpor.core.errors import Conflict
 from torpor.core.idling import Linger, Tiers
 from torpor.core.session import SessionStatus
 from torpor.db.sleeping import NOW
@@ -50,8 +51,12 @@ class Tier(StrEnum):
     """All of it; it stands still."""
     READY = "ready"
     """Its image, and an empty sandbox to restore it into."""
-    STORED = "stored"
-    """Nothing that anybody keeps for it."""
+    STORED = "store"
+    """Nothing that anybody keeps for it; its image, as long as the cache has room."""
+
+    @property
+    def keeps_something(self) -> bool:
+        return self is not Tier.STORED
 
 
 class Hibernation:
@@ -88,6 +93,7 @@ class Hibernation:
         self._called = asyncio.Event()
         self._cause = ""
         self._asleep_at = 0.0
+        self._hurrying: list[asyncio.Future[bool]] = []
         self.tier: Tier | None = None
 
     def call(self, cause: str | None) -> None:
@@ -100,6 +106,8 @@ class Hibernation:
         idleness = self._gateway.idleness
         while True:
             moves, waiting = idleness.moves, self._gateway.waiting()
+            if self._hurrying:
+                return
             needed = None if waiting is None or self._tiers.linger_seconds is None else self._needed(waiting)
             before = None if needed is None else await asyncio.to_thread(life.sandbox.cpu_seconds)
             with suppress(TimeoutError):
@@ -113,6 +121,29 @@ class Hibernation:
             if not is_busy and self._gateway.waiting() is not None:
                 return
 
+    async def hurry(self) -> None:
+        """Go to sleep without being idle for long.
+
+        Raises:
+            Conflict: `session_busy`: the agent does not only wait, or can't be cut.
+        """
+        outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self._gateway.waiting() is not None:
+            self._hurrying.append(outcome)
+            self._gateway.idleness.move()
+        else:
+            outcome.set_result(False)
+        if not await outcome:
+            raise Conflict(
+                "session_busy",
+                f"cannot hibernate session {self._records.session_id}: its agent does not only wait, or can't be cut",
+                hint="`torpor stop` puts it to sleep whatever it does; only `torpor resume` wakes it then.",
+            )
+
+    def end_life(self) -> None:
+        """The sandbox is gone; nobody goes to sleep in it any more."""
+        self._tell_hurrying(slept=False)
+
     def _needed(self, waiting: Waiting) -> float | None:
         left = None if waiting.due_ns is None else (waiting.due_ns - self._clock.wall_ns()) / 1e9
         return self._linger.needed(left_seconds=left, for_others=waiting.for_others)
@@ -124,6 +155,7 @@ class Hibernation:
         """
         self._waiting = waiting = self._gateway.waiting()
         if waiting is None:
+            self._tell_hurrying(slept=False)
             return False
         self._called.clear()
         began = self._clock.monotonic()
@@ -136,6 +168,7 @@ class Hibernation:
                 self._linger.cost_seconds = 2 * (self._clock.monotonic() - began)
                 self._watcher.notice("asleep until what the agent waits for comes")
                 self.tier, self._asleep_at = Tier.PAUSED, self._clock.monotonic()
+                self._tell_hurrying(slept=True)
                 cause = await self._until_called(waiting, self._tiers.paused_seconds)
                 if cause is None:
                     still.pop_all()
@@ -143,10 +176,17 @@ class Hibernation:
                 await self._wake(cause)
             else:
                 self._linger.slept(0)
+                self._tell_hurrying(slept=False)
         reason = "no checkpoint could be made" if made is None else "what its agent waited for came"
         await self._records.run(reason, attended=self._attended)
         self._gateway.look_again()
         return False
+
+    def _tell_hurrying(self, *, slept: bool) -> None:
+        while self._hurrying:
+            outcome = self._hurrying.pop()
+            if not outcome.done():
+                outcome.set_result(slept)
 
     async def _fall_asleep(self, made: Checkpoint, waiting: Waiting) -> bool:
         # An answer that is on its way to this node needs a node that goes for it again if this one dies.

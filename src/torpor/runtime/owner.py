@@ -21,6 +21,7 @@ from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
+from torpor.db import sleeping
 from torpor.db.roots import Move
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
@@ -52,9 +53,7 @@ class Ending(Enum):
     STOPPED = "stopped"
     KILLED = "killed"
     FULL = "full"
-    """It takes more memory than it may, and is parked."""
     RESTARTED = "restarted"
-    """The agent failed, and begins again."""
     DIVERGED = "diverged"
     """The agent left the log's path, and the policy is to fail."""
 
@@ -63,6 +62,7 @@ class Owner:
     """See the module.
 
     Attributes:
+        begun: set when a life of its session has begun, or none will.
         ended: set when its work is done.
     """
 
@@ -98,6 +98,7 @@ class Owner:
         self._hibernation = hibernation
         self._memory = memory
         self._wake_ns: int | None = None
+        self.begun = asyncio.Event()
         self.ended = asyncio.Event()
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
@@ -127,6 +128,7 @@ class Owner:
             raise innermost(failures) from failures
         finally:
             self._staging.let_go()
+            self.begun.set()
             self.ended.set()
         await self._images.tend()
         return outcome
@@ -145,6 +147,17 @@ class Owner:
     async def stop(self) -> bool:
         """As `ask_to_stop`, and wait for the session to sleep or end; False: it can't be cut, and runs on."""
         self.ask_to_stop()
+        return await self._stopped()
+
+    async def retire(self) -> bool:
+        """Sleep until this session's node daemon, or another one, is there again; as `stop`."""
+        if self.tier is None:
+            self.ask_to_stop(sleeping.NOW)
+        else:
+            self._hibernation.call(None)
+        return await self._stopped()
+
+    async def _stopped(self) -> bool:
         refused = self._stop_refused
         async with asyncio.TaskGroup() as tasks:
             waiting = [tasks.create_task(self.ended.wait()), tasks.create_task(refused.wait())]
@@ -158,6 +171,15 @@ class Owner:
         self._wanted = Ending.KILLED
         self._asked.set()
         self._hibernation.call(None)
+
+    async def hibernate(self) -> None:
+        """Sleep until what the agent waits for comes; returns when the session sleeps.
+
+        Raises:
+            Conflict: `session_busy`: its agent does not only wait.
+        """
+        if self.tier is None:
+            await self._hibernation.hurry()
 
     def wake(self) -> None:
         """A person wants the session awake, whatever it waits for."""
@@ -305,6 +327,7 @@ class Owner:
                 tasks.create_task(life.link.run())
                 outputs = await self._beginning.begin(rung, tasks)
                 self._life = life
+                self.begun.set()
                 while self._early_signals:
                     await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
@@ -314,7 +337,9 @@ class Owner:
                 if self._crossroads.policy is OnDivergence.ASK:
                     tasks.create_task(self._ask_at_crossroads())
                 while True:
-                    ending = await self._restarted_or(await self._wait_for_ending(life, tasks), life)
+                    ending = await self._wait_for_ending(life, tasks)
+                    if ending is Ending.EXITED and await self._restarting.decide(life.number, life.link):
+                        ending = Ending.RESTARTED
                     if await self._conclude(ending, life, outputs):
                         _end_tasks()
         except* _LifeOver:
@@ -331,6 +356,7 @@ class Owner:
         finally:
             self._life = None
             self._checkpointer.end_life()
+            self._hibernation.end_life()
             if life.watch is not None:
                 life.watch.close()
         return ending
@@ -350,13 +376,6 @@ class Owner:
         for task in waiting:
             task.cancel()
         return self._wanted or ending if ending is Ending.STOPPED else ending
-
-    async def _restarted_or(self, ending: Ending, life: Incarnation) -> Ending:
-        if ending is not Ending.EXITED:
-            return ending
-        wait_status = await life.link.wait_exit()
-        again = await self._restarting.decide(life.number, exit_code(wait_status), describe_exit(wait_status))
-        return Ending.RESTARTED if again else ending
 
     async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> bool:
         """What has to happen while the link is still open; False when the session has to run on after all."""

@@ -11,12 +11,12 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import TorporError
+from torpor.core.errors import Conflict, TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
-from torpor.core.session import SessionStatus
+from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
 from torpor.db import (
     budgets,
@@ -98,6 +98,22 @@ class Records:
     async def run(self, reason: str, *, attended: bool) -> None:
         """The session runs. If nobody attends it, a node daemon is to go on with it whenever no node has it."""
         await self._set_status_and_wake(SessionStatus.RUNNING, None if attended else sleeping.NOW, reason)
+
+    async def make_due(self) -> None:
+        """A node daemon is to run the session from now on.
+
+        Raises:
+            Conflict: `session_ended`.
+        """
+
+        def work(tx: Transaction) -> None:
+            status = sessions.get(tx, self.session_id).status
+            if status in ENDED:
+                reason = f"cannot resume session {self.session_id}: it has {status}"
+                raise Conflict("session_ended", reason, hint="`torpor log SESSION` shows its past.")
+            sleeping.set_wake(tx, **self._fence, wake_ns=sleeping.NOW)
+
+        await self.database.write(work, durable=True)
 
     async def stop(self, wake_ns: int | None) -> None:
         """A person stopped the session, which is cut and stands still, or sleeps; None: only a person wakes it."""

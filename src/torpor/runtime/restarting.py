@@ -23,6 +23,7 @@ from torpor.db import log
 from torpor.db.database import Transaction
 from torpor.runtime.records import Records
 from torpor.runtime.watcher import Watcher
+from torpor.sandbox.link import Link
 
 
 async def load_restarts(records: Records) -> list[Restart]:
@@ -49,8 +50,10 @@ class Restarting:
         self._restarts_max = restarts_max
         self._watcher = watcher
 
-    async def decide(self, incarnation: int, exit_status: int, described: Mapping[str, object]) -> bool:
-        """Whether the agent of this life begins again, which is durable when this returns."""
+    async def decide(self, incarnation: int, link: Link) -> bool:
+        """Whether the agent of this life, which has exited, begins again: durable when this returns."""
+        wait_status = await link.wait_exit()
+        exit_status, described = exit_code(wait_status), describe_exit(wait_status)
         restarts = await load_restarts(self._records)
         if any(restart.incarnation == incarnation for restart in restarts):
             return True  # The last node decided, and died before it had destroyed the sandbox.

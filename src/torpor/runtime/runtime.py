@@ -15,6 +15,7 @@ from torpor.config import (
     Upstream,
     read_prices,
     read_retention,
+    read_starts_max,
     read_store,
     read_tiers,
     read_upstreams,
@@ -74,6 +75,7 @@ class Runtime(Reader):
         prices: Sequence[PriceRule],
         retention: RetentionPolicy,
         tiers: Tiers,
+        starts_max: int,
         database: Database,
         backend: Backend,
         blobs: Backend,
@@ -85,6 +87,7 @@ class Runtime(Reader):
         self.prices = prices
         self.retention = retention
         self.tiers = tiers
+        self.starts_max = starts_max
         self.images = open_image_cache(home.root, clock)
         self.backend = backend
         self.blobs = blobs
@@ -386,6 +389,7 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
             prices=prices,
             retention=retention,
             tiers=read_tiers(home.root),
+            starts_max=read_starts_max(home.root),
             database=database,
             backend=backend,
             blobs=blobs,
