@@ -97,3 +97,23 @@ def test_who_cancels_a_parent_cancels_its_children_but_for_those_that_are_detach
     late = quick.torpor("wait", "one", "kept", "--timeout", "0", "--json", check=False)
     assert (late.returncode, json.loads(late.stdout)["error"]["code"]) == (69, "wait_timed_out")
     check_nothing_left(quick)
+
+
+FAMILY = """
+from torpor import agent
+children = [agent.spawn(["sh", "-c", f"echo {number}; exit {number}"], name=f"kid{number}") for number in range(3)]
+print([agent.wait(child).exit_status for child in children])
+"""
+
+
+def test_a_node_daemon_runs_children_while_their_parent_sleeps(quick: Stage) -> None:
+    (quick.project / "parent.py").write_text(FAMILY)
+    quick.torpor("up")
+    quick.torpor("run", "-d", "--name", "one", "--", sys.executable, "parent.py")
+    assert quick.torpor("wait", "one").returncode == 0
+    kids = [f"kid{number}" for number in range(3)]
+    assert quick.torpor("wait", *kids, check=False).returncode == 1
+    assert quick.torpor("output", "one").stdout == "[0, 1, 2]\n"
+    assert [quick.torpor("output", kid).stdout for kid in kids] == ["0\n", "1\n", "2\n"]
+    quick.torpor("down")
+    check_nothing_left(quick)
