@@ -4,10 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.crash.witness import check_nothing_left
-from tests.stage import Stage
+from tests.stage import Stage, stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 
@@ -117,3 +118,43 @@ def test_a_node_daemon_runs_children_while_their_parent_sleeps(quick: Stage) -> 
     assert [quick.torpor("output", kid).stdout for kid in kids] == ["0\n", "1\n", "2\n"]
     quick.torpor("down")
     check_nothing_left(quick)
+
+
+SPENDER = """
+import json, os, urllib.request
+body = {"model": "scripted-large", "max_tokens": 9, "messages": [{"role": "user", "content": "hello"}]}
+request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode())
+with urllib.request.urlopen(request) as answer:
+    print(json.load(answer)["content"][0]["text"])
+"""
+SHARER = """
+import sys
+from pathlib import Path
+from torpor import agent
+print(agent.wait(agent.spawn([sys.executable, "spender.py"], name="kid")).exit_status)
+"""
+
+
+def test_a_child_that_its_parents_budget_holds_goes_on_when_that_is_raised(scratch: Path, runsc: Path) -> None:
+    with stage(scratch, runsc, ["--script", "plain"]) as made:
+        made.home.mkdir(mode=0o700)
+        (made.home / "config.toml").write_text('[prices."scripted-*"]\ninput = "1"\noutput = "10"\n')
+        (made.project / "spender.py").write_text(SPENDER)
+        (made.project / "parent.py").write_text(SHARER)
+        made.torpor("up")
+        made.torpor("run", "-d", "--name", "one", "--budget", "0.001", "--", sys.executable, "parent.py")
+        log = made.follow("kid")
+        held = log.wait("waitpoint.created")
+        log.close()
+        assert held["data"]["kind"] == "budget"
+        assert made.witness == []
+        refused = made.torpor("budget", "kid", "--add", "1", check=False)
+        assert "budget_shared" in refused.stderr
+        made.torpor("budget", "one", "--add", "0.02")
+        assert made.torpor("wait", "one", "kid").returncode == 0
+        assert "Hello" in made.torpor("output", "kid").stdout
+        spent = {made.rows("budget", session)[0]["spent"] for session in ("one", "kid")}
+        assert len(spent) == 1
+        assert spent != {"0"}
+        made.torpor("down")
+        check_nothing_left(made)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.integration.gateway_stage import Stage, gateway_stage
+from tests.integration.gateway_stage import Node, Stage, gateway_stage
 from tests.integration.test_agent_api import checkpoint_of
 from tests.integration.test_gateway_budget import run_session
 from tests.integration.test_gateway_restart import redo_everything
@@ -16,6 +16,10 @@ from tests.integration.test_waits import answer, deliver, whole
 import torpor.agent
 import torpor.sdk.agent
 from torpor.core.events import Kind
+from torpor.core.ids import NodeId, SessionId
+from torpor.core.session import SessionStatus
+from torpor.db import sessions
+from torpor.db.database import Transaction
 from torpor.runtime.home import SDK_DIRECTORY, install_sdk
 
 SOURCE = Path(torpor.sdk.agent.__file__)
@@ -82,6 +86,48 @@ async def test_every_function_does_what_its_route_does(tmp_path: Path, program: 
         await deliver(node, "in")
         assert await end(process) == "1 3 1\nyes in None\nrequest_invalid 400\n"
         await whole(node)
+
+
+SPAWNING = """
+child = agent.spawn(["true"], name="kid")
+print(agent.wait(child, timeout=0), agent.wait(child))
+"""
+ASYNC_SPAWNING = """
+import asyncio
+
+async def main():
+    child = await agent.aio.spawn(["true"], name="kid")
+    print(await agent.aio.wait(child, timeout=0), await agent.aio.wait(child))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("program", [SPAWNING, ASYNC_SPAWNING], ids=["sync", "async"])
+async def test_a_childs_end_is_told(tmp_path: Path, program: str) -> None:
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        stage.checkpoint_for.outcome = checkpoint_of(stage)
+        await run_session(node)
+        process = await start(stage, program)
+        await node.logged(Kind.CALL_INTENDED, 3)
+        child = await node.database.read(lambda tx: sessions.find(tx, "kid"))
+        await end_session(node, child.session_id)
+        assert await end(process) == "None Ended(status='failed', exit_status=7)\n"
+        await whole(node)
+
+
+async def end_session(node: Node, child_id: SessionId) -> None:
+    """As the child's own node does."""
+
+    def work(tx: Transaction) -> None:
+        token = sessions.acquire(
+            tx, session_id=child_id, seen_token=0, node_id=NodeId("node_other"), boot_id="boot", pid=2, wall_ns=1
+        )
+        owner = {"session_id": child_id, "owner_token": token}
+        sessions.set_status(tx, **owner, status=SessionStatus.RUNNING, wall_ns=1)
+        sessions.set_status(tx, **owner, status=SessionStatus.FAILED, exit_status=7, wall_ns=1)
+
+    await node.database.write(work, durable=True)
 
 
 EFFECT = """

@@ -61,12 +61,16 @@ def admit(
 def add(tx: Transaction, *, session_id: SessionId, owner_token: int, amount_nanousd: int, wall_ns: int) -> Account:
     """Raise the limit, and let everything that waits for a higher one ask again. Commit it durably.
 
+    A child has no limit of its own: raised by nothing it asks again, after its parent's was.
+
     Raises:
         Conflict: `budget_missing`, nothing limits this session; `budget_shared`, it is a child.
     """
     row = held_row(tx, session_id, owner_token)
     before = row["budget_nanousd"]
     parent_id = children.parent_of(tx, session_id)
+    if parent_id is not None and amount_nanousd == 0:
+        return _ask_again(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
     if parent_id is not None:
         raise Conflict(
             "budget_shared",
@@ -94,15 +98,21 @@ def add(tx: Transaction, *, session_id: SessionId, owner_token: int, amount_nano
         data={"from": dollars_text(before), "to": dollars_text(limit)},
     )
     append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+    return _ask_again(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+
+
+def _ask_again(tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int) -> Account:
+    """Let go on what the budget held: it may fit now."""
+    now = account(tx, session_id)
     waitpoints.resolve_all(
         tx,
         session_id=session_id,
         owner_token=owner_token,
         kind=WaitpointKind.BUDGET,
-        resolution={"limit": dollars_text(limit)},
+        resolution={"limit": None if now.limit is None else dollars_text(now.limit)},
         wall_ns=wall_ns,
     )
-    return account(tx, session_id)
+    return now
 
 
 def costs(tx: Transaction) -> dict[SessionId, int]:
