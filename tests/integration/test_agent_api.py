@@ -263,6 +263,22 @@ async def test_a_refused_request_half_answered_goes_on_under_another_node(tmp_pa
         await connected.__aexit__(None, None, None)
 
 
+async def test_an_agent_reads_what_its_model_saw_last_and_that_is_no_call(tmp_path: Path) -> None:
+    context = get("/torpor/v1/context")
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        nothing = {"seq": None, "model": None, "target": None, "request": None, "answer": None}
+        assert json_of(await stage.raw(context)) == nothing
+        await stage.raw(http_request(CHAT, question("first")))
+        answered = body_of(await stage.raw(http_request(CHAT, question("second", stream=False))))
+        await stage.raw(note("not a model's"))
+        told = json_of(await stage.raw(context))
+        calls = await node.calls()
+        assert len(calls) == 3
+        assert (told["seq"], told["target"], told["model"]) == (calls[1].intended_seq, CHAT, "m")
+        assert json.loads(told["request"])["messages"] == [{"role": "user", "content": "second"}]
+        assert told["answer"].encode() == answered
+
+
 async def test_the_document_is_served_where_it_says(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         received = await stage.raw(get("/torpor/v1/openapi.json"))

@@ -50,6 +50,7 @@ async def end(process: asyncio.subprocess.Process) -> str:
 
 PROGRAM = """
 print(agent.session()["incarnation"], agent.checkpoint(), agent.send("out"))
+assert agent.context()["request"] is None
 print(agent.ask("Deploy?", ["yes", "no"]), agent.receive(timeout=999).text, agent.receive(timeout=0))
 agent.sleep(0.01)
 try:
@@ -63,6 +64,7 @@ import asyncio
 async def main():
     aio = agent.aio
     print((await aio.session())["incarnation"], await aio.checkpoint(), await aio.send("out"))
+    assert (await aio.context())["request"] is None
     print(await aio.ask("Deploy?", ["yes", "no"]), (await aio.receive(timeout=999)).text, await aio.receive(timeout=0))
     await aio.sleep(0.01)
     try:

@@ -21,6 +21,7 @@ PREFIX = "/torpor/v1"
 DOCUMENT_PATH = f"{PREFIX}/openapi.json"
 EFFECTS_PATH = f"{PREFIX}/effects"
 LOOKUP_PATH = f"{EFFECTS_PATH}/find"
+CONTEXT_PATH = f"{PREFIX}/context"
 NOTE_CHARACTERS_MAX = 16_384
 BODY_BYTES_MAX = 1 << 20
 MESSAGE_BYTES_MAX = 64 << 20
@@ -122,6 +123,11 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: _Name
 
 
+class ContextQuery(msgspec.Struct, frozen=True):
+    """What the model saw last. No call: see `gateway.context`."""
+
+
+Query: TypeAlias = Lookup | ContextQuery
 Body: TypeAlias = (
     NoteBody | EffectBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | SpawnBody | WaitBody
 )
@@ -379,7 +385,7 @@ class Refused(TorporError):
         self.reply = Reply(status=status, body=body, headers=headers)
 
 
-def read_wish(request: Request, body: bytes) -> Wish | Lookup | Reply:
+def read_wish(request: Request, body: bytes) -> Wish | Query | Reply:
     """What a request for a path below /torpor asks for.
 
     Args:
@@ -395,6 +401,8 @@ def read_wish(request: Request, body: bytes) -> Wish | Lookup | Reply:
         return Reply(status=200, body=openapi())
     if (line.method, line.path) == ("POST", LOOKUP_PATH):
         return parse(body or b"{}", Lookup)
+    if (line.method, line.path) == ("GET", CONTEXT_PATH):
+        return ContextQuery()
     allowed = {rule.method: rule for rule in RULES if rule.path == line.path}
     if not allowed:
         hint = f"GET {DOCUMENT_PATH} says what there is."

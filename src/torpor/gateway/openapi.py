@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from torpor.gateway.agent_api import DOCUMENT_PATH, LOOKUP_PATH, RULES, Lookup, Rule
+from torpor.gateway.agent_api import CONTEXT_PATH, DOCUMENT_PATH, LOOKUP_PATH, RULES, Lookup, Rule
 
 
 def openapi() -> dict[str, Any]:
@@ -16,6 +16,7 @@ def openapi() -> dict[str, Any]:
     for rule in RULES:
         paths.setdefault(rule.path, {})[rule.method.lower()] = _operation(rule)
     paths[LOOKUP_PATH] = {"post": _lookup()}
+    paths[CONTEXT_PATH] = {"get": _context()}
     paths[DOCUMENT_PATH] = {
         "get": {
             "operationId": "openapi",
@@ -37,6 +38,28 @@ def openapi() -> dict[str, Any]:
         "servers": [{"url": "http://127.0.0.1:4100"}],
         "paths": paths,
         "components": {"schemas": {"Error": error}},
+    }
+
+
+def _context() -> dict[str, Any]:
+    said = {"type": ["string", "null"]}
+    answer = {
+        "type": "object",
+        "properties": {
+            "seq": {"type": ["integer", "null"]},
+            "model": said,
+            "target": said,
+            "request": said,
+            "answer": said,
+        },
+        "required": ["seq", "model", "target", "request", "answer"],
+    }
+    return {
+        "operationId": "context",
+        "summary": "What the model saw last.",
+        "description": "The newest call to a model that was answered, in full: the conversation that an agent without "
+        "memory can go on from. What the log has now; it is never answered as it was before.",
+        "responses": {"200": _answer("Request and answer as they were sent; nulls: there is none.", answer)},
     }
 
 

@@ -19,7 +19,7 @@ from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
 from torpor.core.ids import SessionId
 from torpor.db.blobs import Stored
 from torpor.db.database import Transaction
-from torpor.gateway import agent_api, effects, mcp
+from torpor.gateway import agent_api, context, effects, mcp
 from torpor.gateway.admission import LocalAnswer
 from torpor.gateway.agent_api import (
     WAITING,
@@ -27,6 +27,7 @@ from torpor.gateway.agent_api import (
     Lookup,
     NoteBody,
     Operation,
+    Query,
     Refused,
     Reply,
     SendBody,
@@ -53,13 +54,13 @@ def answer_here(request: Request) -> LocalAnswer | None:
 
 async def look_up(request: Request, recorder: Recorder) -> LocalAnswer | None:
     """The answer of a request that only reads the log as it is now; None if it is a call."""
-    if request.line.path != agent_api.LOOKUP_PATH:
+    if request.line.path not in {agent_api.LOOKUP_PATH, agent_api.CONTEXT_PATH}:
         return None
     wanted = _read(request)
-    assert isinstance(wanted, Lookup), "anything else was answered before"
-    key = effects.key_of(request.line, wanted)
-    reply = await recorder.read(lambda tx, session_id: effects.found(tx, session_id, key))
-    return _rendered(request.line, reply)
+    if isinstance(wanted, Lookup):
+        key = effects.key_of(request.line, wanted)
+        return _rendered(request.line, await recorder.read(lambda tx, session: effects.found(tx, session, key)))
+    return _rendered(request.line, await recorder.read(context.newest))
 
 
 class OwnPump:
@@ -174,7 +175,7 @@ class OwnPump:
                 return Reply(status=503, body={"code": "checkpoint_failed", "message": message, "hint": hint})
 
 
-def _read(request: Request) -> Wish | Lookup | Reply:
+def _read(request: Request) -> Wish | Query | Reply:
     line = request.line
     body = decoded_body(line, request.body)
     try:

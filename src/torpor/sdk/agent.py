@@ -33,6 +33,7 @@ __all__ = [
     "aio",
     "ask",
     "checkpoint",
+    "context",
     "effect",
     "receive",
     "send",
@@ -128,6 +129,11 @@ def session() -> dict[str, Any]:
     return _call(_session())
 
 
+def context() -> dict[str, Any]:
+    """What the model saw last, and said: the answer of `GET /torpor/v1/context`, for a program without its memory."""
+    return _call(_context())
+
+
 def spawn(
     command: Sequence[str],
     *,
@@ -194,6 +200,9 @@ class _Aio:
     async def session(self) -> dict[str, Any]:
         return await _call_async(_session())
 
+    async def context(self) -> dict[str, Any]:
+        return await _call_async(_context())
+
     async def spawn(
         self,
         command: Sequence[str],
@@ -255,6 +264,10 @@ def _checkpoint() -> Operation:
 
 def _session() -> Operation:
     return "GET", "session", None, lambda answer: answer
+
+
+def _context() -> Operation:
+    return "GET", "context", None, lambda answer: answer
 
 
 def _spawn(

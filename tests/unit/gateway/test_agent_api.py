@@ -37,6 +37,7 @@ def test_the_openapi_document_is_valid_and_has_every_operation() -> None:
     assert told == {(rule.method, rule.path) for rule in RULES} | {
         ("GET", agent_api.DOCUMENT_PATH),
         ("POST", agent_api.LOOKUP_PATH),
+        ("GET", agent_api.CONTEXT_PATH),
     }
 
 
