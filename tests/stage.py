@@ -4,9 +4,9 @@ Everything is done as a user would do it: processes are started, killed and aske
 the witness counted and what the log says is read afterwards.
 """
 
+import fcntl
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -122,11 +122,12 @@ class Stage:
         """As `kill -9`, if there is one."""
         lock = self.home / "run/daemon.lock"
         if lock.exists() and is_held(lock):
-            pid = json.loads(lock.read_text())["pid"]
-            descriptor = os.pidfd_open(pid)
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            select.select([descriptor], [], [], PATIENCE_SECONDS)
-            os.close(descriptor)
+            os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+            self.wait_for_death_of_daemon()
+
+    def wait_for_death_of_daemon(self) -> None:
+        with (self.home / "run/daemon.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
         self.kill_daemon()

@@ -13,18 +13,21 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
-from torpor import __version__
+from torpor import __version__, wire
 from torpor.core.errors import Conflict
 from torpor.core.ids import SessionId
 from torpor.node import Node, upstreams_digest
 from torpor.runtime import leasing
 from torpor.runtime.owner import Owner
 from torpor.runtime.reaping import reap
-from torpor.runtime.runtime import node_holder
+from torpor.runtime.runtime import Runtime, node_holder
 from torpor.runtime.scheduling import Scheduler, Wish
 from torpor.runtime.watcher import Watcher
 
 logger = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 0.1
+"""To answer whoever ends it."""
 
 
 class DaemonWatcher(Watcher):
@@ -44,49 +47,51 @@ async def run_daemon(node: Node, *, idle_seconds_max: float | None = None) -> No
         Conflict: `daemon_running`: another process is it.
     """
     runtime = node.runtime
-    me = node_holder(runtime.home, node.holder.node_id)
-    lock = leasing.acquire_free_lock(runtime.home.daemon_lock, me)
-    if lock is None:
-        raise Conflict("daemon_running", "cannot start a node daemon: one runs", hint="torpor status; torpor down")
-    try:
-        scheduler = Scheduler(
-            home=runtime.home,
-            database=runtime.database,
-            clock=runtime.clock,
-            own=partial(_own, node),
-            starts_max=runtime.starts_max,
-            idle_seconds_max=idle_seconds_max,
-        )
-        started_ns = runtime.clock.wall_ns()
-
-        async def status() -> dict[str, Any]:
-            return {"started_ns": started_ns, "upstreams": upstreams_digest(runtime), **_status(scheduler)}
-
-        async def look() -> dict[str, Any]:
-            scheduler.look()
-            return {}
-
-        async def start(session: str, let_go: bool, boot: bool) -> dict[str, Any]:
-            await scheduler.start(SessionId(session), Wish(let_go=let_go, boot=boot))
-            return {}
-
-        async def down(leave: bool) -> dict[str, Any]:
-            if leave:
-                # As kill -9 would: whatever it is doing, the next node goes on from there.
-                asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, os._exit, 0)
-            else:
-                scheduler.stop()
-            return {"pid": os.getpid()}
-
-        async with node.serving({"status": status, "look": look, "start": start, "down": down}), _signals(scheduler):
-            await reap(runtime, me)
-            await scheduler.run()
-    finally:
-        lock.release()
+    scheduler = Scheduler(
+        home=runtime.home,
+        database=runtime.database,
+        clock=runtime.clock,
+        own=partial(_own, node),
+        starts_max=runtime.starts_max,
+        idle_seconds_max=idle_seconds_max,
+    )
+    # Who finds the lock taken asks its holder at once: first the socket, then the lock.
+    async with node.serving(_verbs(runtime, scheduler)):
+        me = node_holder(runtime.home, node.holder.node_id)
+        lock = leasing.acquire_free_lock(runtime.home.daemon_lock, me)
+        if lock is None:
+            raise Conflict("daemon_running", "cannot start a node daemon: one runs", hint="torpor status; torpor down")
+        try:
+            async with _signals(scheduler):
+                await reap(runtime, me)
+                await scheduler.run()
+        finally:
+            lock.release()
 
 
-LAST_WORDS_SECONDS = 0.1
-"""To answer whoever ends it."""
+def _verbs(runtime: Runtime, scheduler: Scheduler) -> dict[str, wire.Verb]:
+    started_ns = runtime.clock.wall_ns()
+
+    async def status() -> dict[str, Any]:
+        return {"started_ns": started_ns, "upstreams": upstreams_digest(runtime), **_status(scheduler)}
+
+    async def look() -> dict[str, Any]:
+        scheduler.look()
+        return {}
+
+    async def start(session: str, let_go: bool, boot: bool) -> dict[str, Any]:
+        await scheduler.start(SessionId(session), Wish(let_go=let_go, boot=boot))
+        return {}
+
+    async def down(leave: bool) -> dict[str, Any]:
+        if leave:
+            # As kill -9 would: whatever it is doing, the next node goes on from there.
+            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, os._exit, 0)
+        else:
+            scheduler.stop()
+        return {"pid": os.getpid()}
+
+    return {"status": status, "look": look, "start": start, "down": down}
 
 
 @contextlib.asynccontextmanager

@@ -303,6 +303,7 @@ class Owner:
         session = await self._records.session()
         if session.status is SessionStatus.ASLEEP:
             await self._records.set_status(SessionStatus.WAKING, reason)
+            crash_point("wake.begun")
         elif session.status not in (SessionStatus.CREATED, SessionStatus.WAKING):
             await self._records.set_status(SessionStatus.RECOVERING, reason)
         try:
@@ -351,7 +352,8 @@ class Owner:
             # One that is paused, and dies, only falls asleep faster.
             ending = Ending.HIBERNATED if self.tier is Tier.PAUSED else Ending.LOST
             reason = str(innermost(failures))
-            await self._note_end(life.number, reason)
+            ended = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=life.number, data={"reason": reason})
+            await self._records.append(ended)
             self._watcher.notice(f"the sandbox died: {reason}")
         finally:
             self._life = None
@@ -480,10 +482,6 @@ class Owner:
             await self._records.end(status, code, final, describe_exit(wait_status))
         crash_point("exit.committed")
         life.link.acknowledge_exit()
-
-    async def _note_end(self, number: int, reason: str) -> None:
-        draft = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=number, data={"reason": reason})
-        await self._records.append(draft)
 
 
 class _LifeOver(Exception):

@@ -145,8 +145,7 @@ class Scheduler:
                         run.task = group.create_task(self._run(session.session_id, run))
                 self._looks += 1
                 self._looked.fire()
-                if wishes == self._wishes:
-                    await self._until_next(now)
+                await self._until_next(now, wishes)
             for run in list(self.runs.values()):
                 group.create_task(self._retire(run))
 
@@ -161,8 +160,8 @@ class Scheduler:
             return False
         return session_id not in self.runs and not is_held(self._home.lock(session_id))
 
-    async def _until_next(self, now: int) -> None:
-        """Wait until a session comes to its time, or a wish; not for long, since wishes may get lost."""
+    async def _until_next(self, now: int, wishes: int) -> None:
+        """Wait until a session comes to its time, or for a wish beyond these; not for long, since some may get lost."""
         next_ns, sessions = await self._database.read(lambda tx: sleeping.next_wake(tx, now))
         waits = [LOOK_SECONDS] if next_ns is None else [LOOK_SECONDS, (next_ns - self._clock.wall_ns()) / 1e9]
         at = self._clock.monotonic()
@@ -174,7 +173,8 @@ class Scheduler:
         waits += [failure.not_before - at for failure in self.failures.values() if failure.not_before > at]
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(waits))):
-                await self._wished.wait()
+                while self._wishes == wishes:
+                    await self._wished.wait()
 
     async def _run(self, session_id: SessionId, run: Run) -> None:
         """One session, until it ends, or sleeps and needs no node for that."""
