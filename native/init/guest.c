@@ -15,11 +15,11 @@
 #include "json.h"
 
 enum { DONE = 0, REFUSED = 1, USAGE = 2, TIMED_OUT = 3, NO_SUCH_ROUTE = 4, UNREACHABLE = 69 };
-enum { CHOICES_MAX = 64, STDIN_BYTES_MAX = 1 << 20, ATTEMPTS_MAX = 5, ATTEMPT_WAIT_NS = 200000000 };
+enum { WORDS_MAX = 256, CHOICES_MAX = 64, STDIN_BYTES_MAX = 1 << 20, ATTEMPTS_MAX = 5, ATTEMPT_WAIT_NS = 200000000 };
 
 /* What the command line said. */
 struct wish {
-    const char *words[2]; /* the arguments that are no options */
+    const char *words[WORDS_MAX]; /* the arguments that are no options */
     int word_count;
     const char *choices[CHOICES_MAX];
     size_t choice_lengths[CHOICES_MAX];
@@ -124,6 +124,16 @@ static bool build_send(const struct wish *wish, struct text *body) {
     return add_word_or_stdin(body, "text", wish->words[0]) && end_body(body);
 }
 
+static bool build_spawn(const struct wish *wish, struct text *body) {
+    add_raw(body, "command", "");
+    for (int i = 0; i < wish->word_count; i++) {
+        text_add_string(body, i == 0 ? "[" : ",");
+        json_add_string(body, wish->words[i], strlen(wish->words[i]));
+    }
+    text_add_string(body, "]");
+    return end_body(body);
+}
+
 static bool build_receive(const struct wish *wish, struct text *body) {
     return add_timeout(wish, body) && end_body(body);
 }
@@ -142,6 +152,8 @@ static const struct command commands[] = {
      "Wait that long, or until a time (RFC 3339), over restores too."},
     {"send", "POST", "/torpor/v1/send", 1, 1, "", build_send, "", "TEXT",
      "Send a message out of the session. TEXT may be - for stdin."},
+    {"spawn", "POST", "/torpor/v1/spawn", 1, WORDS_MAX, "", build_spawn, "session", "-- COMMAND...",
+     "Begin a session of its own with a copy of the workspace; print its id."},
     {"receive", "POST", "/torpor/v1/receive", 0, 0, "t", build_receive, "text", "[--timeout SECONDS]",
      "Wait for the next message to the session, and print its text."},
 };

@@ -14,6 +14,7 @@ from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acqu
 from torpor.core.call import CallState
 from torpor.core.errors import Conflict, Superseded
 from torpor.core.events import EventDraft, Kind
+from torpor.core.ids import new_session_id
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import SessionStatus
@@ -24,6 +25,7 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    children,
     keys,
     log,
     messages,
@@ -38,6 +40,7 @@ from torpor.db import (
     verify,
     waitpoints,
 )
+from torpor.db.children import OnCancel
 from torpor.db.database import Database, Transaction, open_database
 from torpor.db.statements import statements
 from torpor.testing.clock import FakeClock
@@ -154,32 +157,11 @@ async def test_cancelled_write_that_runs_ends_before_the_cancellation_is_deliver
     assert len(await scene.read(lambda tx: log.events(tx, scene.session_id))) == 3
 
 
-async def test_closed_database_refuses(database_url: str) -> None:
-    database = await open_database(database_url, clock=FakeClock())
-    await database.close()
-    await database.close()
-    with pytest.raises(Conflict) as refused:
-        await database.write(lambda tx: None, durable=False)
-    assert refused.value.code == "database_closed"
-    with pytest.raises(Conflict):
-        await database.read(lambda tx: None)
-
-
-async def test_rows_are_there_after_reopening(database_url: str) -> None:
-    first = await open_database(database_url, clock=FakeClock())
-    scene = await new_scene(first, "mine")
-    await first.close()
-    second = await open_database(database_url, clock=FakeClock())
-    found = await second.read(lambda tx: sessions.find(tx, "mine"))
-    assert (found.session_id, found.spec) == (scene.session_id, {"argv": ["a\udcff"]})
-    await second.close()
-
-
 # --- the fence ----------------------------------------------------------------------------------------------------
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys, sleeping, *FORK_AREAS),
+    *(waitpoints, questions, messages, keys, sleeping, children, *FORK_AREAS),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -220,6 +202,12 @@ class Rows:
         waitpoints.wait_on(tx, **scene.owner, **waiting, wall_ns=NOW)
         asking = {"question": Question(text="Go on?"), "due_ns": None, "wall_ns": NOW}
         self.question = questions.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
+        self.kin = self.question
+        if writer == "children.settle":
+            kin = {"kind": WaitpointKind.CHILD, "call_id": None, "data": {"child": "ses_gone"}}
+            self.kin = waitpoints.create(tx, **scene.owner, **kin, wall_ns=NOW)
+        self.bound = {"child_id": new_session_id(NOW), "waitpoint_id": self.question.waitpoint_id}
+        sessions.create(tx, session_id=self.bound["child_id"], name=None, spec={}, wall_ns=NOW)
         messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
         if writer == "sleeping.fall_asleep":
@@ -241,7 +229,10 @@ class Rows:
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
+            "sessions.wake_parent": {},
             "sessions.forget": {},
+            "children.add": {**self.bound, "on_cancel": OnCancel.CANCEL},
+            "children.settle": {"point": self.kin, "wall_ns": NOW},
             "sleeping.fall_asleep": {"cut_seq": 10**9, "at_latest": None, "wall_ns": NOW},
             "sleeping.set_wake": {"wake_ns": NOW},
             "log.hold": {"wall_ns": NOW},
@@ -272,12 +263,7 @@ class Rows:
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
             "waitpoints.create": {"kind": WaitpointKind.TIMER, "call_id": self.sent, "wall_ns": NOW},
             "waitpoints.wait": {"kind": budget, "wall_ns": NOW},
-            "questions.ask": {
-                "call_id": self.sent,
-                "question": Question(text="Really?"),
-                "due_ns": None,
-                "wall_ns": NOW,
-            },
+            "questions.ask": {"call_id": self.sent, "question": Question(text="?"), "due_ns": None, "wall_ns": NOW},
             "questions.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
             "waitpoints.resolve": {"point": self.question, "resolution": {}, "wall_ns": NOW},
             "messages.deliver": {"text": "to it", "wall_ns": NOW},

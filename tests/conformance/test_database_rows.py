@@ -9,7 +9,8 @@ from torpor.core.ids import NodeId, new_session_id
 from torpor.core.redo import RedoSet, entry_of
 from torpor.core.session import SessionStatus
 from torpor.db import calls, checkpoints, log, outputs, redo, sessions, verify
-from torpor.db.database import Database, Transaction
+from torpor.db.database import Database, Transaction, open_database
+from torpor.testing.clock import FakeClock
 
 # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -321,3 +322,24 @@ async def test_call_of_another_session_is_not_found(database: Database) -> None:
         await mine.write(lambda tx: calls.tear(tx, **mine.owner, call_id=call_id, wall_ns=NOW))
     with pytest.raises(Conflict):
         await mine.write(lambda tx: mine.add_chunks(tx, call_id, b"x"))
+
+
+async def test_closed_database_refuses(database_url: str) -> None:
+    database = await open_database(database_url, clock=FakeClock())
+    await database.close()
+    await database.close()
+    with pytest.raises(Conflict) as refused:
+        await database.write(lambda tx: None, durable=False)
+    assert refused.value.code == "database_closed"
+    with pytest.raises(Conflict):
+        await database.read(lambda tx: None)
+
+
+async def test_rows_are_there_after_reopening(database_url: str) -> None:
+    first = await open_database(database_url, clock=FakeClock())
+    scene = await new_scene(first, "mine")
+    await first.close()
+    second = await open_database(database_url, clock=FakeClock())
+    found = await second.read(lambda tx: sessions.find(tx, "mine"))
+    assert (found.session_id, found.spec) == (scene.session_id, {"argv": ["a\udcff"]})
+    await second.close()

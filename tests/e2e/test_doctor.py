@@ -51,7 +51,7 @@ def wrapped(made: Stage, runsc: Path, broken: str) -> str:
 
 def test_a_fit_machine_passes_every_point(bare: Stage) -> None:
     status, points = examine(bare)
-    order = ["snapshot store", "runsc", "privilege", "memory for images", "swap"]
+    order = ["snapshot store", "runsc", "privilege", "memory for images", "swap", "memory limits"]
     order += ["boot", "checkpoint", "kill", "restore", "relay"]
     assert (status, list(points)) == (0, order)
     assert [name for name, point in points.items() if not point["ok"] and name != "swap"] == []

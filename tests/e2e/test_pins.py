@@ -79,7 +79,7 @@ def test_image_is_restored_by_the_runsc_that_wrote_it_though_another_one_is_inst
 def test_without_that_runsc_the_session_waits_for_it_or_for_a_word_to_give_up_its_memory(
     slow: Stage, other_runsc: Path
 ) -> None:
-    node = slow.node(*RUN_AGENT)
+    node = slow.node("run", "--on-lost", "replay", *RUN_AGENT[1:])  # This agent does the same again.
     log = slow.follow("one")
     log.wait("call.answering", 3)
     kill_everything(slow, node)

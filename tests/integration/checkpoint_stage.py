@@ -199,6 +199,7 @@ async def stage(
             upstreams=(),
             on_call=unused,
             checkpoint_for=unused,
+            spawn_for=unused,
         )
         await gateway.begin_incarnation(1, RedoSet(), adopted=False)
         checkpointer = Checkpointer(

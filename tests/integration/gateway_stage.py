@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from torpor.config import FAMILIES, GATEWAY_PORT, PROXY_PORT, KeySource, PriceRu
 from torpor.core.call import Call, response_bytes
 from torpor.core.checkpoint import Checkpoint, OpenStream, StreamFate, stream_fate
 from torpor.core.clock import Clock, SystemClock
-from torpor.core.errors import SandboxFailed
+from torpor.core.errors import NotFound, SandboxFailed
 from torpor.core.events import Event, Kind
 from torpor.core.ids import CallId, NodeId, SessionId, StreamId, new_session_id
 from torpor.core.money import Price, parse_dollars
@@ -29,10 +30,12 @@ from torpor.core.redo import RedoSet
 from torpor.core.usage import UsageHider
 from torpor.db import calls, log, notes, sessions
 from torpor.db.database import Database, Transaction, open_database
+from torpor.gateway.agent_api import SpawnBody
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway, OpenCall
 from torpor.gateway.waits import OnWait
+from torpor.runtime.children import child_id_of
 from torpor.sandbox.fifos import Pulse, open_guest_ends
 from torpor.sandbox.frames import StreamStatus
 from torpor.sandbox.link import Link
@@ -260,6 +263,16 @@ class CheckpointFor:
         return self.outcome
 
 
+async def make_row(database: WatchedDatabase, call: Call, body: SpawnBody, _point: Checkpoint) -> SessionId:
+    """The row of a session that nobody has run: its workspace is no matter of the gateway's."""
+    child_id = child_id_of(call)
+    row = {"session_id": child_id, "name": body.name, "spec": {}, "wall_ns": CLOCK.wall_ns()}
+    with suppress(NotFound):
+        return (await database.read(lambda tx: sessions.get(tx, child_id))).session_id
+    await database.write(lambda tx: sessions.create(tx, **row), durable=True)
+    return child_id
+
+
 @dataclass(slots=True)
 class Stage:
     model: ModelServer
@@ -342,6 +355,7 @@ class Stage:
                 upstreams=self.upstreams,
                 on_call=self.on_call,
                 checkpoint_for=self.checkpoint_for,
+                spawn_for=partial(make_row, database),
                 on_wait=on_wait,
                 crossroads=crossroads,
                 prices=self.prices,

@@ -78,6 +78,7 @@ async def test_an_agent_learns_who_it_is_by_a_call_in_the_log(tmp_path: Path) ->
             "name": None,
             "incarnation": 1,
             "slept_for": 0.0,
+            "memory_lost": False,
             "checkpoint": None,
         }
         assert stage.model.requests == []
@@ -262,6 +263,22 @@ async def test_a_refused_request_half_answered_goes_on_under_another_node(tmp_pa
         await connected.__aexit__(None, None, None)
 
 
+async def test_an_agent_reads_what_its_model_saw_last_and_that_is_no_call(tmp_path: Path) -> None:
+    context = get("/torpor/v1/context")
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        nothing = {"seq": None, "model": None, "target": None, "request": None, "answer": None}
+        assert json_of(await stage.raw(context)) == nothing
+        await stage.raw(http_request(CHAT, question("first")))
+        answered = body_of(await stage.raw(http_request(CHAT, question("second", stream=False))))
+        await stage.raw(note("not a model's"))
+        told = json_of(await stage.raw(context))
+        calls = await node.calls()
+        assert len(calls) == 3
+        assert (told["seq"], told["target"], told["model"]) == (calls[1].intended_seq, CHAT, "m")
+        assert json.loads(told["request"])["messages"] == [{"role": "user", "content": "second"}]
+        assert told["answer"].encode() == answered
+
+
 async def test_the_document_is_served_where_it_says(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage, stage.node() as node:
         received = await stage.raw(get("/torpor/v1/openapi.json"))
@@ -271,6 +288,9 @@ async def test_the_document_is_served_where_it_says(tmp_path: Path) -> None:
             "/torpor/v1/ask": {"question": "Go on?", "wait": False},
             "/torpor/v1/receive": {"timeout_seconds": 0},
             "/torpor/v1/send": {"text": "a"},
+            "/torpor/v1/spawn": {"command": ["true"]},
+            "/torpor/v1/effects": {"name": "a", "result": [1]},
+            "/torpor/v1/effects/find": {"name": "a"},
         }
         for path, operations in document["paths"].items():
             for method in operations:

@@ -95,6 +95,7 @@ def test_each_command_makes_its_request(ask: Asking) -> None:
         (("sleep", "86400"), "POST /torpor/v1/sleep", {"seconds": 86400}),
         (("sleep", "--until", "2030-01-01T00:00:00Z"), "POST /torpor/v1/sleep", {"until": "2030-01-01T00:00:00Z"}),
         (("send", "done"), "POST /torpor/v1/send", {"text": "done"}),
+        (("spawn", "--", "make", "-j", "2"), "POST /torpor/v1/spawn", {"command": ["make", "-j", "2"]}),
         (("receive",), "POST /torpor/v1/receive", {}),
         (("receive", "--timeout", "3"), "POST /torpor/v1/receive", {"timeout_seconds": 3}),
     ]  # fmt: skip
@@ -134,7 +135,7 @@ def test_refusals_timeouts_and_missing_routes_have_statuses_of_their_own(ask: As
     status, _, said, _ = ask("ask", "x", answers=[answer({"code": "path_unknown", "message": "", "hint": ""}, 404)])
     assert status == 4
     assert b"knows no /torpor/v1/ask" in said
-    unusable = ["ask", "sleep", "sleep -5", "sleep 1 --until x", "send", "send a b", "receive x", "note a b"]
+    unusable = ["ask", "sleep", "sleep -5", "sleep 1 --until x", "send", "send a b", "receive x", "note a b", "spawn"]
     for words in [*unusable, "note x --timeout 1", "nothing"]:
         assert ask(*words.split())[0] == 2, words
 

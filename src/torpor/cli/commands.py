@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, Entry] = {
     "cp": Entry("copying", "Copy files into or out of a running session."),
     "waitpoints": Entry("waiting", "List what sessions wait on."),
     "resolve": Entry("waiting", "Answer a session's question, or end its sleep."),
+    "wait": Entry("joining", "Wait until sessions have ended."),
     "send": Entry("waiting", "Send a session a message."),
     "tail": Entry("waiting", "The messages that a session sends out."),
     "fork": Entry("branching", "Make sessions that begin where this one is."),

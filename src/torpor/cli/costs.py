@@ -9,11 +9,13 @@ import typer
 from torpor.cli.printer import out, print_json, print_rows
 from torpor.cli.reading import standing, with_reader
 from torpor.core.call import Call
+from torpor.core.ids import SessionId
 from torpor.core.money import dollars_text, parse_dollars
-from torpor.db import calls, sessions
+from torpor.core.waitpoint import WaitpointKind
+from torpor.db import calls, children, sessions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.sessions import Session
-from torpor.node import open_node
+from torpor.node import Node, open_node
 from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
 
@@ -87,7 +89,27 @@ async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
                 return asdict(await records.add_to_budget(amount_nanousd))
 
             await node.ask_or_own(session_id, "budget", add, add=amount_nanousd)
+            await _let_children_ask_again(node, session_id)
         return await runtime.database.read(lambda tx: standing(tx, session_id))
+
+
+async def _let_children_ask_again(node: Node, session_id: SessionId) -> None:
+    """Those that spend this session's budget, and that it holds."""
+
+    async def ask_again(records: Records) -> dict[str, Any]:
+        return asdict(await records.add_to_budget(0))
+
+    def held(tx: Transaction) -> list[tuple[SessionId, bool]]:
+        kin = [child.session.session_id for child in children.list_of(tx, session_id) if not child.has_ended]
+        return [
+            (each, any(point.kind is WaitpointKind.BUDGET for point in waitpoints.open_waitpoints(tx, each)))
+            for each in kin
+        ]
+
+    for child_id, is_held in await node.runtime.database.read(held):
+        if is_held:
+            await node.ask_or_own(child_id, "budget", ask_again, add=0)
+        await _let_children_ask_again(node, child_id)
 
 
 async def _report(reader: Reader, text: str, *, lineage: bool) -> dict[str, Any]:

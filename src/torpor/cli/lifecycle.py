@@ -10,7 +10,10 @@ import typer
 from torpor import wire
 from torpor.cli.printer import human_bytes, milliseconds, notice, out, print_json
 from torpor.core.errors import Conflict
+from torpor.core.ids import SessionId
 from torpor.core.session import ENDED, SessionStatus
+from torpor.db import children
+from torpor.db.children import OnCancel
 from torpor.db.sessions import Session
 from torpor.node import ANSWER_SECONDS, Node, open_node, socket_of
 from torpor.runtime.leasing import wait_until_free
@@ -46,20 +49,42 @@ def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     async def work() -> Session:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            lock = node.runtime.home.lock(found.session_id)
-            if await node.ask(found.session_id, "kill") is not None:
-                await wait_until_free(lock)
-            else:
-                await node.runtime.cancel(found.session_id, node.holder, wire.answers)
-            return await node.runtime.session(found.session_id)
+            await _kill(node, found.session_id)
+            now = await node.runtime.session(found.session_id)
+            if now.status is SessionStatus.CANCELLED:
+                killed.extend(await _kill_children(node, now.session_id))
+            return now
 
+    killed: list[str] = []
     now = asyncio.run(work())
+    for child in killed:
+        notice(f"{child} killed with it")
     if now.status is SessionStatus.CANCELLED:
         notice(f"{now.session_id} killed; `torpor log` and `torpor pull` still work, `torpor rm` forgets it")
     else:
         notice(f"{now.session_id} had {now.status} before")
     if json:
-        print_json({"killed": now.session_id, "status": now.status.value})
+        print_json({"killed": now.session_id, "status": now.status.value, "children": killed})
+
+
+async def _kill(node: Node, session_id: SessionId) -> None:
+    if await node.ask(session_id, "kill") is not None:
+        await wait_until_free(node.runtime.home.lock(session_id))
+    else:
+        await node.runtime.cancel(session_id, node.holder, wire.answers)
+
+
+async def _kill_children(node: Node, session_id: SessionId) -> list[str]:
+    """Kill what a cancelled session began and did not detach, down to the last; to be called again after a crash."""
+    killed: list[str] = []
+    for child in await node.runtime.database.read(lambda tx: children.list_of(tx, session_id)):
+        if child.on_cancel is OnCancel.DETACH:
+            continue
+        if not child.has_ended:
+            await _kill(node, child.session.session_id)
+            killed.append(child.session.session_id)
+        killed += await _kill_children(node, child.session.session_id)
+    return killed
 
 
 def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:

@@ -128,6 +128,8 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
             "checkpointed_ns": newest.wall_ns if newest else None,
             "events_since_checkpoint": found.head_seq - newest.seq if newest else None,
             **_crash(reader, found, points, made),
+            "restarts": counts[Kind.AGENT_RESTARTED],
+            "restarts_max": found.spec.get("restarts_max", 0),
             "turns_skipped": counts[Kind.CHECKPOINT_SKIPPED],
             "checkpoints_overtaken": counts[Kind.CHECKPOINT_OVERTAKEN],
             **_in_memory(reader, found, points),
@@ -284,6 +286,7 @@ def _hint(session: sessions.Session, points: Sequence[Waitpoint]) -> str:
         WaitpointKind.BUDGET: f"torpor budget {name} --add DOLLARS lets it go on",
         WaitpointKind.ASK: f"torpor waitpoints {name} shows what it asks, torpor resolve {name} ANSWER answers",
         WaitpointKind.MESSAGE: f"torpor send {name} TEXT is what it waits for",
+        WaitpointKind.CHILD: "it waits for a session that it began: torpor wait CHILD, torpor kill CHILD",
         WaitpointKind.TIMER: f"torpor resolve {name} lets it go on before its time",
     }
     return told[points[0].kind] if points else ""

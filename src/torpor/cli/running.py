@@ -9,12 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from torpor import wire
 from torpor.cli.printer import err, notice, print_json
 from torpor.core.divergence import OnDivergence
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId
+from torpor.core.ladder import OnLost
+from torpor.core.memory import parse_memory
 from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
+from torpor.core.restart import parse_restart
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node, upstreams_digest
 from torpor.runtime.records import Records
@@ -70,6 +74,15 @@ def run(
         str | None,
         typer.Option(metavar="SHARE", help="What checkpoints at turns may cost of the wall time: 5%, or `always`."),
     ] = None,
+    restart: Annotated[
+        str, typer.Option(metavar="POLICY", help="`on-failure:N`: begin an agent that fails again, N times in a row.")
+    ] = "no",
+    on_lost: Annotated[
+        OnLost, typer.Option(help="What happens when none of its saved memories can be restored.")
+    ] = OnLost.BOOT,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Park the session when its sandbox comes near it: 512M, 2G.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Copy a workspace of any size without asking.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
@@ -89,6 +102,9 @@ def run(
         on_divergence=on_divergence,
         budget_nanousd=None if budget is None else parse_dollars(budget),
         checkpoint_share_ppm=None if checkpoint_share is None else parse_share(checkpoint_share),
+        on_lost=on_lost,
+        memory_bytes_max=None if memory is None else parse_memory(memory),
+        restarts_max=parse_restart(restart),
         any_size=yes,
     )
 
@@ -113,6 +129,9 @@ def resume(
     boot: Annotated[
         bool, typer.Option("--boot", help="Give up the agent's memory: start it anew, with its files and its log.")
     ] = False,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What its sandbox may take from now on: 512M, 2G.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the session's id as JSON (with --detach).")] = False,
 ) -> None:
     """Go on with a session whose node or sandbox died, or that was stopped.
@@ -126,6 +145,9 @@ def resume(
             found = await node.runtime.session(session)
             if let_go and await node.ask(found.session_id, "continue") is not None:
                 return None
+            if memory is not None:
+                async with node.runtime.borrow(found.session_id, node.holder, wire.answers) as records:
+                    await records.limit_memory(parse_memory(memory))
             if detach:
                 await _detach(node, found.session_id, found.name, as_json=json, let_go=let_go, boot=boot)
                 return None

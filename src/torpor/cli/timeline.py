@@ -301,6 +301,14 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.CHECKPOINT_REPACKED: lambda data: f"#{data.get('number')}: its snapshot is {data.get('snapshot')} now",
     Kind.RECOVERY_CHOSEN: _recovered,
     Kind.RECOVERY_REJECTED: _rejected,
+    Kind.MEMORY_EXCEEDED: lambda data: (
+        f"{data.get('used_bytes', 0) >> 20} MiB of {data.get('limit_bytes', 0) >> 20} MiB: the session is parked"
+    ),
+    Kind.MEMORY_CHANGED: lambda data: f"it may take {data.get('limit_bytes', 0) >> 20} MiB",
+    Kind.AGENT_RESTARTED: lambda data: (
+        f"exit status {data.get('exit_status')} {data.get('signal', '')}: "
+        f"restart {data.get('restart')} of {data.get('restarts_max')}, from before event {data.get('failed_seq')}"
+    ),
     Kind.AGENT_EXITED: lambda data: f"exit status {data.get('exit_status')} {data.get('signal', '')}",
     Kind.OUTPUT_DIFFERED: lambda data: f"channel {data.get('channel')} at byte {data.get('offset')}",
 }

@@ -72,7 +72,13 @@ class Kind(StrEnum):
     MESSAGE_SENT = "message.sent"
     """The agent sent a message out; data: number, bytes; refs: the text."""
     BUDGET_CHANGED = "budget.changed"
+    MEMORY_EXCEEDED = "memory.exceeded"
+    """The sandbox took so much that the session is parked; data: used_bytes, limit_bytes."""
+    MEMORY_CHANGED = "memory.changed"
+    """Its limit is another from its next life on; data: limit_bytes."""
     AGENT_EXITED = "agent.exited"
+    AGENT_RESTARTED = "agent.restarted"
+    """It failed and begins again; data: exit_status, signal, restart, restarts_max, failed_seq."""
 
 
 CONTEXT_KINDS = frozenset({Kind.SESSION_CREATED, Kind.CALL_INTENDED, Kind.CALL_COMPLETED, Kind.CALL_FAILED})

@@ -28,7 +28,8 @@ VOLATILE: Mapping[str, Fields] = {
         }
     },
     # How long a client is still ready to wait. (A tool call of MCP has an id of its own, so it is never equal.)
-    "torpor": {"timeout_seconds": None},
+    # What a step of the agent's came to is not what it is found by (gateway/effects.py).
+    "torpor": {"timeout_seconds": None, "result": None},
 }
 """By dialect: what a client fills in anew each time that it builds the same request. Other HTTP has none."""
 

@@ -109,6 +109,10 @@ class RedoSet:
         if entry is not None and may_join(end):
             self._offer(entry)
 
+    def offer(self, entry: RedoEntry) -> None:
+        """An equal request gets this call's answer; nobody waits for it."""
+        self._offer(entry)
+
     def failed(self, call_id: CallId) -> None:
         """The call failed for good: an equal request is a new call."""
         self._attached.pop(call_id, None)

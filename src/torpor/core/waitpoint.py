@@ -20,6 +20,8 @@ class WaitpointKind(StrEnum):
     """A question to a person; data: question (a block's digest); resolution: answer (a block's digest)."""
     TIMER = "timer"
     """A time, which is when it is due; resolution: nothing."""
+    CHILD = "child"
+    """The end of a session that the agent began; data: child (its id); resolution: status, exit_status."""
     MESSAGE = "message"
     """The next message of the inbox; resolution: number (of the message)."""
 

@@ -21,14 +21,14 @@ from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
 from torpor.core.money import Account, Verdict, decide, dollars_text
 from torpor.core.waitpoint import WaitpointKind
-from torpor.db import sessions, waitpoints
+from torpor.db import children, sessions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row, refusal
 from torpor.db.log import append
 
 
 def account(tx: Transaction, session_id: SessionId) -> Account:
-    """Where a session stands.
+    """Where a session stands, with all that share its budget.
 
     Raises:
         NotFound: there is no such session.
@@ -61,11 +61,22 @@ def admit(
 def add(tx: Transaction, *, session_id: SessionId, owner_token: int, amount_nanousd: int, wall_ns: int) -> Account:
     """Raise the limit, and let everything that waits for a higher one ask again. Commit it durably.
 
+    A child has no limit of its own: raised by nothing it asks again, after its parent's was.
+
     Raises:
-        Conflict: `budget_missing`, nothing limits this session.
+        Conflict: `budget_missing`, nothing limits this session; `budget_shared`, it is a child.
     """
     row = held_row(tx, session_id, owner_token)
     before = row["budget_nanousd"]
+    parent_id = children.parent_of(tx, session_id)
+    if parent_id is not None and amount_nanousd == 0:
+        return _ask_again(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+    if parent_id is not None:
+        raise Conflict(
+            "budget_shared",
+            f"cannot raise the budget of session {session_id}: it spends that of the session that began it",
+            hint=f"torpor budget {parent_id} --add DOLLARS",
+        )
     if before is None:
         raise Conflict(
             "budget_missing",
@@ -87,15 +98,21 @@ def add(tx: Transaction, *, session_id: SessionId, owner_token: int, amount_nano
         data={"from": dollars_text(before), "to": dollars_text(limit)},
     )
     append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+    return _ask_again(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
+
+
+def _ask_again(tx: Transaction, *, session_id: SessionId, owner_token: int, wall_ns: int) -> Account:
+    """Let go on what the budget held: it may fit now."""
+    now = account(tx, session_id)
     waitpoints.resolve_all(
         tx,
         session_id=session_id,
         owner_token=owner_token,
         kind=WaitpointKind.BUDGET,
-        resolution={"limit": dollars_text(limit)},
+        resolution={"limit": None if now.limit is None else dollars_text(now.limit)},
         wall_ns=wall_ns,
     )
-    return account(tx, session_id)
+    return now
 
 
 def costs(tx: Transaction) -> dict[SessionId, int]:

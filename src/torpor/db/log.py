@@ -97,6 +97,11 @@ def last_of_kind(tx: Transaction, session_id: SessionId, kind: Kind) -> Event | 
     return None if row is None else event_of(row)
 
 
+def all_of_kind(tx: Transaction, session_id: SessionId, kind: Kind) -> list[Event]:
+    """Every event of a kind, oldest first."""
+    return [event_of(row) for row in tx.all("log/list_of_kind", session_id=session_id, kind=kind.value)]
+
+
 def counts(tx: Transaction, session_id: SessionId) -> Counter[Kind]:
     """How many events of each kind there are."""
     rows = tx.all("log/count_by_kind", session_id=session_id)

@@ -11,6 +11,11 @@ from torpor.db.encoding import decode_json, encode_json
 from torpor.db.fence import held_row
 from torpor.db.waitpoints import create, find, resolve
 
+_RESOLVED_BY = {
+    WaitpointKind.BUDGET: "budget SESSION --add DOLLARS",
+    WaitpointKind.MESSAGE: "send SESSION TEXT",
+    WaitpointKind.CHILD: "kill CHILD, if it shall not go on",
+}
 _HINT = "`torpor waitpoints SESSION` lists what it waits on."
 
 
@@ -80,10 +85,9 @@ def answer(
     point = find(tx, session_id, waitpoint_id)
     if point is None:
         raise NotFound("waitpoint_not_found", f"cannot resolve waitpoint {waitpoint_id}: there is none", hint=_HINT)
-    if point.kind is WaitpointKind.BUDGET or point.kind is WaitpointKind.MESSAGE:
-        command = "budget SESSION --add DOLLARS" if point.kind is WaitpointKind.BUDGET else "send SESSION TEXT"
+    if point.kind in _RESOLVED_BY:
         reason = f"cannot resolve waitpoint {waitpoint_id}: it waits for a {point.kind}"
-        raise InvalidInput("answer_refused", reason, hint=f"torpor {command}")
+        raise InvalidInput("answer_refused", reason, hint=f"torpor {_RESOLVED_BY[point.kind]}")
     if point.kind is WaitpointKind.ASK:
         if text is None:
             raise InvalidInput("answer_missing", f"cannot resolve waitpoint {waitpoint_id}: a question wants an answer")

@@ -12,7 +12,7 @@ from torpor.core.events import GENESIS_HASH, Event, EventDraft, Kind
 from torpor.core.ids import NodeId, SessionId
 from torpor.core.lease import Lease
 from torpor.core.money import dollars_text
-from torpor.core.session import SessionStatus, check_transition
+from torpor.core.session import ENDED, SessionStatus, check_transition
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
 from torpor.db.fence import held_row, refusal
@@ -243,9 +243,17 @@ def set_status(
     )
     if not moved:
         raise refusal(tx, session_id, owner_token, changed(session_id))
+    if status in ENDED:
+        wake_parent(tx, session_id=session_id, owner_token=owner_token)
     data = {"from": seen.status.value, "to": status.value, "reason": reason, "exit_status": exit_status}
     draft = EventDraft(kind=Kind.SESSION_STATUS, incarnation=seen.incarnation, data=data)
     append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
+
+
+def wake_parent(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
+    """A child has ended: have a node run the session that began it, if that sleeps until it is called."""
+    held_row(tx, session_id, owner_token)
+    tx.run("child/wake_parent_fenced", session_id=session_id, owner_token=owner_token)
 
 
 def set_incarnation(
@@ -289,6 +297,7 @@ def set_cursor(tx: Transaction, *, session_id: SessionId, owner_token: int, curs
 
 
 _ROWS_OF_A_SESSION = (
+    "child/delete_of_session_fenced",
     "message/delete_of_session_fenced",
     "waitpoint/delete_of_session_fenced",
     "redo/delete_of_session_fenced",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torpor.core.ids import SessionId
 from torpor.core.session import SessionStatus
-from torpor.db import sessions, waitpoints
+from torpor.db import children, sessions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.fence import held_row, refusal
 from torpor.db.sessions import Session
@@ -34,6 +34,8 @@ def fall_asleep(
     if tx.one("log/find_news_after", session_id=session_id, seq=cut_seq) is not None:
         return False
     points = waitpoints.open_waitpoints(tx, session_id)
+    if any(children.has_ended(tx, point) for point in points):
+        return False
     due = [WHEN_RESOLVED if point.due_ns is None else point.due_ns for point in points]
     reasons = [point.kind.value for point in points] or ["an answer"]
     sessions.set_status(

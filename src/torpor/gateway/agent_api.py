@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from http import HTTPStatus
-from importlib.metadata import version
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -21,6 +19,9 @@ from torpor.gateway.request import Headers, Request, RequestLine
 
 PREFIX = "/torpor/v1"
 DOCUMENT_PATH = f"{PREFIX}/openapi.json"
+EFFECTS_PATH = f"{PREFIX}/effects"
+LOOKUP_PATH = f"{EFFECTS_PATH}/find"
+CONTEXT_PATH = f"{PREFIX}/context"
 NOTE_CHARACTERS_MAX = 16_384
 BODY_BYTES_MAX = 1 << 20
 MESSAGE_BYTES_MAX = 64 << 20
@@ -81,6 +82,23 @@ class SendBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: Annotated[str, msgspec.Meta(min_length=1)]
 
 
+class SpawnBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A session to begin.
+
+    Attributes:
+        command: as `torpor run` gets it.
+        workspace: the part of this session's workspace that it gets a copy of, relative to it.
+        environment: added to this session's.
+        on_cancel: whether it is cancelled with this session, or goes on by itself.
+    """
+
+    command: Annotated[list[Annotated[str, msgspec.Meta(max_length=100_000)]], msgspec.Meta(min_length=1)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=63)] | None = None
+    workspace: str = "."
+    environment: dict[str, str] = {}
+    on_cancel: Literal["cancel", "detach"] = "cancel"
+
+
 class WaitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to wait for: all of these waitpoints, or any of them."""
 
@@ -89,7 +107,30 @@ class WaitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_seconds: _Seconds | None = None
 
 
-Body: TypeAlias = NoteBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | WaitBody
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class EffectBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a step of the agent's came to, under its name."""
+
+    name: _Name
+    result: Any = None
+
+
+class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which step's result is looked for. No call: see `gateway.effects`."""
+
+    name: _Name
+
+
+class ContextQuery(msgspec.Struct, frozen=True):
+    """What the model saw last. No call: see `gateway.context`."""
+
+
+Query: TypeAlias = Lookup | ContextQuery
+Body: TypeAlias = (
+    NoteBody | EffectBody | EmptyBody | AskBody | SleepBody | ReceiveBody | SendBody | SpawnBody | WaitBody
+)
 
 
 class Operation(StrEnum):
@@ -101,6 +142,8 @@ class Operation(StrEnum):
     RECEIVE = "receive"
     SEND = "send"
     WAIT = "wait"
+    EFFECT = "effect"
+    SPAWN = "spawn"
 
 
 WAITING = frozenset({Operation.ASK, Operation.SLEEP, Operation.RECEIVE, Operation.WAIT})
@@ -164,6 +207,10 @@ RULES = (
             "name": {"type": ["string", "null"], "description": "Its name, if it has one."},
             "incarnation": {**_COUNT, "description": "Counts the lives of the sandbox, from 1."},
             "slept_for": {"type": "number", "description": "Seconds from the cut that was restored to this life."},
+            "memory_lost": {
+                "type": "boolean",
+                "description": "Whether it began anew amid its task, without its memory.",
+            },
             "checkpoint": {"type": ["integer", "null"], "description": "The newest checkpoint's number."},
             "head": {**_COUNT, "description": "The number of the log's last event."},
         },
@@ -277,6 +324,35 @@ RULES = (
         },
         failures={404: "The session has no such waitpoint."},
     ),
+    Rule(
+        operation=Operation.SPAWN,
+        method="POST",
+        path=f"{PREFIX}/spawn",
+        tool="torpor_spawn",
+        status=201,
+        summary="Begin a session of its own.",
+        description="Runs a command as a durable session beside this one, with a copy of the workspace as it is now. "
+        "It spends this session's budget. `wait` for the waitpoint tells how it ended.",
+        body=SpawnBody,
+        answer={
+            "session": {"type": "string", "description": "The new session's id."},
+            "waitpoint": {"type": "string", "description": "Resolves with its end."},
+        },
+        failures={409: "It cannot be begun.", 503: "No checkpoint of the workspace could be made."},
+    ),
+    Rule(
+        operation=Operation.EFFECT,
+        method="POST",
+        path=EFFECTS_PATH,
+        tool="torpor_record_result",
+        status=201,
+        summary="Record what a step came to, under a name.",
+        description="The first result under a name counts, and is the answer to every later one: a step whose result "
+        "is there need not be done again.",
+        body=EffectBody,
+        answer={"name": {"type": "string"}, "result": {"description": "The first result under this name; any JSON."}},
+        failures={},
+    ),
 )
 
 
@@ -309,7 +385,7 @@ class Refused(TorporError):
         self.reply = Reply(status=status, body=body, headers=headers)
 
 
-def read_wish(request: Request, body: bytes) -> Wish | Reply:
+def read_wish(request: Request, body: bytes) -> Wish | Query | Reply:
     """What a request for a path below /torpor asks for.
 
     Args:
@@ -320,7 +396,13 @@ def read_wish(request: Request, body: bytes) -> Wish | Reply:
     """
     line = request.line
     if (line.method, line.path) == ("GET", DOCUMENT_PATH):
+        from torpor.gateway.openapi import openapi
+
         return Reply(status=200, body=openapi())
+    if (line.method, line.path) == ("POST", LOOKUP_PATH):
+        return parse(body or b"{}", Lookup)
+    if (line.method, line.path) == ("GET", CONTEXT_PATH):
+        return ContextQuery()
     allowed = {rule.method: rule for rule in RULES if rule.path == line.path}
     if not allowed:
         hint = f"GET {DOCUMENT_PATH} says what there is."
@@ -366,53 +448,3 @@ def parse(body: bytes, kind: type[Any], bytes_max: int = BODY_BYTES_MAX) -> Any:
 def json_bytes(body: Mapping[str, Any]) -> bytes:
     """ASCII, so that any string that an agent sent goes back as it came."""
     return json.dumps(body).encode()
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI document of the table."""
-    paths: dict[str, Any] = {}
-    for rule in RULES:
-        paths.setdefault(rule.path, {})[rule.method.lower()] = _operation(rule)
-    paths[DOCUMENT_PATH] = {
-        "get": {
-            "operationId": "openapi",
-            "summary": "This document.",
-            "responses": {"200": _answer("An OpenAPI document.", {"type": "object"})},
-        }
-    }
-    strings = {name: {"type": "string"} for name in ("code", "message", "hint")}
-    error = {"type": "object", "properties": strings, "required": list(strings)}
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Torpor, for the agent in the sandbox",
-            "version": version("torpor"),
-            "description": "Every request is a call in the session's log: an agent that is restored and asks again "
-            "gets the same answer, and nothing is done twice.",
-            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        },
-        "servers": [{"url": "http://127.0.0.1:4100"}],
-        "paths": paths,
-        "components": {"schemas": {"Error": error}},
-    }
-
-
-def _operation(rule: Rule) -> dict[str, Any]:
-    responses = {str(rule.status): _answer(HTTPStatus(rule.status).phrase, rule.answer_schema)}
-    error = {"$ref": "#/components/schemas/Error"}
-    for status, reason in {400: "The request is not what is wanted.", **rule.failures}.items():
-        responses[str(status)] = _answer(reason, error)
-    described: dict[str, Any] = {
-        "operationId": rule.tool,
-        "summary": rule.summary,
-        "description": rule.description,
-        "responses": responses,
-    }
-    if rule.method == "POST":
-        content = {"application/json": {"schema": rule.body_schema}}
-        described["requestBody"] = {"required": rule.needs_body, "content": content}
-    return described
-
-
-def _answer(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}

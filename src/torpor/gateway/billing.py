@@ -25,6 +25,9 @@ from torpor.sandbox.fifos import Pulse
 FREE = Bill(cost_nanousd=0, prices=None)
 UNKNOWN = Bill(cost_nanousd=None, prices=None)
 
+RELATIVES_LOOK_SECONDS = 2.0
+"""What a call waits for may be reserved by a session that shares the budget, and that another process runs."""
+
 
 class Billing:
     """One session's calls and their prices."""
@@ -63,8 +66,13 @@ class Billing:
                 return got
             if got is Verdict.HOLD:
                 on_hold()
-            while self._changes == seen:
-                await self._changed.wait()
+            await self._change(seen, RELATIVES_LOOK_SECONDS if got is Verdict.WAIT else None)
+
+    async def _change(self, seen: int, seconds: float | None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._changes == seen:
+                    await self._changed.wait()
 
     async def warm(self, call: Call) -> None:
         """Have the prices of a model at hand before its answer ends."""

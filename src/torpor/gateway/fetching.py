@@ -48,6 +48,7 @@ async def fetch_answer(
         on_failed=lambda _: None,
         waits=Waits(recorder, on_wait),
         checkpoint_for=_no_checkpoint,
+        spawn_for=_no_session,
     )
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(pumps.run())
@@ -61,6 +62,10 @@ async def fetch_answer(
 
 async def _on_call(_call_id: CallId, _first_byte_at: FirstByteAt) -> None:
     return
+
+
+async def _no_session(call: Call, _body: object, _checkpoint: Checkpoint) -> SessionId:
+    raise AssertionError(f"{call.call_id} is a model's, and begins no session")
 
 
 async def _no_checkpoint(_call: Call) -> Checkpoint | None:

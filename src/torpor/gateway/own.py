@@ -15,25 +15,52 @@ from http import HTTPStatus
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
-from torpor.core.errors import SandboxFailed
+from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
+from torpor.core.ids import SessionId
 from torpor.db.blobs import Stored
 from torpor.db.database import Transaction
-from torpor.gateway import agent_api, mcp
+from torpor.gateway import agent_api, context, effects, mcp
 from torpor.gateway.admission import LocalAnswer
-from torpor.gateway.agent_api import WAITING, NoteBody, Operation, Refused, Reply, SendBody, Wish
+from torpor.gateway.agent_api import (
+    WAITING,
+    EffectBody,
+    Lookup,
+    NoteBody,
+    Operation,
+    Query,
+    Refused,
+    Reply,
+    SendBody,
+    SpawnBody,
+    Wish,
+)
 from torpor.gateway.delivery import Recording
 from torpor.gateway.record import Recorder
 from torpor.gateway.request import Request, RequestLine, decoded_body
 from torpor.gateway.waits import Waits
+
+SpawnFor = Callable[[Call, SpawnBody, Checkpoint], Awaitable[SessionId]]
+"""A session for a call that nobody has run yet, with the workspace of a checkpoint; the same one for the same call."""
 
 CheckpointFor = Callable[[Call], Awaitable[Checkpoint | None]]
 """A durable checkpoint that holds a call's stream; None if none could be made. SandboxFailed: the sandbox is gone."""
 
 
 def answer_here(request: Request) -> LocalAnswer | None:
-    """The answer of a request that needs no log; None if it is a call."""
+    """The answer of a request that needs no log; None if it does."""
     wish = _read(request)
     return _rendered(request.line, wish) if isinstance(wish, Reply) else None
+
+
+async def look_up(request: Request, recorder: Recorder) -> LocalAnswer | None:
+    """The answer of a request that only reads the log as it is now; None if it is a call."""
+    if request.line.path not in {agent_api.LOOKUP_PATH, agent_api.CONTEXT_PATH}:
+        return None
+    wanted = _read(request)
+    if isinstance(wanted, Lookup):
+        key = effects.key_of(request.line, wanted)
+        return _rendered(request.line, await recorder.read(lambda tx, session: effects.found(tx, session, key)))
+    return _rendered(request.line, await recorder.read(context.newest))
 
 
 class OwnPump:
@@ -47,7 +74,14 @@ class OwnPump:
     failed = False
 
     def __init__(
-        self, *, call: Call, request: Request, recorder: Recorder, waits: Waits, checkpoint_for: CheckpointFor
+        self,
+        *,
+        call: Call,
+        request: Request,
+        recorder: Recorder,
+        waits: Waits,
+        checkpoint_for: CheckpointFor,
+        spawn_for: SpawnFor,
     ) -> None:
         self.call = call
         self.recording = Recording(len(call.attempts) + 1)
@@ -55,6 +89,7 @@ class OwnPump:
         self._recorder = recorder
         self._waits = waits
         self._checkpoint_for = checkpoint_for
+        self._spawn_for = spawn_for
 
     @property
     def request_bytes(self) -> int:
@@ -68,20 +103,22 @@ class OwnPump:
         """
         wish = _read(self._request)
         assert isinstance(wish, Wish), "what became a call was one before"
-        checkpoint = stored = None
-        if wish.rule.operation is Operation.CHECKPOINT:
+        checkpoint = stored = spawned = None
+        if wish.rule.operation in {Operation.CHECKPOINT, Operation.SPAWN}:
             try:
                 checkpoint = await self._checkpoint_for(self.call)
             except SandboxFailed:
                 self.recording.end(finished=False)
                 return
+            if isinstance(wish.body, SpawnBody) and checkpoint is not None:
+                spawned = await self._spawn(wish.body, checkpoint)
         elif wish.rule.operation in WAITING:
             await self._waits.until_ready(self.call.call_id, wish)
         elif isinstance(wish.body, SendBody):
             stored = await self._recorder.store_text(wish.body.text)
 
         def write(tx: Transaction) -> LocalAnswer:
-            return self._answer(tx, wish, checkpoint, stored)
+            return self._answer(tx, wish, checkpoint, stored, spawned)
 
         answer = await self._recorder.answer(self.call.call_id, write)
         self.recording.add_head(answer.head)
@@ -89,8 +126,28 @@ class OwnPump:
             self.recording.add_chunk(answer.body)
         self.recording.end(finished=True)
 
-    def _answer(self, tx: Transaction, wish: Wish, checkpoint: Checkpoint | None, stored: Stored | None) -> LocalAnswer:
-        reply = self._reply(tx, wish, checkpoint, stored)
+    async def _spawn(self, body: SpawnBody, checkpoint: Checkpoint) -> SessionId | Reply:
+        try:
+            return await self._spawn_for(self.call, body, checkpoint)
+        except (InvalidInput, Conflict) as refused:
+            return Reply(status=409, body={"code": refused.code, "message": str(refused), "hint": refused.hint})
+
+    def _answer(
+        self,
+        tx: Transaction,
+        wish: Wish,
+        checkpoint: Checkpoint | None,
+        stored: Stored | None,
+        spawned: SessionId | Reply | None,
+    ) -> LocalAnswer:
+        if isinstance(spawned, Reply):
+            reply = spawned
+        elif isinstance(wish.body, SpawnBody) and spawned is not None:
+            reply = Reply(
+                status=201, body=self._recorder.begin_child(tx, self.call.call_id, spawned, wish.body.on_cancel)
+            )
+        else:
+            reply = self._reply(tx, wish, checkpoint, stored)
         if wish.rpc_id is not None:
             reply = mcp.reply_of(wish.rpc_id, reply)
         return _rendered(self._request.line, reply)
@@ -100,6 +157,8 @@ class OwnPump:
         match wish.body:
             case NoteBody(text=text):
                 return Reply(status=status, body={"seq": self._recorder.append_note(tx, self.call.call_id, text)})
+            case EffectBody(name=name, result=result):
+                return Reply(status=status, body=effects.record(tx, self.call, name, result))
             case SendBody(text=text):
                 return Reply(
                     status=status, body={"number": self._recorder.send_out(tx, self.call.call_id, text, stored)}
@@ -108,7 +167,7 @@ class OwnPump:
                 return self._waits.reply(tx, self.call.call_id, wish)
             case _ if wish.rule.operation is Operation.SESSION:
                 return Reply(status=status, body=self._recorder.describe(tx))
-            case _ if checkpoint is not None:
+            case _ if checkpoint is not None and wish.rule.operation is Operation.CHECKPOINT:
                 return Reply(status=status, body={"checkpoint": checkpoint.number, "seq": checkpoint.seq})
             case _:
                 hint = "The session runs on; its log (`torpor log`) has the reason."
@@ -116,7 +175,7 @@ class OwnPump:
                 return Reply(status=503, body={"code": "checkpoint_failed", "message": message, "hint": hint})
 
 
-def _read(request: Request) -> Wish | Reply:
+def _read(request: Request) -> Wish | Query | Reply:
     line = request.line
     body = decoded_body(line, request.body)
     try:

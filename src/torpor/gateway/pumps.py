@@ -22,7 +22,7 @@ from torpor.gateway.delivery import Recording
 from torpor.gateway.dialects import OWN
 from torpor.gateway.failure import NoAnswer
 from torpor.gateway.intake import Intake, from_log
-from torpor.gateway.own import CheckpointFor, OwnPump
+from torpor.gateway.own import CheckpointFor, OwnPump, SpawnFor
 from torpor.gateway.pump import Pump
 from torpor.gateway.record import Recorder, needs_sending
 from torpor.gateway.routing import Routing, choose
@@ -89,6 +89,7 @@ class Pumps:
         on_failed: Callable[[CallId], None],
         waits: Waits,
         checkpoint_for: CheckpointFor,
+        spawn_for: SpawnFor,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
@@ -99,6 +100,7 @@ class Pumps:
         self._on_failed = on_failed
         self._waits = waits
         self._checkpoint_for = checkpoint_for
+        self._spawn_for = spawn_for
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._closing = asyncio.Event()
@@ -133,6 +135,11 @@ class Pumps:
     def fetching(self) -> bool:
         """Whether an answer is arriving from elsewhere, which ends if this node does: not one that a budget holds."""
         return bool(self._beginning) or any(isinstance(pump, Pump) and not pump.held for pump in self._pumps.values())
+
+    async def until_still(self) -> None:
+        """Wait until nothing is arriving from elsewhere."""
+        while self.fetching:
+            await self._ended.wait()
 
     async def room(self) -> None:
         """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
@@ -217,6 +224,7 @@ class Pumps:
                 recorder=recorder,
                 waits=self._waits,
                 checkpoint_for=self._checkpoint_for,
+                spawn_for=self._spawn_for,
             )
         return Pump(
             call=call,

@@ -19,11 +19,13 @@ from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, StreamId, new_call_id
 from torpor.core.money import Bill, Verdict
 from torpor.core.redo import RedoEntry, RedoSet, entry_of, follow
-from torpor.db import budgets, calls, checkpoints, log, messages, notes, redo, requests, sessions
+from torpor.core.waitpoint import WaitpointKind
+from torpor.db import budgets, calls, checkpoints, children, log, messages, notes, redo, requests, sessions, waitpoints
 from torpor.db.ahead import Ahead
 from torpor.db.answers import Packed
 from torpor.db.blobs import BLOB_BYTES_MIN, Stored
 from torpor.db.calls import Chunk, NewCall
+from torpor.db.children import OnCancel
 from torpor.db.database import Database, Transaction
 from torpor.db.requests import PreparedBody, RequestHead
 from torpor.gateway.admission import LocalAnswer
@@ -200,6 +202,10 @@ class Recorder:
         crash_point("waitpoint.created")
         return held
 
+    async def read(self, work: Callable[[Transaction, SessionId], T]) -> T:
+        """What the log says now, of this session."""
+        return await self._database.read(lambda tx: work(tx, self._session_id))
+
     async def store_text(self, text: str) -> Stored | None:
         """Store a text that is large, for the transaction that makes it a block."""
         return await self._ahead.text(text)
@@ -213,6 +219,14 @@ class Recorder:
         """Within `answer`: the agent's message to the outside; its number."""
         wall_ns = self.clock.wall_ns()
         return messages.send(tx, **self.fence, call_id=call_id, text=text, wall_ns=wall_ns, stored=stored).number
+
+    def begin_child(self, tx: Transaction, call_id: CallId, child_id: SessionId, on_cancel: str) -> dict[str, Any]:
+        """Within `answer`: a session that was made is this one's child from now on, and a node is to run it."""
+        made: dict[str, Any] = {"kind": WaitpointKind.CHILD, "call_id": call_id, "wall_ns": self.clock.wall_ns()}
+        point = waitpoints.create(tx, **self.fence, **made, data={"child": child_id})
+        bound: dict[str, Any] = {"child_id": child_id, "waitpoint_id": point.waitpoint_id}
+        children.add(tx, **self.fence, **bound, on_cancel=OnCancel(on_cancel))
+        return {"session": child_id, "waitpoint": point.waitpoint_id}
 
     def describe(self, tx: Transaction) -> dict[str, Any]:
         """Within `answer`: what an agent may know of its session."""
@@ -228,6 +242,7 @@ class Recorder:
             "name": session.name,
             "incarnation": session.incarnation,
             "slept_for": slept_ns // 1_000_000 / 1000,
+            "memory_lost": started is not None and started.data.get("memory_lost", False),
             "checkpoint": newest.number if newest is not None else None,
             "head": session.head_seq,
         }

@@ -31,7 +31,7 @@ from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_sh
 from torpor.gateway.dialects import dialect_named
 from torpor.gateway.idleness import Idleness, Waiting
 from torpor.gateway.intake import Intake, take_in
-from torpor.gateway.own import CheckpointFor
+from torpor.gateway.own import CheckpointFor, SpawnFor, look_up
 from torpor.gateway.prices import PriceBook
 from torpor.gateway.pumps import OnCall, Pumps
 from torpor.gateway.record import Departure, Recorder
@@ -64,7 +64,7 @@ class Gateway:
     Args:
         on_call: awaited for each LLM call that is on its way upstream, before a byte of its answer is delivered: the
             runtime takes a checkpoint there, and keeps its failures to itself.
-        checkpoint_for: makes the checkpoint that the agent itself asks for.
+        checkpoint_for, spawn_for: make the checkpoint, or the session, that the agent itself asks for.
         on_wait: told, in words, what a person has to do before a call can be answered.
         crossroads: what happens when the agent leaves the log's path; without one it may.
     """
@@ -79,6 +79,7 @@ class Gateway:
         upstreams: Sequence[Upstream],
         on_call: OnCall,
         checkpoint_for: CheckpointFor,
+        spawn_for: SpawnFor,
         on_wait: OnWait = _tell_nobody,
         crossroads: Crossroads | None = None,
         prices: Sequence[PriceRule] = (),
@@ -96,12 +97,13 @@ class Gateway:
             on_failed=self._failed,
             waits=self._waits,
             checkpoint_for=checkpoint_for,
+            spawn_for=spawn_for,
         )
         self._crossroads = crossroads or Crossroads(OnDivergence.CONTINUE)
         self._room = Room()
         self._to_tell: str | None = None
         self._turnstile = Turnstile()
-        self.idleness = Idleness()
+        self.idleness = Idleness(self._pumps)
         self._beginning: dict[StreamId, Beginning] = {}
         self._open: dict[StreamId, Attachment] = {}
         self._holders: dict[CallId, StreamId] = {}
@@ -220,15 +222,10 @@ class Gateway:
         if self._beginning or not self.idleness.all_wait(answers):
             return None
         due_ns = self._waits.due_ns([answer.call.call_id for answer in answers])
-        return Waiting(answers=answers, due_ns=due_ns, for_others=self.fetching)
+        return Waiting(answers=answers, due_ns=due_ns, for_others=self.idleness.fetching)
 
     def pump_alive(self, call_id: CallId) -> bool:
         return self._pumps.alive(call_id)
-
-    @property
-    def fetching(self) -> bool:
-        """Whether an answer is on its way to this node, which is lost if the node goes."""
-        return self._pumps.fetching
 
     def pending_redo(self) -> tuple[CallId, ...]:
         """Calls that the agent is expected to make again: a checkpoint keeps them."""
@@ -242,7 +239,9 @@ class Gateway:
         """Read a request and decide what answers it. Its bytes are gone from here when this returns."""
         async with AsyncExitStack() as reserved:
             taken_in = await take_in(stream, self._routing, self._room, reserved)
-            return await self._claim(stream, taken_in, incarnation) if isinstance(taken_in, Intake) else taken_in
+            if not isinstance(taken_in, Intake):
+                return taken_in
+            return await look_up(taken_in.request, self._recorder) or await self._claim(stream, taken_in, incarnation)
 
     async def _claim(self, stream: Stream, intake: Intake, incarnation: int) -> Attachment:
         """Decide which call answers a request, record that, and acknowledge the request."""

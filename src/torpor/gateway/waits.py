@@ -14,14 +14,14 @@ restore, in another node) looks at the rows again. Order, and what a kill -9 lea
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from torpor.core.ids import CallId, WaitpointId
 from torpor.core.waitpoint import TIMED_OUT, Question, Waitpoint, WaitpointKind
-from torpor.db import messages, questions, waitpoints
+from torpor.db import children, messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.gateway.agent_api import AskBody, ReceiveBody, Reply, SleepBody, WaitBody, Wish
 from torpor.gateway.record import Recorder
@@ -29,6 +29,9 @@ from torpor.sandbox.fifos import Pulse
 
 LOOK_SECONDS_MAX = 30
 """The wall clock may be set, and stands still for no suspended machine: so long is trusted to a monotonic timer."""
+
+CHILD_LOOK_SECONDS = 1.0
+"""A child ends in another process, which may die before it could tell."""
 
 OnWait = Callable[[str], None]
 
@@ -74,10 +77,20 @@ class Waits:
             due = self._due_ns[call_id] = min(
                 (at for point in waiting if (at := point.due_ns) is not None), default=None
             )
+            kin = [point for point in waiting if point.kind is WaitpointKind.CHILD]
             try:
-                await self._change(seen, due)
+                await (self._change_or_end(seen, due, kin) if kin else self._change(seen, due))
             finally:
                 del self._due_ns[call_id]
+
+    async def _change_or_end(self, seen: int, due_ns: int | None, kin: Sequence[Waitpoint]) -> None:
+        """As `_change`, or until a child has ended."""
+        while self._changes == seen and (due_ns is None or due_ns > self._recorder.wall_ns()):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHILD_LOOK_SECONDS):
+                    await self._change(seen, due_ns)
+            if await self._recorder.read(lambda tx, _: any(children.has_ended(tx, point) for point in kin)):
+                return
 
     async def _change(self, seen: int, due_ns: int | None) -> None:
         while self._changes == seen:
@@ -103,7 +116,9 @@ class Waits:
             return []
         if isinstance(body, WaitBody):
             wanted = [waitpoints.find(tx, session_id, WaitpointId(name)) for name in body.waitpoints]
-            found = [point for point in wanted if point is not None]
+            found = [
+                children.settle(tx, **fence, point=point, wall_ns=wall_ns) for point in wanted if point is not None
+            ]
             ended = [point for point in found if not _is_waiting(point, wall_ns)]
             if len(found) < len(wanted) or len(ended) == len(found) or (ended and body.mode == "any"):
                 return []
@@ -181,7 +196,7 @@ def _waited(tx: Transaction, fence: Any, body: WaitBody, wall_ns: int) -> Reply:
             message = f"cannot wait for {name[:200]!r}: this session has no such waitpoint"
             hint = "`ask` and `sleep` give the ids of theirs."
             return Reply(status=404, body={"code": "waitpoint_unknown", "message": message, "hint": hint})
-        found.append(_settled(tx, fence, point, wall_ns))
+        found.append(_settled(tx, fence, children.settle(tx, **fence, point=point, wall_ns=wall_ns), wall_ns))
     ended = [point for point in found if not point.is_open]
     done = bool(ended) if body.mode == "any" else len(ended) == len(found)
     return Reply(status=200, body={"done": done, "waitpoints": [_outcome(tx, point) for point in found]})
@@ -202,4 +217,7 @@ def _outcome(tx: Transaction, point: Waitpoint) -> dict[str, Any]:
     seen: dict[str, Any] = {"waitpoint": point.waitpoint_id, "kind": point.kind.value, "state": state}
     if point.kind is WaitpointKind.ASK:
         seen["answer"] = questions.answer_of(tx, point)
+    if point.kind is WaitpointKind.CHILD:
+        ended = point.resolution or {}
+        seen |= {"session": point.data["child"], "status": ended.get("status"), "exit_status": ended.get("exit_status")}
     return seen

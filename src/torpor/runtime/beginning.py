@@ -22,6 +22,7 @@ from torpor.runtime.watcher import Watcher
 from torpor.sandbox.frames import STDERR, STDOUT, AgentSpec
 
 ALIVE_DEADLINE_SECONDS = 60
+MEMORY_LOST = {"TORPOR_MEMORY_LOST": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +51,27 @@ class Beginning:
         await self.gateway.begin_incarnation(rung.life.number, rung.redo, adopted=rung.mode == "adopt")
         await self._wake_guest(rung)
         highest = max(point.number for point in await self.records.checkpoints())
-        await self.checkpointer.begin_life(rung.life, rung.checkpoint, next_number=highest + 1)
+        await self.checkpointer.begin_life(
+            rung.life, rung.checkpoint, next_number=highest + 1, stands_alone=rung.memory_lost
+        )
         outputs = await self._take_over_outputs(rung, tasks)
         await self._take_over_streams(rung, tasks)
         took_ns = round((self.clock.monotonic() - rung.requested_at) * 1e9)
         chosen = EventDraft(
             kind=Kind.RECOVERY_CHOSEN,
             incarnation=rung.life.number,
-            data={"mode": rung.mode, "checkpoint": rung.checkpoint.number, "took_ns": took_ns},
+            data={
+                "mode": rung.mode,
+                "checkpoint": rung.checkpoint.number,
+                "took_ns": took_ns,
+                **({"memory_lost": True} if rung.memory_lost else {}),
+            },
         )
         await self.records.append(chosen)
         await self.records.run(rung.mode, attended=self.attended)
         # A call that the budget held while the session did not run lets it wait from now on.
         self.gateway.look_again()
-        if rung.mode != "boot":
+        if rung.mode != "boot" or rung.memory_lost:
             self.watcher.notice(_tell(rung, took_ns))
         return outputs
 
@@ -71,7 +79,8 @@ class Beginning:
         life, wall_ns = rung.life, self.clock.wall_ns()
         if rung.mode == "boot":
             spec = self.spec
-            arguments = AgentSpec(arguments=spec.argv, environment=spec.environment, cwd=spec.cwd)
+            environment = {**spec.environment, **(MEMORY_LOST if rung.memory_lost else {})}
+            arguments = AgentSpec(arguments=spec.argv, environment=environment, cwd=spec.cwd)
             try:
                 await life.link.start(arguments, incarnation=life.number, wall_ns=wall_ns, entropy=fresh_entropy())
             except InvalidInput as error:
@@ -127,6 +136,8 @@ class Beginning:
 
 def _tell(rung: Rung, took_ns: int) -> str:
     milliseconds = took_ns / 1e6
+    if rung.memory_lost:
+        return f"no memory restores: started anew with the files of checkpoint {rung.checkpoint.number}"
     if rung.mode == "adopt":
         return f"adopted the living sandbox in {milliseconds:.0f} ms"
     return f"restored checkpoint {rung.checkpoint.number} in {milliseconds:.0f} ms"

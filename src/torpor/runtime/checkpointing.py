@@ -96,10 +96,15 @@ class Checkpointer:
         self._first_commit = asyncio.Event()
         self.last_cut_at = clock.monotonic()
 
-    async def begin_life(self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int) -> None:
+    async def begin_life(
+        self, life: Incarnation, checkpoint: Checkpoint, *, next_number: int, stands_alone: bool = False
+    ) -> None:
         """From now on checkpoints are of this incarnation, which came from (or is after) that checkpoint.
 
         Nothing of an earlier life may be on its way to a commit.
+
+        Args:
+            stands_alone: no memory restored, so nothing that is stored is trusted: the next checkpoint shares nothing.
         """
         # What is staged besides is of a node that died.
         await asyncio.to_thread(self._staging.keep_only, {checkpoint.snapshot_id})
@@ -109,8 +114,12 @@ class Checkpointer:
         self._kept = checkpoint.snapshot_id
         self._has_image = checkpoint.has_memory
         self._expected_bytes = checkpoint.raw_bytes
-        self._recent.append(self._store.ref(checkpoint))
-        self._base = Base(tree=life.tree, ref=self._recent[-1])
+        if stands_alone:
+            self._recent.clear()
+            self._base = Base()
+        else:
+            self._recent.append(self._store.ref(checkpoint))
+            self._base = Base(tree=life.tree, ref=self._recent[-1])
         self._pace.begin_life()
         self.last_cut_at = self._clock.monotonic()
 
@@ -372,7 +381,8 @@ class Checkpointer:
             self._store.save,
             image_dir=self._staging.image(snapshot_id),
             workspace=workspace,
-            parent=self._recent[-1],
+            parent=self._recent[-1] if self._recent else None,
+            stands_alone=not self._recent,
             compared_with=compared_with,
             pins=pins,
             snapshot_id=snapshot_id,

@@ -1,6 +1,7 @@
 """Where everything lives below TORPOR_HOME. Paths only: whoever needs a file makes it."""
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from importlib import resources
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from torpor.core.errors import MachineUnfit
 from torpor.core.ids import NodeId, SessionId
+
+SDK_DIRECTORY = "python"
+"""Beside torpor-init; in the sandbox on PYTHONPATH."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class Home:
     def init_directory(self) -> Path:
         """A directory with the torpor-init of this version, kept by its hash: an image maps the very file.
 
+        Beside it is the Python SDK, of the version that runs now: nothing holds on to a module that was imported.
+
         Raises:
             MachineUnfit: `init_missing`: the C program was not built.
         """
@@ -106,4 +112,22 @@ class Home:
             shutil.copyfile(program, staged)
             staged.chmod(0o755)
             staged.rename(target)
+        install_sdk(directory)
         return directory
+
+
+def install_sdk(init_directory: Path) -> None:
+    """Put `torpor.agent` where the sandbox finds it.
+
+    Its directory has no `__init__.py` and comes last on the path: where the agent's own Python has Torpor installed,
+    that is what `import torpor` finds, and not a part of it.
+    """
+    source = (resources.files("torpor.sdk") / "agent.py").read_bytes()
+    target = init_directory / SDK_DIRECTORY / "torpor" / "agent.py"
+    if target.is_file() and target.read_bytes() == source:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    staged = target.with_name(f"agent.{os.getpid()}")
+    staged.write_bytes(source)
+    staged.chmod(0o644)
+    staged.rename(target)

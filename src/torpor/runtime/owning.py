@@ -9,15 +9,18 @@ import msgspec
 
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint
-from torpor.core.ids import CallId
+from torpor.core.ids import CallId, SessionId
 from torpor.db.sessions import Session
+from torpor.gateway.agent_api import SpawnBody
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.pumps import FirstByteAt
 from torpor.gateway.server import Gateway
 from torpor.runtime.beginning import Beginning
 from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.children import make_child
 from torpor.runtime.hibernation import Hibernation
 from torpor.runtime.incarnation import Incarnations
+from torpor.runtime.memory import Memory
 from torpor.runtime.owner import Owner
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder
@@ -81,7 +84,14 @@ def make_owner(
     return Owner(
         records=records,
         incarnations=incarnations,
-        ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=clock, boot=boot),
+        ladder=Ladder(
+            records=records,
+            incarnations=incarnations,
+            gateway=gateway,
+            clock=clock,
+            on_lost=spec.on_lost,
+            boot=boot,
+        ),
         gateway=gateway,
         crossroads=crossroads,
         checkpointer=checkpointer,
@@ -91,6 +101,7 @@ def make_owner(
         watcher=watcher,
         beginning=beginning,
         hibernation=hibernation,
+        memory=Memory(records=records, checkpointer=checkpointer, given_bytes=spec.memory_bytes_max, watcher=watcher),
     )
 
 
@@ -108,6 +119,9 @@ def _gateway_and_checkpointer(
     async def on_call(call_id: CallId, first_byte_at: FirstByteAt) -> None:
         await checkpointer.take_turn(call_id, first_byte_at)
 
+    async def spawn_for(call: Call, body: SpawnBody, point: Checkpoint) -> SessionId:
+        return await make_child(runtime, spec, store, point, call, body)
+
     async def checkpoint_for(call: Call) -> Checkpoint | None:
         return await checkpointer.take_for(call)
 
@@ -120,6 +134,7 @@ def _gateway_and_checkpointer(
         prices=runtime.prices,
         on_call=on_call,
         checkpoint_for=checkpoint_for,
+        spawn_for=spawn_for,
         on_wait=watcher.notice,
         crossroads=crossroads,
     )

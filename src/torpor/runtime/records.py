@@ -123,6 +123,16 @@ class Records:
         """A person stopped the session, which is cut and stands still, or sleeps; None: only a person wakes it."""
         await self._set_status_and_wake(SessionStatus.ASLEEP, wake_ns, "stopped by a person")
 
+    async def limit_memory(self, limit_bytes: int) -> None:
+        """From its next life on the sandbox may take so much."""
+        incarnation = (await self.session()).incarnation
+        data = {"limit_bytes": limit_bytes}
+        await self.append(EventDraft(kind=Kind.MEMORY_CHANGED, incarnation=incarnation, data=data))
+
+    async def park(self, reason: str) -> None:
+        """The session is cut and stands still, and sleeps until a person wakes it."""
+        await self._set_status_and_wake(SessionStatus.ASLEEP, None, reason)
+
     async def _set_status_and_wake(self, status: SessionStatus, wake_ns: int | None, reason: str) -> None:
 
         def work(tx: Transaction) -> None:
@@ -149,7 +159,9 @@ class Records:
 
         await self.database.write(work, durable=True)
 
-    async def begin_incarnation(self, number: int, checkpoint: Checkpoint, mode: str, reason: str) -> None:
+    async def begin_incarnation(
+        self, number: int, checkpoint: Checkpoint, mode: str, reason: str, *, memory_lost: bool = False
+    ) -> None:
         """Make a new incarnation durable before anything of it exists; the cursor goes back to the checkpoint's."""
 
         def work(tx: Transaction) -> None:
@@ -158,7 +170,12 @@ class Records:
                 **self._fence,
                 incarnation=number,
                 wall_ns=self._clock.wall_ns(),
-                data={"mode": mode, "reason": reason, "checkpoint": checkpoint.number},
+                data={
+                    "mode": mode,
+                    "reason": reason,
+                    "checkpoint": checkpoint.number,
+                    **({"memory_lost": True} if memory_lost else {}),
+                },
             )
             sessions.set_cursor(tx, **self._fence, cursor_seq=checkpoint.cursor_seq)
 
@@ -237,6 +254,15 @@ class Records:
     async def checkpoints(self) -> list[Checkpoint]:
         """All that may restore, oldest first."""
         return await self.database.read(lambda tx: checkpoints.list_intact(tx, self.session_id))
+
+    async def had_memory(self) -> bool:
+        """Whether the newest checkpoint that was ever committed had a memory, wherever it is now."""
+
+        def work(tx: Transaction) -> Event | None:
+            return log.last_of_kind(tx, self.session_id, Kind.CHECKPOINT_COMMITTED)
+
+        newest = await self.database.read(work)
+        return newest is not None and bool(newest.data["has_memory"])
 
     async def calls(self) -> dict[CallId, Call]:
         found = await self.database.read(lambda tx: calls.load_calls(tx, self.session_id))

@@ -1,6 +1,6 @@
 """From a session that stopped anywhere to one that runs: the ladder of RECOVERY sections 4 and 9.
 
-    adopt the living sandbox -> newest eligible checkpoint -> older ones -> checkpoint 0: a fresh boot with the files
+    adopt the living sandbox -> newest eligible checkpoint -> older ones -> a fresh boot (core/ladder.py)
 
 Each rung that is tried and fails is an event with its reason. A machine that lacks what an image needs ends the climb:
 the image is well, and a person may mend the machine, or give up the agent's memory (`boot`). Order of a rung: the
@@ -11,21 +11,25 @@ again under a new number.
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torpor.core.call import Call
-from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on, restore_order
+from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on
 from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId
+from torpor.core.ladder import OnLost, Way, ladder, redo_set_of_lost
 from torpor.core.pins import PinsUnmet
-from torpor.core.redo import RedoSet, redo_set_after_recovery
+from torpor.core.redo import RedoSet
+from torpor.core.restart import redo_set_after_restarts, still_restore
 from torpor.core.session import SessionStatus
 from torpor.gateway.server import Gateway
 from torpor.runtime.cutting import open_streams
 from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
+from torpor.runtime.restarting import load_restarts
 from torpor.sandbox.frames import Phase
 
 
@@ -36,6 +40,7 @@ class Rung:
     Attributes:
         mode: "boot", "restore" or "adopt".
         streams: what was open at the cut, or, adopted, what is open now.
+        memory_lost: it begins anew amid its task, and is to be told.
     """
 
     life: Incarnation
@@ -44,17 +49,26 @@ class Rung:
     redo: RedoSet
     streams: tuple[OpenStream, ...]
     requested_at: float
+    memory_lost: bool = False
 
 
 class Ladder:
     """Finds the highest rung that holds."""
 
     def __init__(
-        self, *, records: Records, incarnations: Incarnations, gateway: Gateway, clock: Clock, boot: bool
+        self,
+        *,
+        records: Records,
+        incarnations: Incarnations,
+        gateway: Gateway,
+        clock: Clock,
+        on_lost: OnLost,
+        boot: bool,
     ) -> None:
         """Args:
         boot: the first climb leaves out what has a memory.
         """
+        self._on_lost = on_lost
         self._records = records
         self._incarnations = incarnations
         self._gateway = gateway
@@ -65,8 +79,9 @@ class Ladder:
         """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
         session = await self._records.session()
         checkpoints = await self._records.checkpoints()
-        asleep = session.status is SessionStatus.ASLEEP  # What may be left of it was to be destroyed.
-        if session.incarnation == 0 or not checkpoints or asleep:
+        # What may be left of one that sleeps was to be destroyed, and of a lost one nothing came to life.
+        gone = session.status in {SessionStatus.ASLEEP, SessionStatus.LOST}
+        if session.incarnation == 0 or not checkpoints or gone:
             return None
         started_at = self._clock.monotonic()
         life = await self._incarnations.adopt(session.incarnation)
@@ -112,19 +127,19 @@ class Ladder:
 
     async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
-        checkpoints = await self._records.checkpoints()
-        if self._boot:
-            checkpoints = [point for point in checkpoints if not point.has_memory] or _files_alone(checkpoints)
-            self._boot = False
-        past = await self._records.past()
-        checkpoints = [past.point(point) for point in checkpoints]
-        for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
+        restarts, past = await load_restarts(self._records), await self._records.past()
+        intact = [past.point(point) for point in await self._records.checkpoints()]
+        had_memory = not any(point.has_memory for point in intact) and await self._records.had_memory()
+        checkpoints = still_restore(intact, restarts)
+        wanted: dict[str, Any] = {"on_lost": self._on_lost, "had_memory": had_memory, "give_up_memory": self._boot}
+        self._boot = False
+        for step in ladder(checkpoints, calls, self._gateway.pump_alive, **wanted):
+            checkpoint, mode, memory_lost = step.checkpoint, step.mode, step.way is Way.LOST
             session = await self._records.session()
             number = session.incarnation + 1
-            mode = "restore" if checkpoint.has_memory else "boot"
-            await self._records.begin_incarnation(number, checkpoint, mode, reason)
+            await self._records.begin_incarnation(number, checkpoint, mode, reason, memory_lost=memory_lost)
             try:
-                make = self._incarnations.restore if checkpoint.has_memory else self._incarnations.boot
+                make = self._incarnations.restore if step.way is Way.RESTORE else self._incarnations.boot
                 life = await make(number, checkpoint)
             except Superseded:
                 raise
@@ -137,14 +152,15 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_recovery(past.calls(calls), checkpoint, past.timeline)
+            redo = redo_set_after_restarts(past.calls(calls), checkpoint, restarts, past.timeline)
             return Rung(
                 life=life,
                 mode=mode,
                 checkpoint=checkpoint,
-                redo=redo,
-                streams=checkpoint.open_streams,
+                redo=redo_set_of_lost(calls.values()) if memory_lost else redo,
+                streams=() if memory_lost else checkpoint.open_streams,
                 requested_at=started_at,
+                memory_lost=memory_lost,
             )
         raise SandboxFailed(
             "session_lost",
@@ -156,9 +172,3 @@ class Ladder:
         data = {"mode": mode, "checkpoint": checkpoint.number if checkpoint else None, "reason": reason}
         draft = EventDraft(kind=Kind.RECOVERY_REJECTED, incarnation=number, data=data)
         await self._records.append(draft)
-
-
-def _files_alone(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    """The oldest checkpoint of a session that began with a memory, a fork or an import, without that memory."""
-    oldest = sorted(checkpoints, key=cut_order)[:1]
-    return [replace(point, has_memory=False, open_streams=()) for point in oldest]

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from torpor.config import guest_environment, read_checkpoint_share
 from torpor.core.divergence import OnDivergence
-from torpor.runtime.home import Home
+from torpor.core.ladder import OnLost
+from torpor.runtime.home import SDK_DIRECTORY, Home
 from torpor.runtime.spec import SessionSpec, image_spec, visible_command
 from torpor.sandbox import rootfs
+from torpor.sandbox.driver import INIT_DIRECTORY
 
+GUEST_PYTHON = f"{INIT_DIRECTORY}/{SDK_DIRECTORY}"
 CALLER_VARIABLES_KEPT = ("TERM", "TZ", "LANG", "COLORTERM", "NO_COLOR")
 
 
@@ -27,6 +30,9 @@ class Request:
     budget_nanousd: int | None = None
     checkpoint_share_ppm: int | None = None
     """None: as config.toml says."""
+    restarts_max: int = 0
+    on_lost: OnLost = OnLost.BOOT
+    memory_bytes_max: int | None = None
     any_size: bool = False
     """A workspace of any size may be copied."""
 
@@ -52,6 +58,7 @@ def make_spec(
         **{name: caller[name] for name in CALLER_VARIABLES_KEPT if name in caller},
         **guest_environment(),
         **request.environment,
+        "PYTHONPATH": ":".join([*([own] if (own := request.environment.get("PYTHONPATH")) else []), GUEST_PYTHON]),
     }
     return SessionSpec(
         argv=(visible_command(request.argv[0], environments), *request.argv[1:]),
@@ -61,5 +68,8 @@ def make_spec(
         init_directory=str(home.init_directory()),
         workspace_source=str(source),
         on_divergence=request.on_divergence,
+        on_lost=request.on_lost,
+        memory_bytes_max=request.memory_bytes_max,
+        restarts_max=request.restarts_max,
         checkpoint_share_ppm=read_checkpoint_share(home.root, request.checkpoint_share_ppm),
     )

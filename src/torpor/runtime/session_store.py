@@ -70,7 +70,13 @@ class SessionStore:
         pins: Mapping[str, str],
         snapshot_id: SnapshotId,
         lease: Lease,
+        stands_alone: bool = False,
     ) -> SavedSnapshot:
+        """As `SnapshotStore.save`.
+
+        Args:
+            stands_alone: it refers to nothing that other sessions stored either.
+        """
         return self._store.save(
             image_dir=image_dir,
             workspace=workspace,
@@ -80,7 +86,7 @@ class SessionStore:
             snapshot_id=snapshot_id,
             key=self._key,
             lease=lease,
-            shares=self._shares,
+            shares=() if stands_alone else self._shares,
         )
 
     def reseal(

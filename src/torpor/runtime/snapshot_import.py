@@ -26,6 +26,7 @@ from torpor.db import checkpoints, keys, roots
 from torpor.db.database import Transaction
 from torpor.db.encoding import encode_json
 from torpor.runtime import leasing, transfer
+from torpor.runtime.home import install_sdk
 from torpor.runtime.portable import Description, read_description, scratch_directory, unreadable
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.session_store import SessionStore
@@ -246,6 +247,7 @@ class _Bringing:
     def _install(self, program: bytes) -> None:
         """Beside the torpor-init of this version: an image maps the very file."""
         directory = self._init_directory(self._description)
+        install_sdk(directory)
         target = directory / "torpor-init"
         if target.exists() and target.read_bytes() == program:
             return

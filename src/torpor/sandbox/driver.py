@@ -12,6 +12,9 @@ from typing import Protocol
 from torpor.core.pins import Pins
 from torpor.sandbox.rootfs import RootImage
 
+INIT_DIRECTORY = "/.torpor"
+"""Where a plan's `init_directory` is inside."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxPlan:
@@ -82,6 +85,12 @@ class Sandbox(Protocol):
 
     def cpu_seconds(self) -> float | None:
         """Processor time that its programs, as far as they still run, have used; None when the driver can't tell."""
+        ...
+
+    def memory_bytes(self) -> int | None:
+        """What all of its programs have in memory, with the files that they wrote outside of the workspace; None when
+        the driver can't tell.
+        """
         ...
 
     def alive(self) -> bool:

@@ -24,7 +24,7 @@ from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
 from torpor.sandbox.closed_watches import UnknownLayout, end_closed_watches
 from torpor.sandbox.cpu import cpu_features
-from torpor.sandbox.driver import SandboxPlan
+from torpor.sandbox.driver import INIT_DIRECTORY, SandboxPlan
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +231,11 @@ class GvisorSandbox:
         pids = self.pids()
         return None if pids is None else process.cpu_seconds_below(pids[0])
 
+    def memory_bytes(self) -> int | None:
+        # The pages of all programs are in one file in memory, from which freed ones are cut out.
+        pids = self.pids()
+        return None if pids is None else process.bytes_of_open_file(pids[0], "/memfd:runsc-memory")
+
     def alive(self) -> bool:
         state = self._state()
         return state is not None and control.answers(state["sandbox"]["controlSocketPath"])
@@ -287,12 +292,12 @@ def bundle_config(plan: SandboxPlan) -> dict[str, Any]:
     """The OCI runtime spec of a plan. The agent's own arguments are not in it: init gets them over the link."""
     capabilities = list(CAPABILITIES)
     binds = [(mount.source, mount.destination, "ro") for mount in plan.image.mounts]
-    binds += [(str(plan.init_directory), "/.torpor", "ro"), (str(plan.workspace), "/workspace", "rw")]
+    binds += [(str(plan.init_directory), INIT_DIRECTORY, "ro"), (str(plan.workspace), "/workspace", "rw")]
     return {
         "ociVersion": "1.0.0",
         "process": {
             "user": {"uid": 0, "gid": 0},
-            "args": ["/.torpor/torpor-init"],
+            "args": [f"{INIT_DIRECTORY}/torpor-init"],
             "env": [f"PATH={plan.image.path}"],
             "cwd": "/",
             "terminal": False,

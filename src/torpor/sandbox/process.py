@@ -165,6 +165,15 @@ def cpu_seconds_below(pid: int) -> float | None:
     return sum(_cpu_seconds(child) + (cpu_seconds_below(child) or 0.0) for child in children)
 
 
+def bytes_of_open_file(pid: int, name: str) -> int | None:
+    """What an open file of a process takes, by the beginning of its name; None: there is none, or it is not ours."""
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            if Path(entry.path).readlink().as_posix().startswith(name):
+                return Path(entry.path).stat().st_blocks * 512
+    return None
+
+
 def _cpu_seconds(pid: int) -> float:
     """In user mode and in the kernel, and that of children that ended; nothing if it is gone."""
     with suppress(FileNotFoundError, ProcessLookupError):

@@ -9,7 +9,8 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from torpor.gateway import agent_api, mcp
-from torpor.gateway.agent_api import RULES, Refused, Reply, Wish, openapi
+from torpor.gateway.agent_api import RULES, Refused, Reply, Wish
+from torpor.gateway.openapi import openapi
 from torpor.gateway.request import Request, RequestLine
 
 RESULTS: dict[str, type[mcp_types.Result]] = {
@@ -33,7 +34,11 @@ def test_the_openapi_document_is_valid_and_has_every_operation() -> None:
     document = json.loads(json.dumps(openapi()))
     OpenAPIV31SpecValidator(document).validate()
     told = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert told == {(rule.method, rule.path) for rule in RULES} | {("GET", agent_api.DOCUMENT_PATH)}
+    assert told == {(rule.method, rule.path) for rule in RULES} | {
+        ("GET", agent_api.DOCUMENT_PATH),
+        ("POST", agent_api.LOOKUP_PATH),
+        ("GET", agent_api.CONTEXT_PATH),
+    }
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.tool)

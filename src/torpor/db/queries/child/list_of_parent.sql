@@ -1,0 +1,3 @@
+SELECT child.on_cancel, session.* FROM child JOIN session ON session.session_id = child.session_id
+WHERE child.parent_id = :session_id
+ORDER BY session.created_ns, session.session_id

@@ -1,0 +1,109 @@
+"""Keeps a sandbox within its memory: at a high-water mark its session is checkpointed and parked until it gets more.
+
+The limit is enforced from outside, by measuring: nothing of the agent is asked, and no privilege is needed. Order, and
+what a kill -9 leaves:
+
+    memory.exceeded (`memory.exceeded`)  a session to recover: its sandbox is adopted, and found too large again
+    status `hibernating`, the last cut   as at every stop
+    status `asleep` (`session.asleep`)   a paused sandbox; the next owner kills it
+    the sandbox is destroyed             a session that sleeps, and is not woken without more memory
+
+If no checkpoint can be made (the image of what is too large may itself find no room) it sleeps at the one before, and
+what was answered since comes from the log.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from torpor.core.crash import crash_point
+from torpor.core.errors import Conflict
+from torpor.core.events import Event, EventDraft, Kind
+from torpor.core.memory import mark_of, told
+from torpor.core.session import SessionStatus
+from torpor.db import log
+from torpor.db.database import Transaction
+from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.incarnation import Incarnation
+from torpor.runtime.records import Records
+from torpor.runtime.watcher import Watcher
+
+LOOK_SECONDS = 0.5
+
+
+class Memory:
+    """One session's limit.
+
+    Args:
+        given_bytes: what it was made with; None: no limit, unless it was given one since.
+    """
+
+    def __init__(
+        self, *, records: Records, checkpointer: Checkpointer, given_bytes: int | None, watcher: Watcher
+    ) -> None:
+        self._records = records
+        self._checkpointer = checkpointer
+        self._given_bytes = given_bytes
+        self._watcher = watcher
+        self._used_bytes = 0
+
+    async def check_enough(self) -> None:
+        """Refuse to wake a session that would be parked at once.
+
+        Raises:
+            Conflict: `memory_too_small`.
+        """
+        limit, parked = await self._limit()
+        if (await self._records.session()).status is not SessionStatus.ASLEEP or parked is None or limit is None:
+            return
+        used = parked.data["used_bytes"]
+        if used >= mark_of(limit):
+            raise Conflict(
+                "memory_too_small",
+                f"cannot wake session {self._records.session_id}: it takes {told(used)}, and may take {told(limit)}",
+                hint=f"Give it more: torpor resume --memory {max(1, -(-2 * used >> 30))}G SESSION.",
+            )
+
+    async def until_full(self, life: Incarnation) -> None:
+        """Wait until the sandbox takes so much that it has to be parked; for ever without a limit."""
+        limit, _ = await self._limit()
+        while limit is not None:
+            used = await asyncio.to_thread(life.sandbox.memory_bytes)
+            if used is None:
+                self._watcher.notice("its memory cannot be measured here: --memory has no effect")
+                break
+            if used >= mark_of(limit):
+                self._used_bytes = used
+                return
+            # The kernel tells nobody how large a file in memory has become.
+            await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.Event().wait()
+
+    async def park(self, life: Incarnation) -> None:
+        """Checkpoint the session and let it sleep; its sandbox is the caller's to destroy."""
+        limit, _ = await self._limit()
+        assert limit is not None, "it was exceeded"
+        data = {"used_bytes": self._used_bytes, "limit_bytes": limit}
+        await self._records.append(EventDraft(kind=Kind.MEMORY_EXCEEDED, incarnation=life.number, data=data))
+        crash_point("memory.exceeded")
+        reason = f"it takes {told(self._used_bytes)}, and may take {told(limit)}"
+        await self._records.set_status(SessionStatus.HIBERNATING, reason)
+        async with AsyncExitStack() as still:
+            made = await self._checkpointer.take_last("memory", still)
+            await self._records.park(reason)
+            crash_point("session.asleep")
+            still.pop_all()
+        since = "" if made is not None else ", at an earlier checkpoint, since none could be made"
+        self._watcher.notice(f"parked{since}: {reason}; `torpor resume --memory SIZE` gives it more")
+
+    async def _limit(self) -> tuple[int | None, Event | None]:
+        """The limit, and the event that says by how much it was exceeded, unless it was changed since."""
+
+        def work(tx: Transaction) -> tuple[Event | None, Event | None]:
+            session_id = self._records.session_id
+            return (
+                log.last_of_kind(tx, session_id, Kind.MEMORY_CHANGED),
+                log.last_of_kind(tx, session_id, Kind.MEMORY_EXCEEDED),
+            )
+
+        changed, exceeded = await self._records.database.read(work)
+        return (self._given_bytes if changed is None else changed.data["limit_bytes"]), exceeded
