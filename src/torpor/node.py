@@ -264,7 +264,7 @@ async def _checkpoint(owner: "Owner", pin: bool = False) -> dict[str, Any]:
 
 
 async def _pin(owner: "Owner", number: int, pinned: bool) -> dict[str, Any]:
-    await owner.pin(number, is_pinned=pinned)
+    await owner.records.pin(number, is_pinned=pinned)
     return {}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
+from tests.conformance.fork_rows import FORK_AREAS, fork_arguments
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
@@ -160,7 +161,7 @@ async def test_cancelled_write_that_runs_ends_before_the_cancellation_is_deliver
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys, sleeping, children),
+    *(waitpoints, questions, messages, keys, sleeping, children, *FORK_AREAS),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -221,6 +222,9 @@ class Rows:
         point = self.checkpoint.checkpoint_id
         budget = WaitpointKind.BUDGET
         return {
+            **fork_arguments(
+                tx, self.scene.session_id, self.answered, opened=self.open, intended=self.intended.call_id
+            ),
             "sessions.release": {"wall_ns": NOW},
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
@@ -259,12 +263,7 @@ class Rows:
             "waitpoints.wait_on": {"kind": budget, "call_id": self.intended.call_id, "data": {}, "wall_ns": NOW},
             "waitpoints.create": {"kind": WaitpointKind.TIMER, "call_id": self.sent, "wall_ns": NOW},
             "waitpoints.wait": {"kind": budget, "wall_ns": NOW},
-            "questions.ask": {
-                "call_id": self.sent,
-                "question": Question(text="Really?"),
-                "due_ns": None,
-                "wall_ns": NOW,
-            },
+            "questions.ask": {"call_id": self.sent, "question": Question(text="?"), "due_ns": None, "wall_ns": NOW},
             "questions.answer": {"waitpoint_id": self.question.waitpoint_id, "text": "yes", "wall_ns": NOW},
             "waitpoints.resolve": {"point": self.question, "resolution": {}, "wall_ns": NOW},
             "messages.deliver": {"text": "to it", "wall_ns": NOW},

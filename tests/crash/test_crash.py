@@ -19,8 +19,8 @@ from torpor.core.crash import CRASH_POINTS
 TURNS = 20
 KILLS_PER_SESSION = 10
 UNTOUCHED = {
-    *("backend", "blob", "chunks", "collect", "divergence", "hibernate", "import", "keys", "redaction", "repack"),
-    *("child", "memory", "restart", "retention", "session", "store", "waitpoint", "wake"),
+    *("backend", "blob", "child", "chunks", "collect", "divergence", "fork", "hibernate", "import", "keys", "memory"),
+    *("redaction", "repack", "restart", "retention", "rewind", "session", "store", "waitpoint", "wake"),
 }
 NODE_POINTS = [
     point

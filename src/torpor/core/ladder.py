@@ -9,7 +9,7 @@ can all not be restored, the policy decides: to start a program anew in the midd
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torpor.core.call import Call, CallState
@@ -68,13 +68,20 @@ def ladder(
     """
     order = restore_order(checkpoints, calls, pump_alive)
     memories = [Step(way=Way.RESTORE, checkpoint=point) for point in order if point.has_memory]
-    replays = [Step(way=Way.REPLAY, checkpoint=point) for point in order if not point.has_memory]
+    given = [point for point in order if not point.has_memory] or _files_alone(checkpoints)
+    replays = [Step(way=Way.REPLAY, checkpoint=point) for point in given]
     newest_first = sorted(checkpoints, key=cut_order, reverse=True)
     losses = [Step(way=Way.LOST, checkpoint=point) for point in newest_first]
     if not memories and not had_memory:
         return replays
     by_policy = {OnLost.BOOT: losses, OnLost.REPLAY: replays, OnLost.FAIL: losses if give_up_memory else []}
     return by_policy[on_lost] if give_up_memory else memories + by_policy[on_lost]
+
+
+def _files_alone(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """What a session was given that began with a memory, a fork or an import, without that memory."""
+    oldest = sorted(checkpoints, key=cut_order)[:1]
+    return [replace(point, has_memory=False, open_streams=()) for point in oldest]
 
 
 def redo_set_of_lost(calls: Iterable[Call]) -> RedoSet:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torpor.core.ids import CallId
 from torpor.gateway.delivery import Recording
-from torpor.gateway.pumps import Answer
+from torpor.gateway.pumps import Answer, Pumps
 from torpor.sandbox.fifos import Pulse
 from torpor.sandbox.streams import Stream
 
@@ -49,10 +49,20 @@ class Idleness:
         moved: fires at each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pumps: Pumps) -> None:
+        self._pumps = pumps
         self.moves = 0
         self.moved = Pulse()
         self._unanswered: set[Stream] = set()
+
+    @property
+    def fetching(self) -> bool:
+        """Whether an answer is on its way to this node, which is lost if the node goes."""
+        return self._pumps.fetching
+
+    async def until_still(self) -> None:
+        """Wait until none is."""
+        await self._pumps.until_still()
 
     def move(self) -> None:
         self.moves += 1

@@ -103,7 +103,7 @@ class Gateway:
         self._room = Room()
         self._to_tell: str | None = None
         self._turnstile = Turnstile()
-        self.idleness = Idleness()
+        self.idleness = Idleness(self._pumps)
         self._beginning: dict[StreamId, Beginning] = {}
         self._open: dict[StreamId, Attachment] = {}
         self._holders: dict[CallId, StreamId] = {}
@@ -222,15 +222,10 @@ class Gateway:
         if self._beginning or not self.idleness.all_wait(answers):
             return None
         due_ns = self._waits.due_ns([answer.call.call_id for answer in answers])
-        return Waiting(answers=answers, due_ns=due_ns, for_others=self.fetching)
+        return Waiting(answers=answers, due_ns=due_ns, for_others=self.idleness.fetching)
 
     def pump_alive(self, call_id: CallId) -> bool:
         return self._pumps.alive(call_id)
-
-    @property
-    def fetching(self) -> bool:
-        """Whether an answer is on its way to this node, which is lost if the node goes."""
-        return self._pumps.fetching
 
     def pending_redo(self) -> tuple[CallId, ...]:
         """Calls that the agent is expected to make again: a checkpoint keeps them."""

@@ -210,7 +210,7 @@ class Hibernation:
             await self._incarnations.drop_slot()
             await asyncio.to_thread(self._staging.let_go)
             self.tier = Tier.STORED
-            if self._attended or self._gateway.fetching:
+            if self._attended or self._gateway.idleness.fetching:
                 cause = await self._until_called(waiting, None)
             await asyncio.to_thread(self._staging.hold)
         if cause is not None:

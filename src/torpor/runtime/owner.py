@@ -62,6 +62,7 @@ class Owner:
     """See the module.
 
     Attributes:
+        records: its session's rows.
         begun: set when a life of its session has begun, or none will.
         ended: set when its work is done.
     """
@@ -83,7 +84,7 @@ class Owner:
         hibernation: Hibernation,
         memory: Memory,
     ) -> None:
-        self._records = records
+        self.records = records
         self._incarnations = incarnations
         self._ladder = ladder
         self._gateway = gateway
@@ -134,11 +135,7 @@ class Owner:
         return outcome
 
     def ask_to_stop(self, wake_ns: int | None = None) -> None:
-        """Checkpoint, free the sandbox, leave the session resumable.
-
-        Args:
-            wake_ns: when a node is to run it again; None: when a person says so.
-        """
+        """Checkpoint, free the sandbox, leave the session until `wake_ns`; None: until a person resumes it."""
         self._wanted = self._wanted or Ending.STOPPED
         self._wake_ns = wake_ns
         self._asked.set()
@@ -156,6 +153,12 @@ class Owner:
         else:
             self._hibernation.call(None)
         return await self._stopped()
+
+    async def leave(self, deadline_seconds: float) -> None:
+        """Wait for the moment to leave the sandbox to another node: when no answer is arriving here, if it comes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_seconds):
+                await self._gateway.idleness.until_still()
 
     async def _stopped(self) -> bool:
         refused = self._stop_refused
@@ -209,7 +212,7 @@ class Owner:
         if self._life is None:
             raise Conflict(
                 "session_between_lives",
-                f"cannot do this in session {self._records.session_id}: its sandbox is being made or restored",
+                f"cannot do this in session {self.records.session_id}: its sandbox is being made or restored",
                 hint="Try again in a moment.",
             )
         self._signals += 1
@@ -218,16 +221,12 @@ class Owner:
     async def checkpoint(self, *, is_pinned: bool = False) -> Checkpoint | None:
         """Make a checkpoint now; None when it failed. That of a session that sleeps is there already."""
         if self.tier is not None:
-            made = max(await self._records.checkpoints(), key=cut_order)
+            made = max(await self.records.checkpoints(), key=cut_order)
         else:
             made = await self._checkpointer.take_and_commit("manual")
         if made is not None and is_pinned:
-            await self._records.pin(made.number, is_pinned=True)
+            await self.records.pin(made.number, is_pinned=True)
         return made
-
-    async def pin(self, number: int, *, is_pinned: bool) -> None:
-        """Keep a checkpoint whatever retention says, or leave it to retention again."""
-        await self._records.pin(number, is_pinned=is_pinned)
 
     def snapshots_in_use(self) -> set[SnapshotId]:
         """What a collector must leave as it is.
@@ -245,30 +244,30 @@ class Owner:
 
     async def add_to_budget(self, amount_nanousd: int) -> Account:
         """Raise the budget and let go on what it held."""
-        account = await self._records.add_to_budget(amount_nanousd)
+        account = await self.records.add_to_budget(amount_nanousd)
         self._gateway.look_again()
         await self._wait_at_crossroads()
         return account
 
     async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
         """Resolve what the agent waits on, for a person, and let it go on."""
-        point = await self._records.resolve(waitpoint_id, answer)
+        point = await self.records.resolve(waitpoint_id, answer)
         self._gateway.look_again()
         return point
 
     async def deliver(self, text: str) -> int:
         """Send the agent a message; its number."""
-        number = await self._records.deliver(text)
+        number = await self.records.deliver(text)
         self._gateway.look_again()
         return number
 
     async def _lives(self) -> Outcome:
         await self._memory.check_enough()
         await self._gateway.recover()
-        calls = await self._records.calls()
+        calls = await self.records.calls()
         rung = await self._ladder.adopt(calls)
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
-        is_new = (await self._records.session()).status is SessionStatus.CREATED
+        is_new = (await self.records.session()).status is SessionStatus.CREATED
         reason, losses, progress = "started" if is_new else "resumed", 0, -1
         while True:
             if rung is None:
@@ -283,16 +282,16 @@ class Owner:
             if ending not in {Ending.LOST, Ending.RESTARTED}:
                 return await self._end(ending, rung.life)
             reason = "the sandbox died" if ending is Ending.LOST else "the agent failed"
-            at = (await self._records.position())[0]
+            at = (await self.records.position())[0]
             losses = 0 if at > progress + 3 or ending is Ending.RESTARTED else losses + 1
             progress = at
             if losses >= LOSSES_WITHOUT_PROGRESS_MAX:
                 raise SandboxFailed(
                     "session_crash_loop",
-                    f"cannot keep session {self._records.session_id} running: its sandbox dies again and again",
+                    f"cannot keep session {self.records.session_id} running: its sandbox dies again and again",
                     hint="`torpor log SESSION` has the reasons; `torpor resume SESSION` tries again.",
                 )
-            await self._records.set_status(SessionStatus.RECOVERING, reason)
+            await self.records.set_status(SessionStatus.RECOVERING, reason)
             await rung.life.sandbox.kill()
             # What was cut before the death is committed first: it is the newest point to go back to, and a commit amid
             # the next life would take that life's checkpoint number and leave it the wrong workspace to compare with.
@@ -300,22 +299,22 @@ class Owner:
             rung = None
 
     async def _climb(self, reason: str) -> Rung:
-        session = await self._records.session()
+        session = await self.records.session()
         if session.status is SessionStatus.ASLEEP:
-            await self._records.set_status(SessionStatus.WAKING, reason)
+            await self.records.set_status(SessionStatus.WAKING, reason)
             crash_point("wake.begun")
         elif session.status not in (SessionStatus.CREATED, SessionStatus.WAKING):
-            await self._records.set_status(SessionStatus.RECOVERING, reason)
+            await self.records.set_status(SessionStatus.RECOVERING, reason)
         try:
-            return await self._ladder.restore(await self._records.calls(), reason)
+            return await self._ladder.restore(await self.records.calls(), reason)
         except MachineUnfit as error:
             if session.status in (SessionStatus.ASLEEP, SessionStatus.WAKING):
-                await self._records.set_status(SessionStatus.ASLEEP, str(error))
+                await self.records.set_status(SessionStatus.ASLEEP, str(error))
             raise
         except SandboxFailed as error:
             if error.code == "session_lost":
-                await self._records.set_status(SessionStatus.RECOVERING, reason)
-                await self._records.set_status(SessionStatus.LOST, str(error))
+                await self.records.set_status(SessionStatus.RECOVERING, reason)
+                await self.records.set_status(SessionStatus.LOST, str(error))
                 await self._incarnations.sweep(keep=None)
             raise
 
@@ -353,7 +352,7 @@ class Owner:
             ending = Ending.HIBERNATED if self.tier is Tier.PAUSED else Ending.LOST
             reason = str(innermost(failures))
             ended = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=life.number, data={"reason": reason})
-            await self._records.append(ended)
+            await self.records.append(ended)
             self._watcher.notice(f"the sandbox died: {reason}")
         finally:
             self._life = None
@@ -387,7 +386,7 @@ class Owner:
                 await self._finish(life)
         elif ending is Ending.DIVERGED:
             pending = self._gateway.pending_redo()
-            await self._records.fail_diverged(life.number, self._crossroads.what, pending)
+            await self.records.fail_diverged(life.number, self._crossroads.what, pending)
             crash_point("divergence.failed")
             self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
         elif ending is Ending.HIBERNATED:
@@ -400,15 +399,15 @@ class Owner:
 
     async def _stop(self) -> bool:
         """Make the last checkpoint; False when there is none, and the session runs on."""
-        await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
+        await self.records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
         async with AsyncExitStack() as still:
             if await self._checkpointer.take_last("stop", still) is not None:
-                await self._records.stop(self._wake_ns)
+                await self.records.stop(self._wake_ns)
                 crash_point("session.asleep")
                 still.pop_all()
                 return True
         self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
-        await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
+        await self.records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
         self._gateway.look_again()
         await self._wait_at_crossroads()
         self._wanted = None
@@ -440,12 +439,12 @@ class Owner:
         await self._wait_at_crossroads()
         self._watcher.notice(f"waiting: the agent takes another path ({what}); `torpor resume --continue` lets it")
         await self._crossroads.decided()
-        await self._records.go_on("a person let the agent take another path")
+        await self.records.go_on("a person let the agent take another path")
 
     async def _wait_at_crossroads(self) -> None:
         """The session waits while a call is held there, whatever else lets it run."""
         if self._crossroads.policy is OnDivergence.ASK and self._crossroads.holding:
-            await self._records.wait(f"the agent takes another path than the log's: {self._crossroads.what}")
+            await self.records.wait(f"the agent takes another path than the log's: {self._crossroads.what}")
 
     async def _prepare_slot(self, life: Incarnation) -> None:
         """Have an empty sandbox ready for the next restore; without one a restore is slower, nothing else."""
@@ -456,12 +455,12 @@ class Owner:
     async def _end(self, ending: Ending, life: Incarnation) -> Outcome:
         """Free the sandbox; the session's rows already say what became of it, or are told now."""
         if ending is Ending.KILLED:
-            await self._records.set_status(SessionStatus.CANCELLED, "killed by a person")
+            await self.records.set_status(SessionStatus.CANCELLED, "killed by a person")
         elif ending is Ending.STOPPED:
-            await self._records.stop(self._wake_ns)
+            await self.records.stop(self._wake_ns)
         await life.sandbox.kill()
         await self._incarnations.sweep(keep=None)
-        session = await self._records.session()
+        session = await self.records.session()
         if session.status in ENDED:
             self._staging.clear()
         return Outcome(status=session.status, exit_status=session.exit_status)
@@ -479,7 +478,7 @@ class Owner:
         async with self._checkpointer.lease() as lease:
             final = await self._checkpointer.final_files(life, lease)
             await asyncio.to_thread(lease.check)
-            await self._records.end(status, code, final, describe_exit(wait_status))
+            await self.records.end(status, code, final, describe_exit(wait_status))
         crash_point("exit.committed")
         life.link.acknowledge_exit()
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torpor.core.branch import Timeline
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on
 from torpor.core.clock import Clock
@@ -128,8 +127,8 @@ class Ladder:
 
     async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
         started_at = self._clock.monotonic()
-        restarts = await load_restarts(self._records)
-        intact = await self._records.checkpoints()
+        restarts, past = await load_restarts(self._records), await self._records.past()
+        intact = [past.point(point) for point in await self._records.checkpoints()]
         had_memory = not any(point.has_memory for point in intact) and await self._records.had_memory()
         checkpoints = still_restore(intact, restarts)
         wanted: dict[str, Any] = {"on_lost": self._on_lost, "had_memory": had_memory, "give_up_memory": self._boot}
@@ -153,7 +152,7 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_restarts(list(calls.values()), checkpoint, restarts, Timeline())
+            redo = redo_set_after_restarts(past.calls(calls), checkpoint, restarts, past.timeline)
             return Rung(
                 life=life,
                 mode=mode,

@@ -36,6 +36,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
         checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
+        changes: of a fork, what is in `environment` and not in its parent's image: it is told when that is restored.
         memory_bytes_max: of the sandbox; None: what the machine has. It may be given more since (runtime/memory.py).
         on_lost: what happens when no memory restores.
         restarts_max: how often in a row an agent that failed is begun again (core/restart.py).
@@ -49,6 +50,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     workspace_source: str
     on_divergence: OnDivergence = OnDivergence.CONTINUE
     checkpoint_share_ppm: int = SHARE_PPM
+    changes: dict[str, str] = {}
     restarts_max: int = 0
     on_lost: OnLost = OnLost.BOOT
     memory_bytes_max: int | None = None
