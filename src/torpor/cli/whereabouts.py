@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torpor import wire
 from torpor.core.errors import Conflict
 from torpor.core.ids import SessionId
 from torpor.core.session import ENDED, MAY_HOLD_SANDBOX, SessionStatus
@@ -61,6 +60,8 @@ async def look_around(reader: Reader, found: Sequence[Session]) -> Whereabouts:
 
 async def _tiers(socket: Path) -> dict[str, str]:
     """What a node says of the sleeping sessions that it has; nothing, if it is just ending."""
+    from torpor import wire  # Mostly nobody has to be asked.
+
     with contextlib.suppress(OSError, TimeoutError, Conflict):
         return await wire.ask(socket, "tiers", deadline_seconds=ANSWER_SECONDS)
     return {}

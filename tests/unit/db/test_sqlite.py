@@ -162,7 +162,8 @@ def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Pa
         "session/list_of_node",
         "waitpoint/list_open",
     }
-    recursions = {"SCAN chain", "SCAN ancestor", "SCAN relative"}  # each goes through what it has found so far
+    # Each goes through what it has found so far.
+    recursions = {f"SCAN {name}" for name in ("chain", "ancestor", "relative", "above", "oldest", "family")}
     with closing(sqlite3.connect(tmp_path / "torpor.db")) as connection:
         for name, text in statements().items():
             if name.startswith("search/"):

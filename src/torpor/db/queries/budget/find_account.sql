@@ -20,10 +20,10 @@ family (session_id) AS (
 SELECT session.budget_nanousd,
     (SELECT COALESCE(SUM(COALESCE(attempt.cost_nanousd,
             CASE WHEN attempt.chunk_count IS NULL THEN 0 ELSE attempt.reserved_nanousd END)), 0)
-        FROM family JOIN call ON call.session_id = family.session_id
-        JOIN attempt ON attempt.call_id = call.call_id) AS spent_nanousd,
+        FROM call JOIN attempt ON attempt.call_id = call.call_id
+        WHERE call.session_id IN (SELECT session_id FROM family)) AS spent_nanousd,
     (SELECT COALESCE(SUM(CASE WHEN attempt.cost_nanousd IS NULL AND attempt.chunk_count IS NULL
             THEN attempt.reserved_nanousd END), 0)
-        FROM family JOIN call ON call.session_id = family.session_id
-        JOIN attempt ON attempt.call_id = call.call_id) AS reserved_nanousd
+        FROM call JOIN attempt ON attempt.call_id = call.call_id
+        WHERE call.session_id IN (SELECT session_id FROM family)) AS reserved_nanousd
 FROM session JOIN oldest ON session.session_id = oldest.session_id
