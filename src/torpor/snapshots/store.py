@@ -19,6 +19,7 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged, InvalidInput
 from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
+from torpor.snapshots.bases import Bases
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.cipher import Key
 from torpor.snapshots.condemned import read_condemned
@@ -108,6 +109,7 @@ class _Written:
     stored_bytes: int
     new_pages: int
     total_pages: int
+    problem: str
 
 
 _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
@@ -133,6 +135,7 @@ class SnapshotStore:
         self._signature = signature
         self._shared = shared
         self._clock = clock or SystemClock()
+        self._bases = Bases(backend)
         self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -182,6 +185,7 @@ class SnapshotStore:
             files=written.files,
             tree_root=written.tree.digest,
             tree_bytes=written.tree.file_bytes,
+            needs=written.indexes.pages.needs,
         )
         lease.check()
         data = self._publish(manifest, key)
@@ -195,7 +199,7 @@ class SnapshotStore:
             total_pages=written.total_pages,
             tree=workspace.index(written.tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
-            parent_problem=problem,
+            parent_problem=problem or written.problem,
         )
 
     def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
@@ -348,7 +352,7 @@ class SnapshotStore:
         absent = condemned | self._backend.absent(ref.key for ref in known.packs)
         present = [ref.key not in absent for ref in known.packs]
         stored = places_of_objects((*before.object_packs, *shared_packs))
-        pages = PageWriter(self._backend, self._ids, known, present)
+        pages = PageWriter(self._backend, self._ids, known, present, self._bases)
         objects = ObjectWriter(self._backend, self._ids, stored)
         whole = _store_files(image_dir, paged_files, pages, objects)
         tree = store_tree(workspace, objects)
@@ -371,6 +375,7 @@ class SnapshotStore:
             stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes,
             new_pages=pages.new_pages,
             total_pages=pages.total_pages,
+            problem=pages.problem,
         )
 
     def _known(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.unit.snapshots.making import IDS, KEY, contents, pages
+from tests.unit.snapshots.making import IDS, KEY, contents, variants
 from tests.unit.snapshots.stepping import SteppedBackend, Task
 
 from torpor.core.errors import Conflict
@@ -72,7 +72,9 @@ class Scene:
             knows: compare with this instead. Its row may be gone, and so may it: its index is still in memory.
         """
         number, image, workspace = next(self._numbers), self.fresh("image"), self.fresh("workspace")
-        (image / "pages.img").write_bytes(pages(range(first_page, first_page + length)))
+        # Every third page is another version of it than its parent's: a delta.
+        held = range(first_page, first_page + length)
+        (image / "pages.img").write_bytes(variants((page, 0 if page % 3 else number + 1) for page in held))
         (image / "kernel.img").write_bytes(b"state %d" % first_page)
         (workspace / "new").write_bytes(b"%d" % number)
         (workspace / "old").write_bytes(b"%d" % (first_page // 30))
