@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +26,7 @@ from torpor.snapshots.content_ids import PAGE_BYTES, ContentIds
 from torpor.snapshots.frames import Delta, FrameUse, Run, plan_frames
 from torpor.snapshots.manifest import PagedFile, WholeFile, decode_extents, encode_extents
 from torpor.snapshots.objects import Objects
-from torpor.snapshots.pack import Base, Frame, PackBuilder, PackIndex, PackRef, damaged, read_object, read_pack_index
+from torpor.snapshots.pack import Base, Frame, PackBuilder, PackIndex, damaged, read_object
 from torpor.snapshots.pages import (
     PAGES_PER_FRAME,
     PAGES_PER_PACK,
@@ -219,12 +218,6 @@ def _mapped(path: Path) -> Generator[memoryview]:
             return
         with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
             yield view
-
-
-def read_pack_indexes(refs: Sequence[PackRef], backend: Backend) -> list[PackIndex]:
-    """Raises Damaged: snapshot_object_missing or snapshot_damaged."""
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(partial(read_pack_index, backend), refs))
 
 
 def restore_paged(file: PagedFile, packs: Sequence[PackIndex], backend: Backend, directory: Path) -> None:

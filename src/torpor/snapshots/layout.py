@@ -1,7 +1,7 @@
 """Lays the pages of one image side by side again, in new packs: its restore then reads what a first snapshot's does.
 
-A long session's image is partly deltas, and lies in more frames than it fills (scatter.py): less would store far more at
-each step. Of an image that lies idle it is worth it, once.
+A long session's image is partly deltas, and lies in more frames than it fills (scatter.py): less would store far more
+at each step. Of an image that lies idle it is worth it, once.
 """
 
 from array import array

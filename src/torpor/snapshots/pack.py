@@ -11,7 +11,9 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate, pairwise
 
@@ -25,6 +27,7 @@ from torpor.snapshots.content_ids import OBJECT_ID_BYTES, PAGE_BYTES, PAGE_ID_BY
 FRAME_BYTES = 262_144
 PACK_BYTES_MAX = 16 * 1024 * 1024
 _ITEM_BYTES_MAX = 1 << 30
+_THREADS = 8
 _HEAD = struct.Struct("<8sIQ")
 _COUNTS = struct.Struct("<II")
 HEAD_BYTES_MIN = _HEAD.size + _COUNTS.size + TAG_BYTES
@@ -347,6 +350,14 @@ class PackBuilder:
 def read_pack_index(backend: Backend, ref: PackRef) -> PackIndex:
     """Raises Damaged: snapshot_object_missing or snapshot_damaged."""
     return PackIndex(ref, read_object(backend, ref.key, 0, ref.head_bytes))
+
+
+def read_pack_indexes(refs: Sequence[PackRef], backend: Backend) -> list[PackIndex]:
+    """Several at a time. Raises Damaged: snapshot_object_missing or snapshot_damaged."""
+    if len(refs) < 2:
+        return [read_pack_index(backend, ref) for ref in refs]
+    with ThreadPoolExecutor(min(len(refs), _THREADS)) as threads:
+        return list(threads.map(partial(read_pack_index, backend), refs))
 
 
 def read_object(backend: Backend, key: str, start: int, length: int) -> bytes:

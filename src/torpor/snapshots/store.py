@@ -26,7 +26,7 @@ from torpor.snapshots.condemned import read_condemned
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
-from torpor.snapshots.image import PageWriter, page_index, read_pack_indexes, restore_paged, restore_whole
+from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
@@ -41,7 +41,7 @@ from torpor.snapshots.manifest import (
 from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
 from torpor.snapshots.owners import Signature
-from torpor.snapshots.pack import PackIndex, missing, read_pack_index
+from torpor.snapshots.pack import PackIndex, missing, read_pack_index, read_pack_indexes
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
 from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
 from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
@@ -274,12 +274,15 @@ class SnapshotStore:
         """
         manifest = self.read_manifest(ref)
         objects = self._objects(manifest)
-        return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
+        with objects.reading_ahead():
+            return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
 
     def export_workspace(self, ref: SnapshotRef, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
         manifest = self.read_manifest(ref)
-        return export(manifest.tree_root, destination, self._objects(manifest))
+        objects = self._objects(manifest)
+        with objects.reading_ahead():
+            return export(manifest.tree_root, destination, objects)
 
     def diff(self, before: SnapshotRef, after: SnapshotRef) -> list[Change]:
         """What changed in the workspace between two snapshots."""
@@ -410,11 +413,12 @@ class SnapshotStore:
 
     def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
         manifest = self.read_manifest(ref)
-        page_packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
+        indexes = read_pack_indexes(manifest.packs, self._backend)
+        pages = len(manifest.page_packs)
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
-            pages=page_index(paged, page_packs),
-            object_packs=tuple(read_pack_index(self._backend, ref) for ref in manifest.object_packs),
+            pages=page_index(paged, indexes[:pages]),
+            object_packs=tuple(indexes[pages:]),
         )
 
     def _publish(self, manifest: Manifest, key: Key) -> bytes:

@@ -5,7 +5,7 @@ walked for one snapshot needs no second look for another.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torpor.snapshots.backend import Backend, Entry
@@ -62,6 +62,9 @@ class AllObjects:
             if len(self._frames) > _FRAMES_CACHED:
                 self._frames.popitem(last=False)
         return self._frames[key][digest]
+
+    def ahead(self, digests: Iterable[bytes]) -> None:
+        """Each directory is read once, and next to nothing else is."""
 
     def digest_of(self, data: bytes) -> bytes:
         return self._ids.of_object(data)
