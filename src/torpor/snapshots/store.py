@@ -22,7 +22,7 @@ from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.bases import Bases
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.cipher import Key
-from torpor.snapshots.condemned import read_condemned
+from torpor.snapshots.condemned import is_condemned, read_condemned
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
@@ -166,7 +166,8 @@ class SnapshotStore:
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
-            Damaged: the capture shares files with a parent that can't be read: capture without `previous`.
+            Damaged: the capture shares files with a parent that can't be read: capture without `previous`; or
+                `snapshot_condemned`, with one of which a collection may take the packs: try again when it has ended.
             Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
@@ -333,8 +334,10 @@ class SnapshotStore:
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
             packs = [pack.ref.key for pack in indexes.object_packs]
-            for key in [*(condemned & set(packs)), *self._backend.absent(packs)]:
+            for key in self._backend.absent(packs):
                 raise missing(key)
+            for key in condemned & set(packs):
+                raise is_condemned(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
