@@ -146,6 +146,18 @@ def test_machine_that_runs_something_else_refuses_it(slow: Stage, pin: str, ther
     assert slow.rows("ls") == []
 
 
+COUNTING = """
+import json, os, urllib.request
+for number in range(1, 6):
+    body = {"model": "scripted", "messages": [{"role": "user", "content": f"question {number}"}]}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+    url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
+        assert json.load(answer)["choices"]
+    print("answer", number, flush=True)
+"""
+
+
 def root_file_system(root: Path, release: str) -> Path:
     """A small one, on which the programs of this machine are mounted."""
     for name in ("dev", "etc", "proc", "sys", "tmp", "run", "root", "usr", "workspace"):
@@ -161,8 +173,9 @@ def test_machine_with_another_root_image_refuses_it_and_one_with_an_equal_one_re
     """Two real images at one path, as on two machines: the first of them, and another release of it."""
     image = root_file_system(slow.directory / "image", "release 1\n")
     other = root_file_system(slow.directory / "other-image", "release 2 is longer\n")
+    (slow.project / "counting.py").write_text(COUNTING)
     node = slow.node(
-        "run", "--name", "one", "--image", str(image), "--mount", "/usr", "--", "/usr/bin/python3", "agent.py"
+        "run", "--name", "one", "--image", str(image), "--mount", "/usr", "--", "/usr/bin/python3", "counting.py"
     )
     log = slow.follow("one")
     log.wait("checkpoint.committed", 3)
@@ -185,7 +198,7 @@ def test_machine_with_another_root_image_refuses_it_and_one_with_an_equal_one_re
     root_file_system(image, "release 1\n")  # Made anew, as on another machine.
     slow.torpor("snapshot", "import", str(file))
     assert slow.node("resume", "one").wait(PATIENCE_SECONDS) == 0
-    assert report_of(slow) == {**dict.fromkeys(COUNTERS, 5), "background": {"ticker": None}}
+    assert slow.torpor("output", "one").stdout == "".join(f"answer {number}\n" for number in range(1, 6))
     check_nothing_left(slow)
 
 
