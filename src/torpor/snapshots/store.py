@@ -259,7 +259,7 @@ class SnapshotStore:
             if any(destination.iterdir()):
                 raise InvalidInput("directory_not_empty", f"cannot restore image to {destination}: it is not empty")
         packs = read_pack_indexes(manifest.page_packs, self._backend)
-        objects = self._objects(manifest)
+        objects = self._objects(ref, manifest)
         for file in manifest.files:
             if isinstance(file, PagedFile):
                 restore_paged(file, packs, self._backend, destination)
@@ -274,26 +274,26 @@ class SnapshotStore:
             As `restore_image`.
         """
         manifest = self.read_manifest(ref)
-        objects = self._objects(manifest)
+        objects = self._objects(ref, manifest)
         with objects.reading_ahead():
             return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
 
     def export_workspace(self, ref: SnapshotRef, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
         manifest = self.read_manifest(ref)
-        objects = self._objects(manifest)
+        objects = self._objects(ref, manifest)
         with objects.reading_ahead():
             return export(manifest.tree_root, destination, objects)
 
     def diff(self, before: SnapshotRef, after: SnapshotRef) -> list[Change]:
         """What changed in the workspace between two snapshots."""
         one, other = self.read_manifest(before), self.read_manifest(after)
-        return diff_trees(one.tree_root, other.tree_root, self._objects(one), self._objects(other))
+        return diff_trees(one.tree_root, other.tree_root, self._objects(before, one), self._objects(after, other))
 
     def diff_directory(self, ref: SnapshotRef, directory: Path) -> list[Change]:
         """What changed from a snapshot's workspace to what a directory holds now."""
         manifest = self.read_manifest(ref)
-        return diff_directory(manifest.tree_root, directory, self._objects(manifest))
+        return diff_directory(manifest.tree_root, directory, self._objects(ref, manifest))
 
     def verify(self, ref: SnapshotRef) -> list[str]:
         """Read everything that the snapshot needs; one sentence for each problem, naming the object."""
@@ -432,8 +432,10 @@ class SnapshotStore:
         crash_point("snapshot.manifest_written")
         return data
 
-    def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(self._backend, self._ids, manifest.object_packs)
+    def _objects(self, ref: SnapshotRef, manifest: Manifest) -> ObjectReader:
+        known = self._recall(ref)
+        packs = manifest.object_packs if known is None else known.object_packs
+        return ObjectReader(self._backend, self._ids, packs)
 
     def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:

@@ -114,3 +114,21 @@ def test_image_reads_the_index_of_no_pack_that_it_does_not_need(world: World) ->
     manifest = world.store.read_manifest(saved.ref)
     assert len(manifest.object_packs) == 12
     assert len({key for key, _ in backend.reads}) <= len(manifest.page_packs) + 12
+
+
+def test_store_that_saved_a_snapshot_fills_its_workspace_without_reading_an_index(world: World) -> None:
+    """After a death of the sandbox its node restores at once, and has them in memory."""
+    store = world.new_store()
+    backend = Meeting(world.backend, lambda start: False)
+    store._backend = backend
+    saved: SavedSnapshot | None = None
+    for number in range(6):
+        (world.workspace / f"file{number}").write_bytes(os.urandom(3000))
+        saved = world.save(str(number), saved, index=saved and saved.tree, store=store)
+    assert saved is not None
+    backend.reads.clear()
+    target = world.fresh("restored")
+    store.restore_workspace(saved.ref, target)
+    assert files_of(target) == files_of(world.workspace)
+    assert [key for key, start in backend.reads if start == 0] == []
+    world.new_store().restore_workspace(saved.ref, world.fresh("restored"))
