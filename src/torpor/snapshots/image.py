@@ -50,6 +50,11 @@ _THREADS = 8
 _BULK_LEVEL, _STEP_LEVEL = 1, 3
 # A save reads so many frames of bases that are not in memory; one that stores much, one for so many pages.
 _BASE_READS_MIN, _PAGES_PER_BASE_READ = 64, 64
+# What a delta of a base that was just stored stores, over what its page would by itself.
+_FRESH_DELTA_SHARE = 0.12
+# A first image that would store more than this, over what it would by itself, has bases of its own: with another
+# session's that are so unlike it would save some megabytes once, and store more at each of its turns.
+_FIRST_DELTA_SHARE_MAX = 0.5
 _ITEM = 0xFFFFFFFF
 _SLICE = 4096
 
@@ -65,13 +70,27 @@ class _Building:
 class PageWriter:
     """Stores memory images against the pages of a parent; every pack is durable when `store` returns.
 
+    An image moves away from its bases, and its deltas grow. What they store more than they would have right after the
+    image was stored whole is added up: the debt. Once that would have paid for another whole image, one is stored.
+    Whenever the session ends, it has not stored more than twice of what it would have with the best foresight.
+
     Attributes:
         problem: why the parent's pages were not used; empty when all is well.
     """
 
     def __init__(
-        self, backend: Backend, ids: ContentIds, parent: PageIndex, present: Sequence[bool], bases: Bases
+        self,
+        backend: Backend,
+        ids: ContentIds,
+        parent: PageIndex,
+        present: Sequence[bool],
+        bases: Bases,
+        *,
+        is_first: bool,
     ) -> None:
+        """Args:
+        is_first: the parent is another session's.
+        """
         self._backend = backend
         self._ids = ids
         self._parent = parent
@@ -82,6 +101,8 @@ class PageWriter:
         self._known = parent.by_id(parent.readable(present))
         self._base_of = parent.bases_of_deltas()
         self._files: list[tuple[str, int, list[bytes], array[int]]] = []
+        self._is_first = is_first
+        self._debt = parent.debt
         self.problem = ""
         self.stored_bytes = 0
         self.new_pages = 0
@@ -92,8 +113,8 @@ class PageWriter:
             ids = self._ids.of_pages(image)
             plan = self._plan(ids)
             first = self._build_pack(image, plan, *plan.packs[0]) if plan.packs else None
-            if first is not None and self._is_to_be_anew(first, plan):
-                plan, first = self._plan_anew(ids), None
+            if first is not None and self._is_to_be_anew(first, len(ids)):
+                plan, first, self._debt = self._plan_anew(ids), None, 0
             if first is not None:
                 self._store_pack(first)
             for bounds in plan.packs[int(first is not None) :]:
@@ -105,6 +126,7 @@ class PageWriter:
     def _plan(self, ids: list[bytes]) -> PagePlan:
         scatter = look(places_of(ids, self._known), self._parent)
         if scatter.anew:
+            self._debt = 0
             return self._plan_anew(ids)
         holders = {pack for pack in scatter.holders if self._present[pack]}
         versions = Versions(self._parent, holders, self._afford)
@@ -128,12 +150,16 @@ class PageWriter:
         self._known.clear()
         return plan_pages(ids, self._known, len(self._packs))
 
-    def _is_to_be_anew(self, first: "_Building", plan: PagePlan) -> bool:
-        """Whether bases can't be read, or have little in common with an image that is mostly deltas of them."""
-        if self.problem or not first.builder.bases_are_old:
+    def _is_to_be_anew(self, building: "_Building", pages: int) -> bool:
+        """Whether bases can't be read, or have cost as much as new ones would."""
+        builder = building.builder
+        if self.problem or not builder.delta_items:
             return bool(self.problem)
-        deltas = len(plan.bases) + sum(place in self._base_of for place in plan.places)
-        return deltas > len(plan.places) // 2
+        if self._is_first:
+            stored, alone = (of + builder.in_vain_bytes for of in (builder.delta_bytes, builder.plain_bytes))
+            return stored > _FIRST_DELTA_SHARE_MAX * alone
+        self._debt += max(0, round(builder.delta_bytes - _FRESH_DELTA_SHARE * builder.plain_bytes))
+        return self._debt > pages * builder.plain_bytes / builder.delta_items
 
     def _build_pack(self, image: memoryview, plan: PagePlan, start: int, end: int) -> "_Building":
         """The pack of a part of the plan's new pages."""
@@ -192,7 +218,7 @@ class PageWriter:
         # Of a pack that is needed for bases alone no delta is opened.
         needs = tuple(tuple(number[at] for at in self._needs[pack]) if pack in used else () for pack in packs)
         refs = tuple(self._packs[pack] for pack in packs)
-        return files, PageIndex(refs, b"".join(all_ids), all_places, bases, needs)
+        return files, PageIndex(refs, b"".join(all_ids), all_places, bases, needs, self._debt)
 
 
 def _frame_bounds(based: int, pages: int) -> Iterator[tuple[int, int]]:
@@ -310,6 +336,6 @@ def restore_whole(file: WholeFile, objects: Objects, directory: Path) -> None:
         write_content(target.fileno(), file.content, file.size, objects)
 
 
-def page_index(files: Sequence[PagedFile], packs: Sequence[PackIndex]) -> PageIndex:
+def page_index(files: Sequence[PagedFile], packs: Sequence[PackIndex], debt: int) -> PageIndex:
     """Rebuild the index of a stored image."""
-    return index_of_extents([extent for file in files for extent in decode_extents(file.extents)], packs)
+    return index_of_extents([extent for file in files for extent in decode_extents(file.extents)], packs, debt)

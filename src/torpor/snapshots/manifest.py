@@ -81,6 +81,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     tree_root: bytes
     tree_bytes: int
     needs: list[tuple[int, ...]] = []
+    debt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,7 @@ class Manifest:
     """Attributes:
     page_packs: those of the image, and those that its deltas need.
     needs: for each of `page_packs` the numbers of those that its deltas need.
+    debt: bytes that deltas cost since the image was last stored whole, more than they would have right after it.
     """
 
     snapshot_id: SnapshotId
@@ -122,6 +124,7 @@ class Manifest:
     tree_root: bytes
     tree_bytes: int
     needs: tuple[tuple[int, ...], ...] = ()
+    debt: int = 0
 
     @property
     def packs(self) -> tuple[PackRef, ...]:
@@ -148,6 +151,7 @@ def encode_manifest(manifest: Manifest, key: Key) -> bytes:
         tree_root=manifest.tree_root,
         tree_bytes=manifest.tree_bytes,
         needs=list(manifest.needs),
+        debt=manifest.debt,
     )
     nonce, name = secrets.token_bytes(NONCE_BYTES), manifest.snapshot_id.encode()
     counts = len(name), len(manifest.page_packs), len(manifest.object_packs)
@@ -223,6 +227,7 @@ def decode_manifest(snapshot_id: SnapshotId, data: bytes, key: Key) -> Manifest:
         tree_root=body.tree_root,
         tree_bytes=body.tree_bytes,
         needs=tuple(body.needs),
+        debt=body.debt,
     )
 
 

@@ -41,11 +41,9 @@ _DELTA_WINDOW_LOG = 21
 """A frame and its bases, a mebibyte each."""
 # A delta that stores more than this share of its raw bytes is compared with the frame by itself, and has to store so
 # much less than that: else its pages are better off as bases of later ones.
-_DELTA_SHARE_SURE, _DELTA_OVER_PLAIN_MAX = 0.1, 0.7
+_DELTA_SHARE_SURE, _DELTA_OVER_PLAIN_MAX = 0.1, 0.8
 # What a page stores by itself, as a share of its raw bytes, where nobody has tried: memory's is 0.25 to 0.3.
 _PLAIN_SHARE = 0.27
-# Together they should store less than this share of what they would by themselves; above it bases have grown old.
-_DELTAS_OVER_PLAIN_MAX = 0.45
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +234,13 @@ def _about(magic: bytes, section: int) -> bytes:
 
 
 class PackBuilder:
-    """Collects frames in memory; `finish` gives the pack's name and bytes."""
+    """Collects frames in memory; `finish` gives the pack's name and bytes.
+
+    Attributes:
+        delta_bytes: what its deltas store, of `delta_items` pages.
+        plain_bytes: about what these would store by themselves.
+        in_vain_bytes: what frames store that were to be deltas, and are none.
+    """
 
     def __init__(self, ids: ContentIds, *, holds_pages: bool, level: int = 1) -> None:
         self._ids = ids
@@ -249,17 +253,14 @@ class PackBuilder:
         self._lengths: list[int] = []
         self._item_ids: list[bytes] = []
         self.stored_bytes = 0
-        self._delta_bytes = 0
-        self._plain_bytes = 0.0
+        self.delta_bytes = 0
+        self.plain_bytes = 0.0
+        self.delta_items = 0
+        self.in_vain_bytes = 0
 
     @property
     def items(self) -> int:
         return len(self._item_ids)
-
-    @property
-    def bases_are_old(self) -> bool:
-        """Whether what was added with a base has so little in common with it that others would be better."""
-        return self._delta_bytes > _DELTAS_OVER_PLAIN_MAX * self._plain_bytes
 
     def add_frame(
         self, raw: bytes, ids: Sequence[bytes], lengths: Sequence[int] = (), base: Base | None = None
@@ -292,13 +293,17 @@ class PackBuilder:
         )
         compressor = zstandard.ZstdCompressor(compression_params=parameters, dict_data=_against(base.raw))
         delta = compressor.compress(raw)
-        self._delta_bytes += len(delta)
-        if len(delta) <= _DELTA_SHARE_SURE * len(raw):
-            self._plain_bytes += _PLAIN_SHARE * len(raw)
-            return delta, base
-        plain = self._compressor.compress(raw)
-        self._plain_bytes += len(plain)
-        return (plain, None) if len(delta) > _DELTA_OVER_PLAIN_MAX * len(plain) else (delta, base)
+        plain_bytes = _PLAIN_SHARE * len(raw)
+        if len(delta) > _DELTA_SHARE_SURE * len(raw):
+            plain = self._compressor.compress(raw)
+            plain_bytes = len(plain)
+            if len(delta) > _DELTA_OVER_PLAIN_MAX * plain_bytes:
+                self.in_vain_bytes += len(plain)
+                return plain, None
+        self.delta_bytes += len(delta)
+        self.plain_bytes += plain_bytes
+        self.delta_items += len(base.places)
+        return delta, base
 
     def finish(self) -> tuple[PackIndex, bytes]:
         """The pack, read back once: what is stored decompresses to items that have their ids.

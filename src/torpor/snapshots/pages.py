@@ -50,6 +50,7 @@ class PageIndex:
         ids: 16 bytes a page.
         bases: of each page the place of its base.
         needs: of each pack the numbers of the packs that its deltas need.
+        debt: see PageWriter.
     """
 
     packs: tuple[PackRef, ...]
@@ -57,6 +58,7 @@ class PageIndex:
     places: "array[int]"
     bases: "array[int]"
     needs: tuple[tuple[int, ...], ...]
+    debt: int = 0
 
     @property
     def pages(self) -> int:
@@ -235,7 +237,7 @@ def page_list_of(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> bytes
     return b"".join([ids[pack][size * first : size * (first + count)] for count, pack, first in extents])
 
 
-def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:
+def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex], debt: int = 0) -> PageIndex:
     """Rebuild the index of a stored image from its extents and its packs' indexes.
 
     Raises:
@@ -251,7 +253,7 @@ def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> P
         places.extend(range(extent.place, extent.place + extent.count))
         bases += all_bases[extent.pack][extent.first : extent.first + extent.count]
     needs = tuple(tuple(base_numbers(pack, numbers)) if number in held else () for number, pack in enumerate(packs))
-    return PageIndex(tuple(pack.ref for pack in packs), bytes(ids), places, bases, needs)
+    return PageIndex(tuple(pack.ref for pack in packs), bytes(ids), places, bases, needs, debt)
 
 
 def bases_in(pack: PackIndex, number: int, numbers: dict[bytes, int]) -> "array[int]":

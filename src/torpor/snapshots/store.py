@@ -187,6 +187,7 @@ class SnapshotStore:
             tree_root=written.tree.digest,
             tree_bytes=written.tree.file_bytes,
             needs=written.indexes.pages.needs,
+            debt=written.indexes.pages.debt,
         )
         lease.check()
         data = self._publish(manifest, key)
@@ -358,7 +359,7 @@ class SnapshotStore:
         absent = condemned | self._backend.absent(ref.key for ref in known.packs)
         present = [ref.key not in absent for ref in known.packs]
         stored = places_of_objects((*before.object_packs, *shared_packs))
-        pages = PageWriter(self._backend, self._ids, known, present, self._bases)
+        pages = PageWriter(self._backend, self._ids, known, present, self._bases, is_first=known is not before.pages)
         objects = ObjectWriter(self._backend, self._ids, stored)
         whole = _store_files(image_dir, paged_files, pages, objects)
         tree = store_tree(workspace, objects)
@@ -420,7 +421,7 @@ class SnapshotStore:
         pages = len(manifest.page_packs)
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
-            pages=page_index(paged, indexes[:pages]),
+            pages=page_index(paged, indexes[:pages], manifest.debt),
             object_packs=tuple(indexes[pages:]),
         )
 

@@ -28,15 +28,24 @@ class Meeting:
         self._is_met = is_met
         self._barrier = threading.Barrier(AT_ONCE)
         self._alone = alone
+        self._waiting = 0
+        self._lock = threading.Lock()
         self.met = 0
         self.reads: Counter[tuple[str, int]] = Counter()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        self.reads[key, start] += 1
-        if self._is_met(start) and sum(self.reads.values()) > self._alone and self.met < AT_ONCE:
+        with self._lock:
+            self.reads[key, start] += 1
+        if self._is_met(start) and self._waits():
             self._barrier.wait(PATIENCE_SECONDS)
-            self.met += 1
+            self.met = AT_ONCE
         return self._inner.get_range(key, start, length)
+
+    def _waits(self) -> bool:
+        """The first so many, and none after them, which might be too few to meet."""
+        with self._lock:
+            self._waiting += sum(self.reads.values()) > self._alone
+            return 0 < self._waiting <= AT_ONCE
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
