@@ -4,6 +4,7 @@ Everything is done as a user would do it: processes are started, killed and aske
 the witness counted and what the log says is read afterwards.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo.demo import Log
+
+from torpor.runtime.leasing import is_held
 
 ROOT = Path(__file__).resolve().parents[1]
 TORPOR = [sys.executable, "-m", "torpor"]
@@ -115,7 +118,19 @@ class Stage:
             except ProcessLookupError:
                 continue
 
+    def kill_daemon(self) -> None:
+        """As `kill -9`, if there is one."""
+        lock = self.home / "run/daemon.lock"
+        if lock.exists() and is_held(lock):
+            os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+            self.wait_for_death_of_daemon()
+
+    def wait_for_death_of_daemon(self) -> None:
+        with (self.home / "run/daemon.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
     def close(self) -> None:
+        self.kill_daemon()
         for process in self.started:
             if process.poll() is None:
                 process.kill()

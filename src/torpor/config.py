@@ -5,26 +5,21 @@ Providers come from TORPOR_HOME/config.toml, else from the variables that the pr
 taken whole from one of the two, so that a key never goes to an address that was not given together with it.
 """
 
+import os
 import re
-import stat
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-import msgspec
-
+from torpor.config_file import Family, PriceFields, StoreFields, UpstreamFields, invalid, read_file
 from torpor.core.errors import InvalidInput
+from torpor.core.idling import Tiers
 from torpor.core.money import Price
-from torpor.core.pacing import SHARE_PPM, parse_share, share_text
+from torpor.core.pacing import parse_share
 from torpor.core.retention import RetentionPolicy
 from torpor.core.secret import Secret
-
-Family = Literal["openai", "anthropic", "gemini"]
-"""Which dialects an upstream speaks, and where its key goes."""
 
 FAMILIES: tuple[Family, ...] = ("openai", "anthropic", "gemini")
 DEFAULT_BASE_URLS: Mapping[Family, str] = {
@@ -125,77 +120,6 @@ class StoreSettings:
     cache_bytes_max: int = 2_000_000_000
 
 
-class _UpstreamFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One [upstreams.NAME] table, as it is written."""
-
-    family: Family | None = None
-    base_url: str | None = None
-    key: str | None = None
-    key_env: str | None = None
-    key_command: list[str] | None = None
-    bearer: bool | None = None
-    models: tuple[str, ...] = ()
-    path_prefix: str = ""
-    paths: tuple[str, ...] = ()
-    llm_paths: tuple[str, ...] = ()
-    connect_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0
-    read_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
-    retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 4
-    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
-    stream_usage: bool | None = None
-
-
-class _PriceFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One [prices."PATTERN"] table, as it is written: dollars for a million tokens, as strings."""
-
-    input: Decimal
-    output: Decimal
-    cache_read: Decimal | None = None
-    cache_write: Decimal | None = None
-    max_output_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
-
-
-class _StoreFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The [store] table, as it is written."""
-
-    url: str | None = None
-    endpoint: str = ""
-    region: str = ""
-    key_id: str = ""
-    key: str | None = None
-    key_env: str | None = None
-    key_command: list[str] | None = None
-    request_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 90.0
-    cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 2_000_000_000
-
-
-class _RetentionFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The [retention] table, as it is written."""
-
-    keep_last: Annotated[int, msgspec.Meta(ge=1)] = 100
-    keep_hourly: Annotated[int, msgspec.Meta(ge=0)] = 24
-    keep_daily: Annotated[int, msgspec.Meta(ge=0)] = 30
-
-
-class _CollectFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The [collect] table, as it is written."""
-
-    grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 3600.0
-
-
-class _FileFields(msgspec.Struct, frozen=True):
-    workspace_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
-    checkpoint_share: str = share_text(SHARE_PPM)
-    image_cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 1_000_000_000
-    image_cache_seconds_max: Annotated[int, msgspec.Meta(ge=0)] = 3600
-    store: _StoreFields = _StoreFields()
-    retention: _RetentionFields = _RetentionFields()
-    collect: _CollectFields = _CollectFields()
-    upstreams: dict[str, _UpstreamFields] = msgspec.field(default_factory=dict[str, _UpstreamFields])
-    prices: dict[str, _PriceFields] = msgspec.field(default_factory=dict[str, _PriceFields])
-
-
 def torpor_home(environment: Mapping[str, str]) -> Path:
     """Where state lives: TORPOR_HOME, else the user's data directory.
 
@@ -219,17 +143,17 @@ def read_workspace_bytes_max(home: Path) -> int:
     Raises:
         InvalidInput: config.toml is malformed.
     """
-    return _read_file(home / "config.toml").workspace_bytes_max
+    return read_file(home).workspace_bytes_max
 
 
 def read_checkpoint_share(home: Path, given_ppm: int | None) -> int:
     """Millionths of the wall time for checkpoints at turns, unless given. Raises InvalidInput (`share_malformed`)."""
-    return parse_share(_read_file(home / "config.toml").checkpoint_share) if given_ppm is None else given_ppm
+    return parse_share(read_file(home).checkpoint_share) if given_ppm is None else given_ppm
 
 
 def read_image_cache(home: Path) -> tuple[int, int]:
     """How many bytes of images stopped sessions may keep in memory, and for how many seconds. Raises InvalidInput."""
-    said = _read_file(home / "config.toml")
+    said = read_file(home)
     return said.image_cache_bytes_max, said.image_cache_seconds_max
 
 
@@ -239,7 +163,7 @@ def read_upstreams(home: Path, environment: Mapping[str, str]) -> tuple[Upstream
     Raises:
         InvalidInput: config.toml is malformed, says two things at once, or shows a key to other users.
     """
-    named = _read_file(home / "config.toml").upstreams
+    named = read_file(home).upstreams
     upstreams = [_from_file(name, fields, environment) for name, fields in named.items()]
     _check_unambiguous(upstreams)
     for family in FAMILIES:
@@ -255,7 +179,7 @@ def read_retention(home: Path) -> RetentionPolicy:
     Raises:
         InvalidInput: config.toml is malformed.
     """
-    said = _read_file(home / "config.toml").retention
+    said = read_file(home).retention
     return RetentionPolicy(keep_last=said.keep_last, keep_hourly=said.keep_hourly, keep_daily=said.keep_daily)
 
 
@@ -265,7 +189,19 @@ def read_grace_seconds(home: Path) -> float:
     Raises:
         InvalidInput: config.toml is malformed.
     """
-    return _read_file(home / "config.toml").collect.grace_seconds
+    return read_file(home).collect.grace_seconds
+
+
+def read_starts_max(home: Path) -> int:
+    """How many sessions a node daemon begins or wakes at a time. Raises InvalidInput."""
+    return read_file(home).starts_max or max(2, os.cpu_count() or 1)
+
+
+def read_tiers(home: Path) -> Tiers:
+    """When a waiting session sleeps, and how fast it can wake for how long. Raises InvalidInput."""
+    said = read_file(home).hibernate
+    linger = None if said.linger_seconds == "never" else said.linger_seconds
+    return Tiers(linger_seconds=linger, paused_seconds=said.paused_seconds, ready_seconds=said.ready_seconds)
 
 
 def read_prices(home: Path) -> tuple[PriceRule, ...]:
@@ -274,7 +210,7 @@ def read_prices(home: Path) -> tuple[PriceRule, ...]:
     Raises:
         InvalidInput: config.toml is malformed, or a price is no amount.
     """
-    return tuple(_rule(pattern, fields) for pattern, fields in _read_file(home / "config.toml").prices.items())
+    return tuple(_rule(pattern, fields) for pattern, fields in read_file(home).prices.items())
 
 
 def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
@@ -283,21 +219,19 @@ def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
     Raises:
         InvalidInput: config.toml is malformed, or says of the store what does not go together.
     """
-    said = _read_file(home / "config.toml").store
+    said = read_file(home).store
     key = _key_source("the store", said, environment)
     has_key = key != KeySource()
     url = said.url.rstrip("/") if said.url is not None else f"file://{home / 'store'}"
     if not _STORE_URL.fullmatch(url):
         hint = "It is s3://BUCKET, gs://BUCKET, az://ACCOUNT/CONTAINER, each with /PREFIX or not, or file:///DIRECTORY."
-        raise _invalid(f"the store's url {url!r} names no store that Torpor knows", hint=hint)
+        raise invalid(f"the store's url {url!r} names no store that Torpor knows", hint=hint)
     if url.startswith("file:") and (has_key or said.endpoint or said.region or said.key_id):
-        raise _invalid("the store is a directory, and has an endpoint, a region or a key")
+        raise invalid("the store is a directory, and has an endpoint, a region or a key")
     if re.search(r"[^!-~]", said.key_id + said.region):  # They go into headers.
-        raise _invalid("the store's key_id or region holds a character that can't be in one")
+        raise invalid("the store's key_id or region holds a character that can't be in one")
     if url.startswith("s3:") and has_key != bool(said.key_id):
-        raise _invalid(
-            "the store's key and key_id come together", hint="key_id is the access key's id; key its secret."
-        )
+        raise invalid("the store's key and key_id come together", hint="key_id is the access key's id; key its secret.")
     return StoreSettings(
         url=url,
         endpoint=_checked_url("of the store", said.endpoint) if said.endpoint else "",
@@ -310,13 +244,13 @@ def read_store(home: Path, environment: Mapping[str, str]) -> StoreSettings:
     )
 
 
-def _rule(pattern: str, fields: _PriceFields) -> PriceRule:
+def _rule(pattern: str, fields: PriceFields) -> PriceRule:
     def or_input(amount: Decimal | None) -> Decimal:
         return fields.input if amount is None else amount
 
     amounts = (fields.input, fields.output, or_input(fields.cache_read), or_input(fields.cache_write))
     if not all(amount.is_finite() and 0 <= amount <= PRICE_DOLLARS_MAX for amount in amounts):
-        raise _invalid(f"a price of {pattern!r} is no amount of dollars")
+        raise invalid(f"a price of {pattern!r} is no amount of dollars")
     price = Price(input=amounts[0], output=amounts[1], cache_read=amounts[2], cache_write=amounts[3])
     return PriceRule(pattern=pattern, price=price, output_tokens_max=fields.max_output_tokens)
 
@@ -335,32 +269,15 @@ def _check_unambiguous(upstreams: Sequence[Upstream]) -> None:
                     reason = f"{both} are of the family {upstream.family!r} and have neither models nor a path_prefix"
                 else:
                     reason = f"{both} claim {claim[-1]!r} in {claim[0]}"
-                raise _invalid(reason)
+                raise invalid(reason)
             seen[claim] = upstream.name
 
 
-def _read_file(path: Path) -> _FileFields:
-    try:
-        text = path.read_text(encoding="utf-8")
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return _FileFields()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _invalid(str(error)) from error
-    try:
-        said = msgspec.convert(tomllib.loads(text), _FileFields)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise _invalid(str(error)) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) and any(fields.key for fields in (said.store, *said.upstreams.values())):
-        raise _invalid("it holds a key, and other users may read it", hint="chmod 600 config.toml, or use key_command.")
-    return said
-
-
-def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str]) -> Upstream:
+def _from_file(name: str, fields: UpstreamFields, environment: Mapping[str, str]) -> Upstream:
     family = fields.family or _family_named(name)
     if family is None:
         hint = "Add " + " or ".join(f'family = "{family}"' for family in FAMILIES) + "."
-        raise _invalid(f"upstream {name!r} says no family", hint=hint)
+        raise invalid(f"upstream {name!r} says no family", hint=hint)
     return Upstream(
         name=name,
         family=family,
@@ -379,9 +296,9 @@ def _from_file(name: str, fields: _UpstreamFields, environment: Mapping[str, str
     )
 
 
-def _key_source(who: str, fields: _UpstreamFields | _StoreFields, environment: Mapping[str, str]) -> KeySource:
+def _key_source(who: str, fields: UpstreamFields | StoreFields, environment: Mapping[str, str]) -> KeySource:
     if sum(source is not None for source in (fields.key, fields.key_env, fields.key_command)) > 1:
-        raise _invalid(f"{who} has more than one of key, key_env and key_command")
+        raise invalid(f"{who} has more than one of key, key_env and key_command")
     return KeySource(
         value=_secret(fields.key or (environment.get(fields.key_env) if fields.key_env else None)),
         environment=fields.key_env,
@@ -445,9 +362,9 @@ def _secret(text: str | None) -> Secret | None:
 def _checked_url(whose: str, text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        raise _invalid(f"the address {text!r} {whose} is not http:// or https:// and a host")
+        raise invalid(f"the address {text!r} {whose} is not http:// or https:// and a host")
     if parts.username is not None:
-        raise _invalid(f"the address {whose} holds a user name", hint="Say the key apart from it.")
+        raise invalid(f"the address {whose} holds a user name", hint="Say the key apart from it.")
     return text.rstrip("/")
 
 
@@ -462,7 +379,7 @@ _PATH = re.compile(r"(?:[A-Z]+|\*) /[^\s?#\[\]]*")
 def _checked_prefix(name: str, text: str) -> str:
     if text and (not _PREFIX.fullmatch(text) or "/" + text.split("/")[1] in _PREFIXES_TAKEN):
         hint = 'Take a word of your own, such as path_prefix = "/ollama".'
-        raise _invalid(f"the path_prefix {text!r} of upstream {name!r} is no path that is free", hint=hint)
+        raise invalid(f"the path_prefix {text!r} of upstream {name!r} is no path that is free", hint=hint)
     return text
 
 
@@ -470,12 +387,8 @@ def _checked_paths(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         if not _PATH.fullmatch(text):
             reason = f"{text!r} in the paths of upstream {name!r} is not a method and a path"
-            raise _invalid(reason, hint='Write them as "POST /v1/embeddings" or "GET /api/*".')
+            raise invalid(reason, hint='Write them as "POST /v1/embeddings" or "GET /api/*".')
     return texts
-
-
-def _invalid(reason: str, *, hint: str = "") -> InvalidInput:
-    return InvalidInput("config_invalid", f"cannot read the configuration: {reason}", hint=hint)
 
 
 def guest_environment() -> dict[str, str]:

@@ -7,12 +7,13 @@ of its own. The socket answers the runtime's verbs to the same user's other comm
 import asyncio
 import contextlib
 import gc
+import hashlib
 import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import msgspec
 
 from torpor import wire
 from torpor.core.clock import Clock, SystemClock
-from torpor.core.errors import SandboxFailed
+from torpor.core.errors import Conflict, SandboxFailed
 from torpor.core.ids import SessionId, WaitpointId, new_node_id
 from torpor.db.roots import Move
 from torpor.runtime.records import Records
@@ -34,68 +35,151 @@ if TYPE_CHECKING:
 
 
 SWITCH_SECONDS = 0.0005
+ANSWER_SECONDS = 120
+"""For what a node is asked by another process: to stop is to make a checkpoint."""
 
 
 class Node:
-    """One process's runtime, with its identity."""
+    """One process's runtime, with its identity and the sessions that it owns now."""
 
     def __init__(self, runtime: Runtime, clock: Clock) -> None:
         self.runtime = runtime
-        self.holder = node_holder(runtime.home, new_node_id(clock.wall_ns()))
+        # What other commands do to a session is brief.
+        self.holder = replace(node_holder(runtime.home, new_node_id(clock.wall_ns())), is_brief=True)
+        self._owners: dict[SessionId, Owner] = {}
 
-    async def own(
+    async def run(
         self, session_id: SessionId, watcher: "Watcher", *, let_go: bool = False, boot: bool = False
     ) -> "Outcome":
-        """Acquire a session and drive it to its end, or until a signal or another command asks to stop.
+        """Be the node of one session: drive it to its end, or until a signal or another command asks to stop.
 
         Args:
             let_go: a person lets the agent take another path than the log's.
             boot: a person gives up the agent's memory, if its sandbox does not live.
         """
-        owning = self.runtime.own(session_id, self.holder, wire.answers, watcher, let_go=let_go, boot=boot)
-        async with owning as owner:
-            put_the_loop_first()
-            ended = asyncio.Event()
-            verbs: dict[str, wire.Verb] = {
-                "ping": _ping,
-                "checkpoint": partial(_checkpoint, owner),
-                "pin": partial(_pin, owner),
-                "in_use": lambda: _in_use(owner),
-                "move": partial(_move, owner),
-                "budget": partial(_budget, owner),
-                "resolve": partial(_resolve, owner),
-                "send": partial(_send, owner),
-                "continue": lambda: _let_go(owner),
-                "kill": lambda: _kill(owner, ended),
-                "stop": lambda: _stop(owner, ended),
-            }
-            channels: dict[str, wire.Channel] = {"work": partial(_work, owner)}
-            async with wire.serve(self.holder.socket, verbs, channels), _signals(owner, watcher):
-                spare_collections()
-                try:
-                    return await owner.run()
-                finally:
-                    ended.set()
+        async with contextlib.AsyncExitStack() as owned:
+            await owned.enter_async_context(self.serving())
+            owner = await owned.enter_async_context(self.owning(session_id, watcher, let_go=let_go, boot=boot))
+            await owned.enter_async_context(_signals(owner, watcher))
+            return await owner.run()
+
+    @contextlib.asynccontextmanager
+    async def serving(self, more: Mapping[str, wire.Verb] | None = None) -> AsyncGenerator[None]:
+        """Answer other commands about the sessions that this node owns, and `more`, while the context lasts."""
+        put_the_loop_first()
+        verbs: dict[str, wire.Verb] = {
+            "ping": _ping,
+            "checkpoint": self._of_session(_checkpoint),
+            "pin": self._of_session(_pin),
+            "in_use": self._of_session(_in_use),
+            "move": self._of_session(_move),
+            "budget": self._of_session(_budget),
+            "resolve": self._of_session(_resolve),
+            "send": self._of_session(_send),
+            "continue": self._of_session(_let_go),
+            "kill": self._of_session(_kill),
+            "stop": self._of_session(_stop),
+            "hibernate": self._of_session(_hibernate),
+            "wake": self._of_session(_wake),
+            "tiers": self._tiers,
+            **(more or {}),
+        }
+        async with wire.serve(self.holder.socket, verbs, {"work": self._work}):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def owning(
+        self,
+        session_id: SessionId,
+        watcher: "Watcher",
+        *,
+        attended: bool = True,
+        let_go: bool = False,
+        boot: bool = False,
+    ) -> "AsyncGenerator[Owner]":
+        """Acquire a session; other commands reach it through this node as long as the context lasts.
+
+        Args: as `run`, and
+            attended: as `Runtime.own`.
+        """
+        me = replace(self.holder, is_brief=False)
+        acquired = self.runtime.own(session_id, me, wire.answers, watcher, attended=attended, let_go=let_go, boot=boot)
+        async with acquired as owner:
+            spare_collections()
+            self._owners[session_id] = owner
+            try:
+                yield owner
+            finally:
+                del self._owners[session_id]
+
+    async def ask(self, session_id: SessionId, verb: str, **arguments: object) -> dict[str, Any] | None:
+        """What the node that runs the session answers to a verb; None: none runs it.
+
+        Raises:
+            As `wire.ask`.
+        """
+        socket = socket_of(self.runtime.home.lock(session_id))
+        if socket is None:
+            return None
+        return await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, session=session_id, **arguments)
 
     async def ask_or_own(
         self,
         session_id: SessionId,
         verb: str,
         act: Callable[[Records], Awaitable[dict[str, Any]]],
-        *,
-        deadline_seconds: float,
         **arguments: object,
     ) -> dict[str, Any]:
         """What the node that runs the session answers to a verb; if none runs it, what `act` does to its rows."""
-        socket = socket_of(self.runtime.home.lock(session_id))
-        if socket is not None:
-            return await wire.ask(socket, verb, deadline_seconds=deadline_seconds, **arguments)
+        answer = await self.ask(session_id, verb, **arguments)
+        if answer is not None:
+            return answer
         async with self.runtime.borrow(session_id, self.holder, wire.answers) as records:
-            return await act(records)
+            done = await act(records)
+        await self.ask_daemon("look")
+        return done
+
+    async def ask_daemon(self, verb: str, **arguments: object) -> dict[str, Any] | None:
+        """What the node daemon answers to a verb; None: none runs.
+
+        Raises:
+            As `wire.ask`.
+        """
+        socket = socket_of(self.runtime.home.daemon_lock)
+        if socket is None:
+            return None
+        return await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, **arguments)
 
     async def create(self, request: Request) -> SessionId:
         session = await self.runtime.create(request, os.environ)
         return session.session_id
+
+    def _of_session(self, act: "Callable[..., Awaitable[dict[str, Any]]]") -> wire.Verb:
+        async def verb(session: str, **arguments: Any) -> dict[str, Any]:
+            return await act(self._owner(session), **arguments)
+
+        return verb
+
+    def _owner(self, session: str) -> "Owner":
+        owner = self._owners.get(SessionId(session))
+        if owner is None:
+            raise Conflict(
+                "session_not_running",
+                f"cannot reach session {session}: this node has just let it go, or is taking it",
+                hint="Try again in a moment.",
+            )
+        return owner
+
+    async def _tiers(self) -> dict[str, Any]:
+        """What this node keeps in memory of the sleeping sessions that it owns; of others there may be an image."""
+        tiers = {session_id: owner.tier for session_id, owner in self._owners.items()}
+        return {session_id: tier.value for session_id, tier in tiers.items() if tier and tier.keeps_something}
+
+    async def _work(self, session: str, worker: str) -> wire.Carry:
+        """Start a worker in the sandbox, and carry its bytes; this node reads none of them."""
+        from torpor.runtime.carrying import carry
+
+        return partial(carry, await self._owner(session).work(worker))
 
 
 def put_the_loop_first() -> None:
@@ -205,29 +289,16 @@ async def _send(owner: "Owner", text: str) -> dict[str, Any]:
     return {"number": await owner.deliver(text)}
 
 
-async def _work(owner: "Owner", worker: str) -> wire.Carry:
-    """Start a worker in the sandbox, and carry its bytes; this node reads none of them."""
-    from torpor.runtime.carrying import carry
-
-    return partial(carry, await owner.work(worker))
-
-
-async def _kill(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
+async def _kill(owner: "Owner") -> dict[str, Any]:
     """End the session, and answer when it has ended."""
     owner.ask_to_kill()
-    await ended.wait()
+    await owner.ended.wait()
     return {}
 
 
-async def _stop(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
+async def _stop(owner: "Owner") -> dict[str, Any]:
     """Put the session to sleep, and answer when it sleeps or can't."""
-    refused = owner.ask_to_stop()
-    async with asyncio.TaskGroup() as tasks:
-        waiting = [tasks.create_task(ended.wait()), tasks.create_task(refused.wait())]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
-    if not ended.is_set():
+    if not await owner.stop():
         raise SandboxFailed(
             "checkpoint_failed",
             "cannot stop the session: no checkpoint could be made, it runs on",
@@ -236,9 +307,26 @@ async def _stop(owner: "Owner", ended: asyncio.Event) -> dict[str, Any]:
     return {}
 
 
+async def _hibernate(owner: "Owner") -> dict[str, Any]:
+    """Put the session to sleep if its agent only waits, however short; answer when it sleeps."""
+    await owner.hibernate()
+    return {}
+
+
+async def _wake(owner: "Owner") -> dict[str, Any]:
+    owner.wake()
+    return {}
+
+
 def socket_of(lock: Path) -> Path | None:
-    """The socket of the node that holds a session's lock."""
+    """The socket of the node that holds a session's lock, or that holds the daemon's."""
     from torpor.runtime.leasing import is_held, read_holder
 
     holder = read_holder(lock) if is_held(lock) else None
-    return holder.socket if holder else None
+    return holder.socket if holder and not holder.is_brief else None
+
+
+def upstreams_digest(runtime: Runtime) -> str:
+    """Says whether two processes would call the same providers with the same keys; tells neither."""
+    said = [(repr(upstream), upstream.key.value and upstream.key.value.reveal()) for upstream in runtime.upstreams]
+    return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -33,6 +33,7 @@ from torpor.db import (
     requests,
     roots,
     sessions,
+    sleeping,
     verify,
     waitpoints,
 )
@@ -177,7 +178,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys),
+    *(waitpoints, questions, messages, keys, sleeping),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -191,7 +192,7 @@ WRITERS = {
 class Rows:
     """A session in which every writing function has something to write, and the arguments to do so."""
 
-    def __init__(self, tx: Transaction, scene: Scene) -> None:
+    def __init__(self, tx: Transaction, scene: Scene, writer: str) -> None:
         self.scene = scene
         self.bare = scene.intend(tx).call_id
         tx.run("request/delete_of_session_fenced", **scene.owner)
@@ -220,6 +221,8 @@ class Rows:
         self.question = questions.ask(tx, **scene.owner, **asking, call_id=self.intended.call_id)
         messages.deliver(tx, **scene.owner, text="first", wall_ns=NOW)
         sessions.set_status(tx, **scene.owner, status=SessionStatus.RUNNING, wall_ns=NOW)
+        if writer == "sleeping.fall_asleep":
+            sessions.set_status(tx, **scene.owner, status=SessionStatus.HIBERNATING, wall_ns=NOW)
         self.call = scene.new_call()
 
     def redo_set(self, tx: Transaction) -> RedoSet:
@@ -235,6 +238,8 @@ class Rows:
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
             "sessions.forget": {},
+            "sleeping.fall_asleep": {"cut_seq": 10**9, "at_latest": None, "wall_ns": NOW},
+            "sleeping.set_wake": {"wake_ns": NOW},
             "log.hold": {"wall_ns": NOW},
             "log.append": {"drafts": [NOTE, NOTE], "wall_ns": NOW},
             "calls.intend": {"call": self.call, "head": REQUEST_HEAD, "body": self.body, "wall_ns": NOW},
@@ -287,19 +292,13 @@ class Rows:
             "redo.store": {"incarnation": 1, "redo": self.redo_set(tx)},
             "keys.add_session": {"key": wrapped_key(self.scene.session_id)},
             "redo.consume": {"incarnation": 0, "call_id": self.answered},
-            "outputs.append_output": {
-                "channel": 1,
-                "incarnation": 0,
-                "position": 5,
-                "data": b" you",
-                "wall_ns": NOW,
-            },
+            "outputs.append_output": {"channel": 1, "incarnation": 0, "position": 5, "data": b" you", "wall_ns": NOW},
         }
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 async def test_stale_token_cannot_write(scene: Scene, name: str) -> None:
-    rows = await scene.write(lambda tx: Rows(tx, scene))
+    rows = await scene.write(lambda tx: Rows(tx, scene, name))
     await scene.write(lambda tx: acquire(tx, scene.session_id, seen_token=scene.owner_token))
     head = await scene.read(lambda tx: sessions.get(tx, scene.session_id))
     with pytest.raises(Superseded) as refused:
@@ -311,7 +310,7 @@ async def test_stale_token_cannot_write(scene: Scene, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(WRITERS))
 async def test_each_statement_checks_the_token_itself(scene: Scene, name: str) -> None:
     def work(tx: Transaction) -> None:
-        rows = Rows(tx, scene)
+        rows = Rows(tx, scene, name)
         guarded = StaleFirst(tx)
         WRITERS[name](guarded, **scene.owner, **rows.arguments(tx)[name])
         assert guarded.tried
@@ -323,7 +322,7 @@ async def test_every_fenced_statement_was_tried(scene: Scene) -> None:
     tried: set[str] = set()
 
     def work(tx: Transaction, name: str) -> None:
-        rows = Rows(tx, scene)
+        rows = Rows(tx, scene, name)
         guarded = StaleFirst(tx)
         WRITERS[name](guarded, **scene.owner, **rows.arguments(tx)[name])
         tried.update(guarded.tried)
@@ -341,7 +340,7 @@ class UndoneError(Exception):
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 async def test_deleted_session_cannot_be_written(scene: Scene, name: str) -> None:
-    rows = await scene.write(lambda tx: Rows(tx, scene))
+    rows = await scene.write(lambda tx: Rows(tx, scene, name))
     arguments = await scene.read(rows.arguments)
     await scene.write(lambda tx: sessions.forget(tx, **scene.owner))
     with pytest.raises(Superseded):

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -139,7 +139,7 @@ async def test_the_last_checkpoint_of_a_life_waits_for_its_commit_and_the_agent_
     async with stage(scratch) as made:
         await made.hold_a_commit()
         made.be("last")
-        stopping = made.tasks.create_task(made.checkpointer.take_last("stop"))
+        stopping = made.tasks.create_task(made.checkpointer.take_last("stop", AsyncExitStack()))
         await made.cuts(2)
         assert made.sandbox.is_paused
         made.backend.open.set()

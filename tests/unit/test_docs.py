@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import typer
 
-from torpor import config
+from torpor import config, config_file
 from torpor.cli.commands import COMMANDS, load
 from torpor.core import errors
 from torpor.core.crash import CRASH_POINTS
@@ -177,19 +177,22 @@ def test_the_readme_names_every_package_that_set_up_installs() -> None:
 
 def test_every_configuration_field_is_documented() -> None:
     table = rows(section(page("docs/configuration.md"), "Model providers"))
-    upstream_fields = set(config._UpstreamFields.__struct_fields__)
+    upstream_fields = set(config_file.UpstreamFields.__struct_fields__)
     assert upstream_fields <= table
+    tables = {
+        "retention": ("Retention", config_file.RetentionFields),
+        "collect": ("Collecting", config_file.CollectFields),
+        "hibernate": ("Hibernation", config_file.HibernateFields),
+        "store": ("Snapshot store", config_file.StoreFields),
+    }
+    for title, written in tables.values():
+        assert set(written.__struct_fields__) == rows(section(page("docs/configuration.md"), title))
     others = rows(section(page("docs/configuration.md"), "Other settings of config.toml"))
-    assert (
-        set(config._FileFields.__struct_fields__) - {"upstreams", "prices", "store", "retention", "collect"} == others
-    )
-    assert set(config._RetentionFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Retention"))
-    assert set(config._CollectFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Collecting"))
-    assert set(config._StoreFields.__struct_fields__) == rows(section(page("docs/configuration.md"), "Snapshot store"))
+    assert set(config_file.FileFields.__struct_fields__) - {"upstreams", "prices", *tables} == others
     assert {field.name for field in fields(config.Upstream)} - {"name", "key"} <= table
     prices = rows(section(page("docs/configuration.md"), "Prices"))
-    assert set(config._PriceFields.__struct_fields__) <= prices
-    assert set(config.FAMILIES) == set(get_args(config.Family))
+    assert set(config_file.PriceFields.__struct_fields__) <= prices
+    assert set(config.FAMILIES) == set(get_args(config_file.Family))
     for family in config.FAMILIES:
         assert f'"{family}"' in page("docs/configuration.md")
         assert config.DEFAULT_BASE_URLS[family] in page("docs/configuration.md")

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -11,8 +11,7 @@ import msgspec
 import typer
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-from torpor import wire
-from torpor.cli.lifecycle import NODE_DEADLINE_SECONDS, node_socket
+from torpor.cli.lifecycle import Opened, opener
 from torpor.cli.printer import err, human_bytes, notice, print_json
 from torpor.core.errors import InvalidInput, SandboxFailed
 from torpor.node import open_node
@@ -57,9 +56,9 @@ def copy(
 
 
 async def _out(session: str, path: str, local: Path) -> Copied:
-    socket, remote = await _find(session, path)
+    open_worker, remote = await _find(session, path)
     with Incoming(place_of(local, remote.name or "root")) as incoming:
-        async with _open(socket, COPY_OUT) as (reader, writer), _shown(incoming.copied):
+        async with open_worker(COPY_OUT) as (reader, writer), _shown(incoming.copied):
             writer.write(encode(b"R", str(remote).encode("utf-8", "surrogateescape")))
             records = RecordReader()
             while data := await reader.read(_READ_BYTES):
@@ -77,8 +76,8 @@ async def _in(local: Path, session: str, path: str) -> Copied:
     name = local.resolve().name
     if not local.exists() or not name:
         raise InvalidInput("copy_impossible", f"cannot copy {local}: it is no file or directory")
-    socket, remote = await _find(session, path)
-    async with _open(socket, COPY_IN) as (reader, writer), _shown(copied):
+    open_worker, remote = await _find(session, path)
+    async with open_worker(COPY_IN) as (reader, writer), _shown(copied):
         target = f"{remote}\0{name}".encode("utf-8", "surrogateescape")
         sending = asyncio.ensure_future(_send(writer, encode(b"R", target), outgoing(local, copied)))
         try:
@@ -117,18 +116,11 @@ async def _until_taken(session: str, reader: asyncio.StreamReader, sending: "asy
             raise _cut_off(session)
 
 
-async def _find(session: str, path: str) -> tuple[Path, PurePosixPath]:
-    """The node's socket, and the path as it is inside."""
+async def _find(session: str, path: str) -> tuple[Callable[[str], Opened], PurePosixPath]:
+    """What opens workers in the session, and the path as it is inside."""
     async with open_node() as node:
         found = await node.runtime.session(session)
-        socket = await node_socket(node, session)
-        return socket, PurePosixPath(msgspec.convert(found.spec, SessionSpec).cwd, path)
-
-
-def _open(
-    socket: Path, worker: str
-) -> contextlib.AbstractAsyncContextManager[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    return wire.open_channel(socket, "work", deadline_seconds=NODE_DEADLINE_SECONDS, worker=worker)
+        return opener(node, found), PurePosixPath(msgspec.convert(found.spec, SessionSpec).cwd, path)
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,6 @@ from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
-NODE_DEADLINE_SECONDS = 30
 _TOKENS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
@@ -87,7 +86,7 @@ async def _budget(text: str, amount_nanousd: int | None) -> dict[str, Any]:
             async def add(records: Records) -> dict[str, Any]:
                 return asdict(await records.add_to_budget(amount_nanousd))
 
-            await node.ask_or_own(session_id, "budget", add, deadline_seconds=NODE_DEADLINE_SECONDS, add=amount_nanousd)
+            await node.ask_or_own(session_id, "budget", add, add=amount_nanousd)
         return await runtime.database.read(lambda tx: standing(tx, session_id))
 
 

@@ -11,14 +11,12 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from torpor import wire
-from torpor.cli.lifecycle import NODE_DEADLINE_SECONDS, SESSION, node_socket
+from torpor.cli.lifecycle import SESSION, Opened, opener
 from torpor.cli.printer import notice, print_error
 from torpor.cli.running import env_pairs
 from torpor.core.errors import Conflict, InvalidInput
@@ -64,11 +62,11 @@ def execute(
     async def work() -> int:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = await node_socket(node, session)
+            open_worker = opener(node, found)
             agent = msgspec.convert(found.spec, SessionSpec)
         environment = {**agent.environment, **env_pairs(env or [])}
         spec = AgentSpec(arguments=tuple(command), cwd=workdir or agent.cwd, environment=environment)
-        status = await _follow(socket, exec_request(spec), no_stdin=no_stdin)
+        status = await _follow(open_worker(EXEC), exec_request(spec), no_stdin=no_stdin)
         if status is None:
             raise await _lost(found.session_id)
         return status
@@ -76,9 +74,8 @@ def execute(
     raise typer.Exit(asyncio.run(work()))
 
 
-async def _follow(socket: Path, request: bytes, *, no_stdin: bool) -> int | None:
+async def _follow(opening: Opened, request: bytes, *, no_stdin: bool) -> int | None:
     """The program's exit status; None: it was not seen to end."""
-    opening = wire.open_channel(socket, "work", deadline_seconds=NODE_DEADLINE_SECONDS, worker=EXEC)
     async with opening as (reader, writer):
         attached = _Attached(reader, writer)
         writer.write(request)

@@ -1,7 +1,8 @@
 """Commands that change a session from outside: checkpoint, kill, rm. They ask its node, or act when it has none."""
 
 import asyncio
-from pathlib import Path
+import contextlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -11,12 +12,11 @@ from torpor.cli.printer import human_bytes, milliseconds, notice, out, print_jso
 from torpor.core.errors import Conflict
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db.sessions import Session
-from torpor.node import Node, open_node, socket_of
+from torpor.node import ANSWER_SECONDS, Node, open_node, socket_of
 from torpor.runtime.leasing import wait_until_free
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 JSON = typer.Option("--json", help="Print the result as JSON.")
-NODE_DEADLINE_SECONDS = 120
 
 
 def register(app: typer.Typer) -> None:
@@ -47,9 +47,7 @@ def kill(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         async with open_node() as node:
             found = await node.runtime.session(session)
             lock = node.runtime.home.lock(found.session_id)
-            socket = socket_of(lock)
-            if socket is not None:
-                await wire.ask(socket, "kill", deadline_seconds=NODE_DEADLINE_SECONDS)
+            if await node.ask(found.session_id, "kill") is not None:
                 await wait_until_free(lock)
             else:
                 await node.runtime.cancel(found.session_id, node.holder, wire.answers)
@@ -70,8 +68,7 @@ def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
     async def work() -> tuple[Session, int]:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = await node_socket(node, session)
-            await wire.ask(socket, "stop", deadline_seconds=NODE_DEADLINE_SECONDS)
+            await ask_running(node, found, "stop")
             await wait_until_free(node.runtime.home.lock(found.session_id))
             newest = await node.runtime.newest_checkpoint(found.session_id)
             return await node.runtime.session(found.session_id), newest.number
@@ -102,24 +99,43 @@ def remove(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False
 
 async def _ask_node(session: str, verb: str, **arguments: object) -> dict[str, Any]:
     async with open_node() as node:
-        socket = await node_socket(node, session)
-        return await wire.ask(socket, verb, deadline_seconds=NODE_DEADLINE_SECONDS, **arguments)
+        return await ask_running(node, await node.runtime.session(session), verb, **arguments)
 
 
-async def node_socket(node: Node, session: str) -> Path:
-    """The socket of the node that runs a session.
+async def ask_running(node: Node, session: Session, verb: str, **arguments: object) -> dict[str, Any]:
+    """Ask the node that runs a session.
 
     Raises:
         Conflict: `session_not_running`.
     """
-    found = await node.runtime.session(session)
-    socket = socket_of(node.runtime.home.lock(found.session_id))
+    answer = await node.ask(session.session_id, verb, **arguments)
+    if answer is None:
+        raise _not_running(session)
+    return answer
+
+
+Opened = contextlib.AbstractAsyncContextManager[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+
+def opener(node: Node, session: Session) -> Callable[[str], Opened]:
+    """Opens workers, by their names, in the sandbox of a session that a node runs.
+
+    Raises:
+        Conflict: `session_not_running`.
+    """
+    socket = socket_of(node.runtime.home.lock(session.session_id))
     if socket is None:
-        raise Conflict(
-            "session_not_running",
-            f"cannot reach session {found.session_id}: no node runs it",
-            hint=f"It has {found.status}: `torpor output` and `torpor pull` have what it left."
-            if found.status in ENDED
-            else f"`torpor resume {session}` goes on with it.",
-        )
-    return socket
+        raise _not_running(session)
+    return lambda worker: wire.open_channel(
+        socket, "work", deadline_seconds=ANSWER_SECONDS, session=session.session_id, worker=worker
+    )
+
+
+def _not_running(session: Session) -> Conflict:
+    return Conflict(
+        "session_not_running",
+        f"cannot reach session {session.session_id}: no node runs it",
+        hint=f"It has {session.status}: `torpor output` and `torpor pull` have what it left."
+        if session.status in ENDED
+        else f"`torpor resume {session.name or session.session_id}` goes on with it.",
+    )

@@ -16,11 +16,13 @@ from torpor.cli.printer import (
     human_bytes,
     milliseconds,
     moment,
+    notice,
     out,
     print_json,
     print_rows,
     printable,
 )
+from torpor.cli.whereabouts import Whereabouts, look_around
 from torpor.core.clock import SystemClock
 from torpor.core.errors import InvalidInput
 from torpor.core.ids import SessionId
@@ -29,7 +31,8 @@ from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.core.waitpoint import Waitpoint, WaitpointKind
 from torpor.db import budgets, sessions, waitpoints
 from torpor.db.database import Transaction
-from torpor.runtime.leasing import is_held, read_holder
+from torpor.db.log import EVERYTHING
+from torpor.runtime.leasing import is_held
 from torpor.runtime.reader import Reader, open_reader
 from torpor.runtime.staging import Staging
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 JSON = typer.Option("--json", help="One JSON object a line.")
+SHOWN_AT_MOST = 100
 
 
 def register(app: typer.Typer) -> None:
@@ -74,19 +78,29 @@ def with_runtime(work: Callable[["Runtime"], Awaitable[T]]) -> T:
     return asyncio.run(opened())
 
 
-def ls(json: Annotated[bool, JSON] = False) -> None:
-    """List all sessions, newest first.
+def ls(
+    every: Annotated[bool, typer.Option("--all", "-a", help=f"All of them, not the newest {SHOWN_AT_MOST}.")] = False,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """List sessions, newest first.
 
-    A session that says `running` without a node has lost it: `torpor resume` goes on with it.
+    A session that says `running` without a node has lost it: `torpor resume` goes on with it. As JSON they are always
+    all there.
     """
 
     async def work(reader: Reader) -> list[dict[str, Any]]:
-        found = await reader.database.read(sessions.list_newest)
+        limit = EVERYTHING if every or json else SHOWN_AT_MOST + 1
+        found = await reader.database.read(lambda tx: sessions.list_newest(tx, limit=limit))
         spent = await reader.database.read(budgets.costs)
-        return [_row(reader, session, spent.get(session.session_id)) for session in found]
+        around = await look_around(reader, found)
+        return [_row(reader, around, session, spent.get(session.session_id)) for session in found]
 
+    rows = with_reader(work)
+    shown = rows if every or json else rows[:SHOWN_AT_MOST]
     columns = ("session", "name", "status", "node", "tier", "age", "events", "cost", "command")
-    print_rows(with_reader(work), columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
+    print_rows(shown, columns, as_json=json, empty="no sessions yet: torpor run -- CMD")
+    if len(rows) > len(shown):
+        notice(f"these are the newest {SHOWN_AT_MOST}; --all lists all")
 
 
 def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
@@ -103,7 +117,8 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
         spent = await reader.database.read(budgets.costs)
         state = await reader.database.read(lambda tx: standing(tx, found.session_id))
         counts = await reader.database.read(lambda tx: log.counts(tx, found.session_id))
-        return _row(reader, found, spent.get(found.session_id)) | {
+        around = await look_around(reader, [found])
+        return _row(reader, around, found, spent.get(found.session_id)) | {
             "incarnation": found.incarnation,
             "calls": len(made),
             "attempts": sum(len(call.attempts) for call in made),
@@ -263,32 +278,20 @@ def _hint(session: sessions.Session, points: Sequence[Waitpoint]) -> str:
     return told[points[0].kind] if points else ""
 
 
-def _row(reader: Reader, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
-    lock = reader.home.lock(session.session_id)
-    holder = read_holder(lock) if is_held(lock) else None
-    node = f"pid {holder.pid}" if holder else ("none: resume it" if session.status in MAY_HOLD_SANDBOX else "")
+def _row(reader: Reader, around: Whereabouts, session: sessions.Session, cost_nanousd: int | None) -> dict[str, Any]:
     age = (reader.clock.wall_ns() - session.created_ns) / 1e9
     return {
         "session": session.session_id,
         "name": session.name,
         "status": session.status.value,
-        "node": node,
-        "tier": _tier(reader, session),
+        "node": around.node(session),
+        "tier": around.tier(session),
         "age": human_age(age),
         "events": session.head_seq,
         "cost": None if cost_nanousd is None else dollars_text(cost_nanousd),
         "command": " ".join(session.spec.get("argv", ())),
         "created_ns": session.created_ns,
     }
-
-
-def _tier(reader: Reader, session: sessions.Session) -> str | None:
-    """Where the session's memory is, from the quickest to go on with to the slowest: sandbox, memory, store."""
-    if session.status in ENDED:
-        return None
-    if session.status in MAY_HOLD_SANDBOX:
-        return "sandbox"
-    return "memory" if Staging(reader.home.root, session.session_id).images() else "store"
 
 
 def _crash(

@@ -5,26 +5,24 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from torpor import wire
 from torpor.cli.printer import err, notice, print_json
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import Conflict, InvalidInput, SandboxFailed
+from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId
 from torpor.core.money import parse_dollars
 from torpor.core.pacing import parse_share
 from torpor.core.session import SessionStatus
-from torpor.node import Node, open_node, socket_of
+from torpor.node import Node, open_node, upstreams_digest
+from torpor.runtime.records import Records
 from torpor.runtime.request import Request
 from torpor.runtime.watcher import Outcome, Watcher
 
 EXIT_STOPPED, EXIT_KILLED = 79, 137
 """What `run` and `resume` exit with when the agent has no status: it sleeps, or was ended from outside."""
-
-ANSWER_SECONDS = 10
 
 
 class TerminalWatcher(Watcher):
@@ -98,10 +96,10 @@ def run(
         async with open_node() as node:
             session_id = await _create(node, request)
             if detach:
-                _detach(session_id, name, json)
+                await _detach(node, session_id, name, as_json=json)
                 return None
             err.print(f"session {session_id}", markup=False)
-            return await node.own(session_id, TerminalWatcher())
+            return await node.run(session_id, TerminalWatcher())
 
     _exit_with(asyncio.run(work()))
 
@@ -126,15 +124,13 @@ def resume(
     async def work() -> Outcome | None:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = socket_of(node.runtime.home.lock(found.session_id)) if let_go else None
-            if socket is not None:
-                await wire.ask(socket, "continue", deadline_seconds=ANSWER_SECONDS)
+            if let_go and await node.ask(found.session_id, "continue") is not None:
                 return None
             if detach:
-                _detach(found.session_id, found.name, json, let_go=let_go, boot=boot)
+                await _detach(node, found.session_id, found.name, as_json=json, let_go=let_go, boot=boot)
                 return None
             err.print(f"session {found.session_id}", markup=False)
-            return await node.own(found.session_id, TerminalWatcher(), let_go=let_go, boot=boot)
+            return await node.run(found.session_id, TerminalWatcher(), let_go=let_go, boot=boot)
 
     _exit_with(asyncio.run(work()))
 
@@ -161,24 +157,24 @@ def env_pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _detach(
-    session_id: SessionId, name: str | None, as_json: bool, *, let_go: bool = False, boot: bool = False
+async def _detach(
+    node: Node, session_id: SessionId, name: str | None, *, as_json: bool, let_go: bool = False, boot: bool = False
 ) -> None:
-    """Start a process of its own session that resumes this session; returns once it has the lock or has failed."""
-    from torpor.config import torpor_home
-    from torpor.runtime.home import Home
-    from torpor.runtime.leasing import is_held
-    from torpor.sandbox.process import start_daemon
+    """Leave a session to the node daemon, which is started if need be; returns once the session lives or has failed."""
+    from torpor.cli.daemon import ensure
 
-    home = Home(torpor_home(os.environ))
-    log = home.session(session_id) / "node.log"
-    options = [*(["--continue"] if let_go else []), *(["--boot"] if boot else [])]
-    ready = start_daemon(
-        [sys.executable, "-m", "torpor", "resume", *options, session_id], log, lambda: is_held(home.lock(session_id))
-    )
-    if not ready:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-        raise SandboxFailed("node_not_started", f"cannot start a node for session {session_id}: {last[0]}")
+    told = await ensure(node, while_needed=True)
+
+    async def due(records: Records) -> dict[str, Any]:
+        await records.make_due()
+        return {}
+
+    # One that sleeps in the daemon's care is woken; any other becomes due.
+    await node.ask_or_own(session_id, "wake", due)
+    if session_id not in [one["session"] for one in told["sessions"]]:
+        await node.ask_daemon("start", session=session_id, let_go=let_go, boot=boot)
+    if told["upstreams"] != upstreams_digest(node.runtime):
+        notice("the node daemon calls other providers, or with other keys, than this shell says: torpor up --replace")
     notice(f"runs in the background: `torpor log -f {name or session_id}`, `torpor output {name or session_id}`")
     if as_json:
         print_json({"session": session_id})

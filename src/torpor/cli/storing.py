@@ -13,14 +13,13 @@ from torpor.cli.progress import progress_bars
 from torpor.config import read_grace_seconds
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, Damaged, InvalidInput
-from torpor.node import open_node, socket_of
+from torpor.node import open_node
 from torpor.runtime.collecting import CollectOptions, CollectReport
 from torpor.runtime.runtime import open_runtime
 from torpor.runtime.verifying import StoreReport, verify_store
 
 JSON = typer.Option("--json", help="Print the result as JSON.")
 POINT = typer.Argument(metavar="SESSION@N", help="A session, and the number of one of its checkpoints.")
-NODE_DEADLINE_SECONDS = 120
 
 
 def register(app: typer.Typer) -> None:
@@ -127,11 +126,7 @@ def _set_pin(point: str, *, is_pinned: bool, json: bool) -> None:
     async def work() -> dict[str, Any]:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            socket = socket_of(node.runtime.home.lock(found.session_id))
-            if socket is not None:
-                said = {"number": number, "pinned": is_pinned}
-                await wire.ask(socket, "pin", deadline_seconds=NODE_DEADLINE_SECONDS, **said)
-            else:
+            if await node.ask(found.session_id, "pin", number=number, pinned=is_pinned) is None:
                 async with node.runtime.holding(node.holder, wire.ask).owned(found.session_id) as records:
                     if records is None:
                         raise Conflict(

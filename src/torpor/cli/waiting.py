@@ -8,24 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import human_age, out, print_json, print_rows, printable
+from torpor.cli.printer import human_age, notice, out, print_json, print_rows, printable
 from torpor.cli.reading import with_runtime
 from torpor.cli.timeline import FOLLOW_SECONDS
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId, WaitpointId
-from torpor.core.session import ENDED
+from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint, WaitpointKind
 from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.messages import Box, Message
-from torpor.node import open_node
+from torpor.node import Node, open_node, socket_of
 from torpor.runtime.records import Records
 from torpor.runtime.runtime import Runtime, open_runtime
 
 SESSION = typer.Argument(metavar="SESSION", help="Id, unique beginning of an id, or name.")
 JSON = typer.Option("--json", help="One JSON object a line.")
-NODE_DEADLINE_SECONDS = 60
 _BY_A_PERSON = frozenset({WaitpointKind.ASK, WaitpointKind.TIMER})
 
 
@@ -79,7 +78,9 @@ def resolve(
                 return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
 
             asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
-            return await node.ask_or_own(session_id, "resolve", act, deadline_seconds=NODE_DEADLINE_SECONDS, **asked)
+            done = await node.ask_or_own(session_id, "resolve", act, **asked)
+            await _say_who_wakes(node, session_id)
+            return done
 
     resolved = asyncio.run(work())
     if json:
@@ -107,7 +108,9 @@ def send(
     async def work() -> dict[str, Any]:
         async with open_node() as node:
             session_id = (await node.runtime.session(session)).session_id
-            return await node.ask_or_own(session_id, "send", act, deadline_seconds=NODE_DEADLINE_SECONDS, text=said)
+            done = await node.ask_or_own(session_id, "send", act, text=said)
+            await _say_who_wakes(node, session_id)
+            return done
 
     sent = asyncio.run(work())
     if json:
@@ -152,6 +155,18 @@ async def _tail(text: str, after: int, show: Callable[[Message], None], *, follo
                 return
             # The outbox may be written by another process, which has no way to call us: look again.
             await asyncio.sleep(FOLLOW_SECONDS)
+
+
+async def _say_who_wakes(node: Node, session_id: SessionId) -> None:
+    """A person who has told a sleeper something wants to know whether it hears that."""
+    session = await node.runtime.session(session_id)
+    if session.status is not SessionStatus.ASLEEP or socket_of(node.runtime.home.lock(session_id)) is not None:
+        return
+    name = session.name or session_id
+    if session.wake_ns is None:
+        notice(f"it was stopped, and finds this when it is resumed: torpor resume {name}")
+    elif socket_of(node.runtime.home.daemon_lock) is None:
+        notice(f"no node is there to wake it: torpor up, or torpor resume {name}")
 
 
 async def _only(runtime: Runtime, session_id: SessionId) -> WaitpointId:

@@ -41,6 +41,7 @@ class Session:
         node_id, boot_id, pid: who acquired it last and has not released it.
         cursor_seq: the last context event of the current branch.
         parent: None if it began by itself.
+        wake_ns: when a node is to run it, if none does; see `sleeping`.
     """
 
     session_id: SessionId
@@ -60,6 +61,7 @@ class Session:
     exit_status: int | None
     budget_nanousd: int | None
     parent: Parent | None
+    wake_ns: int | None
 
     @property
     def lease(self) -> Lease | None:
@@ -135,7 +137,7 @@ def get(tx: Transaction, session_id: SessionId) -> Session:
     row = tx.one("session/find_by_id", session_id=session_id)
     if row is None:
         raise not_found(session_id)
-    return _session_of(row)
+    return session_of(row)
 
 
 def find(tx: Transaction, text: str) -> Session:
@@ -147,7 +149,7 @@ def find(tx: Transaction, text: str) -> Session:
     """
     row = tx.one("session/find_by_id", session_id=text) or tx.one("session/find_by_name", name=text)
     if row is not None:
-        return _session_of(row)
+        return session_of(row)
     prefix = text if text.startswith("ses_") else f"ses_{text}"
     rows = tx.all("session/find_by_prefix", prefix=prefix, prefix_length=len(prefix)) if text else []
     if len(rows) > 1:
@@ -158,21 +160,21 @@ def find(tx: Transaction, text: str) -> Session:
         )
     if not rows:
         raise not_found(text)
-    return _session_of(rows[0])
+    return session_of(rows[0])
 
 
 def list_newest(tx: Transaction, *, limit: int = EVERYTHING) -> list[Session]:
-    return [_session_of(row) for row in tx.all("session/list_newest", row_limit=limit)]
+    return [session_of(row) for row in tx.all("session/list_newest", row_limit=limit)]
 
 
 def lineage(tx: Transaction, session_id: SessionId) -> list[Session]:
     """The session, all that it comes from and all that came from those, as far as they are there; oldest first."""
-    return [_session_of(row) for row in tx.all("session/list_lineage", session_id=session_id)]
+    return [session_of(row) for row in tx.all("session/list_lineage", session_id=session_id)]
 
 
 def list_of_node(tx: Transaction, node_id: NodeId) -> list[Session]:
     """The sessions that this node acquired and has not released."""
-    return [_session_of(row) for row in tx.all("session/list_of_node", node_id=node_id)]
+    return [session_of(row) for row in tx.all("session/list_of_node", node_id=node_id)]
 
 
 def acquire(
@@ -228,7 +230,7 @@ def set_status(
     Raises:
         Conflict: the table does not allow it.
     """
-    seen = _session_of(held_row(tx, session_id, owner_token))
+    seen = session_of(held_row(tx, session_id, owner_token))
     check_transition(session_id, seen.status, status)
     moved = tx.run(
         "session/set_status_fenced",
@@ -334,7 +336,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _session_of(row: Row) -> Session:
+def session_of(row: Row) -> Session:
     return Session(
         session_id=SessionId(row["session_id"]),
         name=row["name"],
@@ -352,6 +354,7 @@ def _session_of(row: Row) -> Session:
         updated_ns=row["updated_ns"],
         exit_status=row["exit_status"],
         budget_nanousd=row["budget_nanousd"],
+        wake_ns=row["wake_ns"],
         parent=None
         if row["parent_id"] is None
         else Parent(session_id=SessionId(row["parent_id"]), seq=row["forked_at_seq"]),

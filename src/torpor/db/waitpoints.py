@@ -112,6 +112,7 @@ def resolve(
         return False
     data = {"waitpoint": point.waitpoint_id, "kind": point.kind.value, **resolution}
     _note(tx, owner, Kind.WAITPOINT_RESOLVED, point.call_id, data, refs, wall_ns)
+    tx.run("session/wake_sleeper_fenced", **owner)
     if not open_waitpoints(tx, session_id):
         reason = f"resolved: {point.kind}"
         _move(tx, session_id, owner_token, SessionStatus.WAITING, SessionStatus.RUNNING, reason, wall_ns)

@@ -65,8 +65,7 @@ class Recording:
 
     async def rows(self) -> AsyncGenerator[Sequence[Row]]:
         """The head, the chunks, and the proper end (None) if there is one: waits for some, and gives all there are."""
-        while self.head is None and self.finished is None:
-            await self._changed.wait()
+        await self.wait_begin()
         number = 0
         fresh: list[Row] = [] if self.head is None else [self.head]
         while True:
@@ -82,6 +81,11 @@ class Recording:
                 return
             if number == len(self.chunks) and self.finished is None:
                 await self._changed.wait()
+
+    async def wait_begin(self) -> None:
+        """Until its head is there, or it is known that none comes."""
+        while self.head is None and self.finished is None:
+            await self._changed.wait()
 
     async def wait_end(self) -> None:
         while self.finished is None:

@@ -40,6 +40,7 @@ class Pump:
         recording: its rows as they are written.
         under_way: set when its agent begins to wait for the answer: call.sent is durable, or what holds the call.
         failed: it ended without an answer.
+        held: it waits for a person to raise the budget.
 
     Args:
         call: with its attempt opened, if that was recorded together with the call.
@@ -62,6 +63,7 @@ class Pump:
         self.recording = Recording(len(call.attempts) + (0 if self._is_open else 1))
         self.under_way = asyncio.Event()
         self.failed = False
+        self.held = False
         self._sending = sending
         self._line = sending.intake.request.line
         self._destination = sending.intake.destination
@@ -89,9 +91,10 @@ class Pump:
                 self.recording.attempt = await self._billing.open_attempt(
                     self.call,
                     self._sending.plain_body,
-                    on_hold=self.under_way.set,
+                    on_hold=self._hold,
                     usage_asked=self._sending.usage_asked,
                 )
+                self.held = False
             self._sent_ns = self._recorder.wall_ns()
             self.under_way.set()
             await self._send()
@@ -102,6 +105,10 @@ class Pump:
             if self._reached is not None:
                 self._reached.end()
             self._billing.look_again()
+
+    def _hold(self) -> None:
+        self.held = True
+        self.under_way.set()
 
     async def _send(self) -> None:
         """Send the request until it is taken, or refused for good."""

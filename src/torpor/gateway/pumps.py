@@ -129,6 +129,11 @@ class Pumps:
         """Whether an answer is arriving here."""
         return call_id in self._pumps
 
+    @property
+    def fetching(self) -> bool:
+        """Whether an answer is arriving from elsewhere, which ends if this node does: not one that a budget holds."""
+        return bool(self._beginning) or any(isinstance(pump, Pump) and not pump.held for pump in self._pumps.values())
+
     async def room(self) -> None:
         """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
         while self.full:

@@ -29,6 +29,7 @@ from torpor.gateway.claim import Claim
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.delivery import closed, deliver, deliver_locally, rows_in_shape
 from torpor.gateway.dialects import dialect_named
+from torpor.gateway.idleness import Idleness, Waiting
 from torpor.gateway.intake import Intake, take_in
 from torpor.gateway.own import CheckpointFor
 from torpor.gateway.prices import PriceBook
@@ -100,6 +101,7 @@ class Gateway:
         self._room = Room()
         self._to_tell: str | None = None
         self._turnstile = Turnstile()
+        self.idleness = Idleness()
         self._beginning: dict[StreamId, Beginning] = {}
         self._open: dict[StreamId, Attachment] = {}
         self._holders: dict[CallId, StreamId] = {}
@@ -165,7 +167,8 @@ class Gateway:
             Superseded: this node lost the session.
         """
         try:
-            received = await self._receive(stream, incarnation)
+            with self.idleness.asking(stream):
+                received = await self._receive(stream, incarnation)
             if received is None:
                 await stream.finish(stream.sent)
                 await _let_go(stream)
@@ -211,8 +214,21 @@ class Gateway:
             for stream, attachment in self._open.items()
         }
 
+    def waiting(self) -> Waiting | None:
+        """What the agent waits for, if that is all it does."""
+        answers = tuple(attachment.answer for attachment in self._open.values())
+        if self._beginning or not self.idleness.all_wait(answers):
+            return None
+        due_ns = self._waits.due_ns([answer.call.call_id for answer in answers])
+        return Waiting(answers=answers, due_ns=due_ns, for_others=self.fetching)
+
     def pump_alive(self, call_id: CallId) -> bool:
         return self._pumps.alive(call_id)
+
+    @property
+    def fetching(self) -> bool:
+        """Whether an answer is on its way to this node, which is lost if the node goes."""
+        return self._pumps.fetching
 
     def pending_redo(self) -> tuple[CallId, ...]:
         """Calls that the agent is expected to make again: a checkpoint keeps them."""
@@ -431,6 +447,7 @@ class Gateway:
             stream.forget()
             if attachment is not None:
                 del self._open[number]
+                self.idleness.move()
                 attachment.ended.set()
             if self._holds(number, call_id):
                 self._redo.ended(call_id, end)
@@ -438,6 +455,7 @@ class Gateway:
     def _hold(self, attachment: Attachment) -> None:
         claim = attachment.claim
         self._open[claim.stream] = attachment
+        self.idleness.move()
         self._holders[claim.call_id] = claim.stream
 
     def _holds(self, stream: StreamId, call_id: CallId) -> bool:

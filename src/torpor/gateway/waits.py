@@ -14,7 +14,7 @@ restore, in another node) looks at the rows again. Order, and what a kill -9 lea
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -45,6 +45,11 @@ class Waits:
         self._on_wait = on_wait
         self._changes = 0
         self._changed = Pulse()
+        self._due_ns: dict[CallId, int | None] = {}
+
+    def due_ns(self, call_ids: Collection[CallId]) -> int | None:
+        """The wall time at which the first of these calls is answered whatever else happens; None: there is none."""
+        return min((due for call_id in call_ids if (due := self._due_ns.get(call_id)) is not None), default=None)
 
     def look_again(self) -> None:
         """Something was resolved, or the clock was set."""
@@ -66,15 +71,20 @@ class Waits:
             if isinstance(wish.body, AskBody) and not told:
                 told = True
                 self._on_wait(_told(wish.body))
-            await self._change(seen, [point.due_ns for point in waiting if point.due_ns is not None])
+            due = self._due_ns[call_id] = min(
+                (at for point in waiting if (at := point.due_ns) is not None), default=None
+            )
+            try:
+                await self._change(seen, due)
+            finally:
+                del self._due_ns[call_id]
 
-    async def _change(self, seen: int, due: Sequence[int]) -> None:
+    async def _change(self, seen: int, due_ns: int | None) -> None:
         while self._changes == seen:
-            left = min(due, default=None)
-            if left is None:
+            if due_ns is None:
                 await self._changed.wait()
                 continue
-            seconds = (left - self._recorder.wall_ns()) / 1e9
+            seconds = (due_ns - self._recorder.wall_ns()) / 1e9
             if seconds <= 0:
                 return
             with suppress(TimeoutError):

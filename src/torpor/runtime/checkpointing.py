@@ -121,8 +121,6 @@ class Checkpointer:
         await self._first_commit.wait()
 
     def end_life(self) -> None:
-        if self._life is not None and self._life.watch is not None:
-            self._life.watch.close()
         self._life = None
 
     async def take_turn(self, call_id: CallId, first_byte_at: FirstByteAt) -> None:
@@ -186,25 +184,28 @@ class Checkpointer:
             raise SandboxFailed("sandbox_gone", f"cannot make a checkpoint for {call.call_id}: its sandbox is gone")
         return None
 
-    async def take_last(self, reason: str) -> Checkpoint | None:
-        """Make the checkpoint that this life ends with, and wait until it is durable.
+    async def take_last(self, reason: str, still: AsyncExitStack) -> Checkpoint | None:
+        """Make the checkpoint that this life may end with, and wait until it is durable.
 
-        From its cut on the sandbox stays paused and its link silent: the caller destroys it. None when it failed, which
-        the log explains: then the agent runs on.
+        From its cut on the sandbox stays paused and its link silent. The caller destroys it, or closes `still`: then it
+        runs on as if it had not been the last. None when it failed, which the log explains: then it runs on as well.
         """
         async with self._cutting:
             life, before = self._life, self._queue.newest
             if life is None:
                 return None
             await self._wait_for_room()
-            async with AsyncExitStack() as still:
-                await self._take(life, reason, still, last=True)
-                made = await self._outcome(self._queue.newest) if self._queue.newest > before else None
-                if made is None:
-                    return None
-                still.pop_all()
-            self.end_life()
+            await self._take(life, reason, still, last=True)
+            made = await self._outcome(self._queue.newest) if self._queue.newest > before else None
+            if made is None:
+                await still.aclose()
+            else:
+                self._life = None
+                still.callback(self._go_on_with, life)
             return made
+
+    def _go_on_with(self, life: Incarnation) -> None:
+        self._life = life
 
     async def commit_forever(self) -> None:
         """Commit what was cut, in order; runs beside the session."""

@@ -39,7 +39,9 @@ class Holding:
         if holder is None:
             return None
         with contextlib.suppress(OSError, TimeoutError, Conflict):
-            return await self._ask(holder.socket, verb, deadline_seconds=_DEADLINE_SECONDS, **arguments)
+            return await self._ask(
+                holder.socket, verb, deadline_seconds=_DEADLINE_SECONDS, session=session_id, **arguments
+            )
         return None
 
     @contextlib.contextmanager

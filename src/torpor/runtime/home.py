@@ -71,6 +71,15 @@ class Home:
     def incarnation(self, session_id: SessionId, number: int) -> Path:
         return self.session(session_id) / "incarnations" / str(number)
 
+    @property
+    def daemon_lock(self) -> Path:
+        """Held by the node daemon."""
+        return self.root / "run" / "daemon.lock"
+
+    @property
+    def daemon_log(self) -> Path:
+        return self.root / "daemon.log"
+
     def socket(self, node_id: NodeId) -> Path:
         return self.root / "run" / f"{node_id[-12:]}.sock"
 

@@ -170,6 +170,13 @@ class Incarnations:
         await sweep(self._home, self._session_id, self._spec, self._drivers.present, keep)
         self._slot = None
 
+    async def drop_slot(self) -> None:
+        """Free the warm slot."""
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            await slot.kill()
+            await asyncio.to_thread(shutil.rmtree, slot.plan.directory, ignore_errors=True)
+
     async def _take_slot(self, number: int, driver: Driver) -> Sandbox | None:
         """The warm slot, if it is this number's and driver's and alive."""
         slot, self._slot = self._slot, None

@@ -26,11 +26,16 @@ HolderAnswers = Callable[[Path], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """What a lock file says of who holds it."""
+    """What a lock file says of who holds it.
+
+    Attributes:
+        is_brief: a command has it for a moment, and answers nobody meanwhile; who wants it waits.
+    """
 
     node_id: NodeId
     pid: int
     socket: Path
+    is_brief: bool = False
 
 
 class SessionLock:
@@ -72,7 +77,12 @@ def read_holder(path: Path) -> Holder | None:
     """Who wrote the lock file last; None when it is empty or unreadable."""
     try:
         fields = json.loads(path.read_text())
-        return Holder(node_id=NodeId(fields["node_id"]), pid=int(fields["pid"]), socket=Path(fields["socket"]))
+        return Holder(
+            node_id=NodeId(fields["node_id"]),
+            pid=int(fields["pid"]),
+            socket=Path(fields["socket"]),
+            is_brief=bool(fields.get("is_brief")),
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -101,7 +111,8 @@ async def wait_until_free(path: Path) -> None:
 async def acquire_lock(
     session_id: SessionId, path: Path, me: Holder, *, answers: HolderAnswers, deadline_seconds: float = 10
 ) -> SessionLock:
-    """Take the session's lock; a holder that is alive but silent is killed first (through its pidfd, never by number).
+    """Take the session's lock. Who has it for a moment is waited for; a node that is alive but silent is killed first
+    (through its pidfd, never by number).
 
     Raises:
         Conflict: `session_running`: a node that answers has it.
@@ -110,9 +121,14 @@ async def acquire_lock(
         descriptor = _open_lock(path)
         undo.callback(os.close, descriptor)
         if not _try_lock(descriptor):
-            await _displace(session_id, path, answers, deadline_seconds)
-            async with asyncio.timeout(deadline_seconds):
-                await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+            holder = read_holder(path)
+            if holder is None or not holder.is_brief:
+                await _displace(session_id, path, answers, deadline_seconds)
+            try:
+                async with asyncio.timeout(deadline_seconds):
+                    await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+            except TimeoutError:
+                raise _running(session_id, read_holder(path)) from None
         _sign(descriptor, me)
         undo.pop_all()
     return SessionLock(path, descriptor)
@@ -137,7 +153,7 @@ def _open_lock(path: Path) -> int:
 
 def _sign(descriptor: int, me: Holder) -> None:
     os.ftruncate(descriptor, 0)
-    text = json.dumps({"node_id": me.node_id, "pid": me.pid, "socket": str(me.socket)})
+    text = json.dumps({"node_id": me.node_id, "pid": me.pid, "socket": str(me.socket), "is_brief": me.is_brief})
     os.pwrite(descriptor, text.encode(), 0)
 
 
@@ -155,16 +171,20 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+def _running(session_id: SessionId, holder: Holder | None) -> Conflict:
+    node = f"node {holder.node_id}, pid {holder.pid}," if holder else "a node"
+    return Conflict(
+        "session_running",
+        f"cannot take session {session_id}: {node} runs it",
+        hint="`torpor log SESSION --follow` shows it; `torpor kill SESSION` ends it.",
+    )
+
+
 async def _displace(session_id: SessionId, path: Path, answers: HolderAnswers, deadline_seconds: float) -> None:
     """Make sure that whoever holds the lock is well (then refuse) or dead."""
     holder = read_holder(path)
     if holder is None or await answers(holder.socket):
-        node = f"node {holder.node_id}, pid {holder.pid}," if holder else "a node"
-        raise Conflict(
-            "session_running",
-            f"cannot take session {session_id}: {node} runs it",
-            hint="`torpor log SESSION --follow` shows it; `torpor kill SESSION` ends it.",
-        )
+        raise _running(session_id, holder)
     try:
         pidfd = os.pidfd_open(holder.pid)
     except ProcessLookupError:

@@ -10,9 +10,10 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from enum import Enum
 
-from torpor.core.checkpoint import Checkpoint, stream_fate
+from torpor.core.checkpoint import Checkpoint, cut_order
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
@@ -22,22 +23,21 @@ from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
+from torpor.db import sleeping
 from torpor.db.roots import Move
 from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
+from torpor.runtime.beginning import Beginning
 from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.hibernation import Hibernation, Tier
 from torpor.runtime.image_cache import ImageCache
-from torpor.runtime.incarnation import Incarnation, Incarnations, fresh_entropy
-from torpor.runtime.outputs import OutputPump
+from torpor.runtime.incarnation import Incarnation, Incarnations
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
-from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
 from torpor.runtime.watcher import Outcome, Watcher
-from torpor.sandbox.frames import STDERR, STDOUT, AgentSpec
 from torpor.sandbox.streams import Stream, StreamGone
 
-ALIVE_DEADLINE_SECONDS = 60
 CHECKPOINT_AGE_SECONDS = 300
 LOSSES_WITHOUT_PROGRESS_MAX = 5
 OUTPUT_DRAIN_SECONDS = 10
@@ -48,6 +48,8 @@ class Ending(Enum):
 
     EXITED = "exited"
     LOST = "lost"
+    HIBERNATED = "hibernated"
+    """It waits for what wakes it."""
     STOPPED = "stopped"
     KILLED = "killed"
     DIVERGED = "diverged"
@@ -55,12 +57,16 @@ class Ending(Enum):
 
 
 class Owner:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        begun: set when a life of its session has begun, or none will.
+        ended: set when its work is done.
+    """
 
     def __init__(
         self,
         *,
-        spec: SessionSpec,
         records: Records,
         incarnations: Incarnations,
         ladder: Ladder,
@@ -71,8 +77,9 @@ class Owner:
         images: ImageCache,
         clock: Clock,
         watcher: Watcher,
+        beginning: Beginning,
+        hibernation: Hibernation,
     ) -> None:
-        self._spec = spec
         self._records = records
         self._incarnations = incarnations
         self._ladder = ladder
@@ -83,6 +90,11 @@ class Owner:
         self._images = images
         self._clock = clock
         self._watcher = watcher
+        self._beginning = beginning
+        self._hibernation = hibernation
+        self._wake_ns: int | None = None
+        self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
         self._wanted: Ending | None = None
         self._asked = asyncio.Event()
         self._stop_refused = asyncio.Event()
@@ -90,8 +102,13 @@ class Owner:
         self._signals = 0
         self._early_signals: list[tuple[int, int]] = []
 
+    @property
+    def tier(self) -> Tier | None:
+        """What is here of the session while it sleeps; None while it is awake."""
+        return self._hibernation.tier
+
     async def run(self) -> Outcome:
-        """Drive the session until it ends or is asked to stop."""
+        """Drive the session until it ends, is asked to stop, or sleeps and needs no node for that."""
         await asyncio.to_thread(self._staging.hold)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -106,19 +123,62 @@ class Owner:
             raise innermost(failures) from failures
         finally:
             self._staging.let_go()
+            self.begun.set()
+            self.ended.set()
         await self._images.tend()
         return outcome
 
-    def ask_to_stop(self) -> asyncio.Event:
-        """Checkpoint, free the sandbox, leave the session resumable. What is returned is set if that can't be done."""
+    def ask_to_stop(self, wake_ns: int | None = None) -> None:
+        """Checkpoint, free the sandbox, leave the session resumable.
+
+        Args:
+            wake_ns: when a node is to run it again; None: when a person says so.
+        """
         self._wanted = self._wanted or Ending.STOPPED
+        self._wake_ns = wake_ns
         self._asked.set()
-        return self._stop_refused
+        self._hibernation.call(None)
+
+    async def stop(self) -> bool:
+        """As `ask_to_stop`, and wait for the session to sleep or end; False: it can't be cut, and runs on."""
+        self.ask_to_stop()
+        return await self._stopped()
+
+    async def retire(self) -> bool:
+        """Sleep until this session's node daemon, or another one, is there again; as `stop`."""
+        if self.tier is None:
+            self.ask_to_stop(sleeping.NOW)
+        else:
+            self._hibernation.call(None)
+        return await self._stopped()
+
+    async def _stopped(self) -> bool:
+        refused = self._stop_refused
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(self.ended.wait()), tasks.create_task(refused.wait())]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+        return self.ended.is_set()
 
     def ask_to_kill(self) -> None:
         """End the session for good."""
         self._wanted = Ending.KILLED
         self._asked.set()
+        self._hibernation.call(None)
+
+    async def hibernate(self) -> None:
+        """Sleep until what the agent waits for comes; returns when the session sleeps.
+
+        Raises:
+            Conflict: `session_busy`: its agent does not only wait.
+        """
+        if self.tier is None:
+            await self._hibernation.hurry()
+
+    def wake(self) -> None:
+        """A person wants the session awake, whatever it waits for."""
+        self._hibernation.call("a person woke it")
 
     def let_go(self) -> None:
         """A person lets the agent take another path than the log's."""
@@ -128,6 +188,7 @@ class Owner:
         """Send a signal to the agent's process group."""
         self._signals += 1
         wanted = (number, self._clock.wall_ns() + self._signals)
+        self._hibernation.call(f"signal {number}")
         if self._life is None:
             self._early_signals.append(wanted)  # Its first output may be here before the life has begun.
         else:
@@ -139,6 +200,7 @@ class Owner:
         Raises:
             Conflict: `session_between_lives`, and as `Link.work`.
         """
+        self._hibernation.call("a command inside")
         if self._life is None:
             raise Conflict(
                 "session_between_lives",
@@ -149,8 +211,11 @@ class Owner:
         return await self._life.link.work(worker, self._clock.wall_ns() + self._signals)
 
     async def checkpoint(self, *, is_pinned: bool = False) -> Checkpoint | None:
-        """Make a checkpoint now; None when it failed."""
-        made = await self._checkpointer.take_and_commit("manual")
+        """Make a checkpoint now; None when it failed. That of a session that sleeps is there already."""
+        if self.tier is not None:
+            made = max(await self._records.checkpoints(), key=cut_order)
+        else:
+            made = await self._checkpointer.take_and_commit("manual")
         if made is not None and is_pinned:
             await self._records.pin(made.number, is_pinned=True)
         return made
@@ -203,6 +268,12 @@ class Owner:
             if rung is None:
                 rung = await self._climb(reason)
             ending = await self._live(rung)
+            if ending is Ending.HIBERNATED:
+                cause = await self._hibernation.sleep(rung.life)
+                if cause is None:
+                    return await self._end(self._wanted or ending, rung.life)
+                reason, rung = cause, None
+                continue
             if ending is not Ending.LOST:
                 return await self._end(ending, rung.life)
             at = (await self._records.position())[0]
@@ -225,12 +296,13 @@ class Owner:
         session = await self._records.session()
         if session.status is SessionStatus.ASLEEP:
             await self._records.set_status(SessionStatus.WAKING, reason)
-        elif session.status is not SessionStatus.CREATED:
+            crash_point("wake.begun")
+        elif session.status not in (SessionStatus.CREATED, SessionStatus.WAKING):
             await self._records.set_status(SessionStatus.RECOVERING, reason)
         try:
             return await self._ladder.restore(await self._records.calls(), reason)
         except MachineUnfit as error:
-            if session.status is SessionStatus.ASLEEP:
+            if session.status in (SessionStatus.ASLEEP, SessionStatus.WAKING):
                 await self._records.set_status(SessionStatus.ASLEEP, str(error))
             raise
         except SandboxFailed as error:
@@ -246,8 +318,9 @@ class Owner:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(life.link.run())
-                outputs = await self._begin(rung, tasks)
+                outputs = await self._beginning.begin(rung, tasks)
                 self._life = life
+                self.begun.set()
                 while self._early_signals:
                     await life.link.signal(*self._early_signals.pop(0))
                 tasks.create_task(self._accept(life, tasks))
@@ -266,24 +339,33 @@ class Owner:
             await life.sandbox.kill()
             raise
         except* SandboxFailed as failures:
-            ending = Ending.LOST
+            # One that is paused, and dies, only falls asleep faster.
+            ending = Ending.HIBERNATED if self.tier is Tier.PAUSED else Ending.LOST
             reason = str(innermost(failures))
-            await self._note_end(life.number, reason)
+            ended = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=life.number, data={"reason": reason})
+            await self._records.append(ended)
             self._watcher.notice(f"the sandbox died: {reason}")
         finally:
             self._life = None
             self._checkpointer.end_life()
+            self._hibernation.end_life()
+            if life.watch is not None:
+                life.watch.close()
         return ending
 
     async def _wait_for_ending(self, life: Incarnation, tasks: asyncio.TaskGroup) -> Ending:
         waiting = [
             tasks.create_task(_as(Ending.EXITED, life.link.wait_exit())),
             tasks.create_task(_as(Ending.STOPPED, self._asked.wait())),
+            tasks.create_task(_as(Ending.HIBERNATED, self._hibernation.until_idle(life))),
         ]
         if self._crossroads.policy is OnDivergence.FAIL:
             waiting.append(tasks.create_task(_as(Ending.DIVERGED, self._crossroads.reached())))
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        ending = done.pop().result()
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        # The agent's exit counts for more than a wish, and a wish for more than idleness.
+        ending = next(task for task in waiting if task.done()).result()
+        for task in waiting:
+            task.cancel()
         return self._wanted or ending if ending is Ending.STOPPED else ending
 
     async def _conclude(self, ending: Ending, life: Incarnation, outputs: Sequence[asyncio.Task[None]]) -> bool:
@@ -296,98 +378,30 @@ class Owner:
             await self._records.fail_diverged(life.number, self._crossroads.what, pending)
             crash_point("divergence.failed")
             self._watcher.notice(f"failed: after its restore the agent took another path ({self._crossroads.what})")
+        elif ending is Ending.HIBERNATED:
+            return await self._hibernation.doze()
         elif ending is Ending.STOPPED:
-            await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
-            committed = await self._checkpointer.take_last("stop")
-            if committed is None:
-                self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
-                await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
-                self._gateway.look_again()
-                await self._wait_at_crossroads()
-                self._wanted = None
-                self._asked.clear()
-                self._stop_refused.set()
-                self._stop_refused = asyncio.Event()
-                return False
-            await self._records.set_status(SessionStatus.ASLEEP, "stopped by a person")
-            crash_point("session.asleep")
+            return await self._stop()
         return True
 
-    async def _begin(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Start or wake the agent and give every open stream what it gets; nothing is delivered before ALIVE."""
-        life, checkpoint = rung.life, rung.checkpoint
-        await self._gateway.begin_incarnation(life.number, rung.redo, adopted=rung.mode == "adopt")
-        wall_ns = self._clock.wall_ns()
-        if rung.mode == "boot":
-            arguments = AgentSpec(arguments=self._spec.argv, environment=self._spec.environment, cwd=self._spec.cwd)
-            try:
-                await life.link.start(arguments, incarnation=life.number, wall_ns=wall_ns, entropy=fresh_entropy())
-            except InvalidInput as error:
-                await self._records.set_status(SessionStatus.FAILED, str(error), exit_status=127)
-                raise
-        elif rung.mode == "restore":
-            await life.link.restored(
-                incarnation=life.number,
-                wall_ns=wall_ns,
-                slept_ns=max(0, wall_ns - checkpoint.wall_ns),
-                entropy=fresh_entropy(),
-                environment={},
-                deadline_seconds=ALIVE_DEADLINE_SECONDS,
-            )
-        highest = max(point.number for point in await self._records.checkpoints())
-        await self._checkpointer.begin_life(life, checkpoint, next_number=highest + 1)
-        outputs = await self._take_over_outputs(rung, tasks)
-        await self._take_over_streams(rung, tasks)
-        took_ns = round((self._clock.monotonic() - rung.requested_at) * 1e9)
-        chosen = EventDraft(
-            kind=Kind.RECOVERY_CHOSEN,
-            incarnation=life.number,
-            data={"mode": rung.mode, "checkpoint": checkpoint.number, "took_ns": took_ns},
-        )
-        await self._records.append(chosen)
-        await self._records.set_status(SessionStatus.RUNNING, rung.mode)
-        # A call that the budget held while the session did not run lets it wait from now on.
+    async def _stop(self) -> bool:
+        """Make the last checkpoint; False when there is none, and the session runs on."""
+        await self._records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
+        async with AsyncExitStack() as still:
+            if await self._checkpointer.take_last("stop", still) is not None:
+                await self._records.stop(self._wake_ns)
+                crash_point("session.asleep")
+                still.pop_all()
+                return True
+        self._watcher.notice("not stopped: no checkpoint could be made, `torpor log` has the reason")
+        await self._records.set_status(SessionStatus.RUNNING, "no checkpoint could be made")
         self._gateway.look_again()
-        if rung.mode != "boot":
-            self._watcher.notice(_tell(rung, took_ns))
-        return outputs
-
-    async def _take_over_streams(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
-        calls = await self._records.calls()
-        for opened in rung.streams:
-            call = calls.get(opened.call_id) if opened.call_id else None
-            alive = call is not None and self._gateway.pump_alive(call.call_id)
-            fate = stream_fate(opened, call, pump_alive=alive)
-            # Without a durable call the request starts over: init still has all of it.
-            position = opened.read if call is not None else opened.acknowledged
-            stream = rung.life.link.inherit(opened.stream, position=position, acknowledged=opened.acknowledged)
-            tasks.create_task(self._gateway.inherit(stream, opened, fate, incarnation=rung.life.number))
-        inherited = {opened.stream for opened in rung.streams}
-        for listed in rung.life.link.status.streams if rung.mode != "boot" else ():
-            if listed.kind == "call" and listed.stream not in inherited:
-                rung.life.link.refuse(listed.stream)
-
-    async def _take_over_outputs(self, rung: Rung, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        life = rung.life
-        started: list[asyncio.Task[None]] = []
-        for channel in (STDOUT, STDERR):
-            if rung.mode == "boot":
-                stream = life.link.stdout if channel == STDOUT else life.link.stderr
-            else:
-                # What was acknowledged is in the log. The rest init sends again, whether the log has it or not: its
-                # last node may have died, or put it to sleep, with output under way.
-                stream = life.link.inherit_output(channel)
-            recorded = await self._records.output_after(channel, stream.acknowledged)
-            pump = OutputPump(
-                records=self._records,
-                incarnation=life.number,
-                channel=channel,
-                stream=stream,
-                recorded=recorded,
-                show=self._watcher.output,
-            )
-            started.append(tasks.create_task(pump.run()))
-        return started
+        await self._wait_at_crossroads()
+        self._wanted = None
+        self._asked.clear()
+        self._stop_refused.set()
+        self._stop_refused = asyncio.Event()
+        return False
 
     async def _accept(self, life: Incarnation, tasks: asyncio.TaskGroup) -> None:
         while True:
@@ -429,6 +443,8 @@ class Owner:
         """Free the sandbox; the session's rows already say what became of it, or are told now."""
         if ending is Ending.KILLED:
             await self._records.set_status(SessionStatus.CANCELLED, "killed by a person")
+        elif ending is Ending.STOPPED:
+            await self._records.stop(self._wake_ns)
         await life.sandbox.kill()
         await self._incarnations.sweep(keep=None)
         session = await self._records.session()
@@ -453,10 +469,6 @@ class Owner:
         crash_point("exit.committed")
         life.link.acknowledge_exit()
 
-    async def _note_end(self, number: int, reason: str) -> None:
-        draft = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=number, data={"reason": reason})
-        await self._records.append(draft)
-
 
 class _LifeOver(Exception):
     pass
@@ -470,13 +482,6 @@ async def _as(ending: Ending, waited: Awaitable[object]) -> Ending:
 def _end_tasks() -> None:
     """End the surrounding TaskGroup with everything in it."""
     raise _LifeOver
-
-
-def _tell(rung: Rung, took_ns: int) -> str:
-    milliseconds = took_ns / 1e6
-    if rung.mode == "adopt":
-        return f"adopted the living sandbox in {milliseconds:.0f} ms"
-    return f"restored checkpoint {rung.checkpoint.number} in {milliseconds:.0f} ms"
 
 
 def exit_code(wait_status: int) -> int:

@@ -11,14 +11,26 @@ from torpor.core.checkpoint import Checkpoint
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
-from torpor.core.errors import TorporError
+from torpor.core.errors import Conflict, TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.retention import RetentionPolicy
-from torpor.core.session import SessionStatus
+from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
-from torpor.db import budgets, calls, checkpoints, log, messages, outputs, questions, roots, sessions, waitpoints
+from torpor.db import (
+    budgets,
+    calls,
+    checkpoints,
+    log,
+    messages,
+    outputs,
+    questions,
+    roots,
+    sessions,
+    sleeping,
+    waitpoints,
+)
 from torpor.db.ahead import Ahead
 from torpor.db.database import Database, Transaction
 
@@ -69,6 +81,50 @@ class Records:
                     reason=reason,
                     exit_status=exit_status,
                 )
+
+        await self.database.write(work, durable=True)
+
+    async def fall_asleep(self, checkpoint: Checkpoint, at_latest: int | None) -> bool:
+        """Sleep at a checkpoint until what the agent waits for comes; False: some of it came since the cut.
+
+        Args:
+            at_latest: when it wakes whatever its waitpoints say; None: they alone do.
+        """
+        cut: dict[str, Any] = {"cut_seq": checkpoint.seq, "at_latest": at_latest}
+        return await self.database.write(
+            lambda tx: sleeping.fall_asleep(tx, **self._fence, **cut, wall_ns=self._clock.wall_ns()), durable=True
+        )
+
+    async def run(self, reason: str, *, attended: bool) -> None:
+        """The session runs. If nobody attends it, a node daemon is to go on with it whenever no node has it."""
+        await self._set_status_and_wake(SessionStatus.RUNNING, None if attended else sleeping.NOW, reason)
+
+    async def make_due(self) -> None:
+        """A node daemon is to run the session from now on.
+
+        Raises:
+            Conflict: `session_ended`.
+        """
+
+        def work(tx: Transaction) -> None:
+            status = sessions.get(tx, self.session_id).status
+            if status in ENDED:
+                reason = f"cannot resume session {self.session_id}: it has {status}"
+                raise Conflict("session_ended", reason, hint="`torpor log SESSION` shows its past.")
+            sleeping.set_wake(tx, **self._fence, wake_ns=sleeping.NOW)
+
+        await self.database.write(work, durable=True)
+
+    async def stop(self, wake_ns: int | None) -> None:
+        """A person stopped the session, which is cut and stands still, or sleeps; None: only a person wakes it."""
+        await self._set_status_and_wake(SessionStatus.ASLEEP, wake_ns, "stopped by a person")
+
+    async def _set_status_and_wake(self, status: SessionStatus, wake_ns: int | None, reason: str) -> None:
+
+        def work(tx: Transaction) -> None:
+            if sessions.get(tx, self.session_id).status is not status:
+                sessions.set_status(tx, **self._fence, status=status, wall_ns=self._clock.wall_ns(), reason=reason)
+            sleeping.set_wake(tx, **self._fence, wake_ns=wake_ns)
 
         await self.database.write(work, durable=True)
 

@@ -15,17 +15,19 @@ from torpor.config import (
     Upstream,
     read_prices,
     read_retention,
+    read_starts_max,
     read_store,
+    read_tiers,
     read_upstreams,
     read_workspace_bytes_max,
     torpor_home,
 )
-from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, cut_order
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, InvalidInput, MachineUnfit
-from torpor.core.ids import CallId, NodeId, SessionId, new_session_id
+from torpor.core.idling import Tiers
+from torpor.core.ids import NodeId, SessionId, new_session_id
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db import ahead, checkpoints, keys, redaction, sessions
@@ -39,7 +41,7 @@ from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
 from torpor.runtime.request import Request, make_spec
-from torpor.runtime.session_store import SessionStore, SessionStores
+from torpor.runtime.session_store import SessionStores
 from torpor.runtime.spec import SessionSpec
 from torpor.runtime.staging import Staging
 from torpor.runtime.storage import open_blobs, open_configured, ready_or_down
@@ -54,9 +56,7 @@ from torpor.snapshots.shared import drop_shared
 
 if TYPE_CHECKING:
     # What drives a session takes half a second to import; most commands only read.
-    from torpor.gateway.pumps import FirstByteAt
     from torpor.runtime.collecting import CollectOptions, CollectReport
-    from torpor.runtime.incarnation import Incarnations
     from torpor.runtime.owner import Owner
     from torpor.runtime.watcher import Watcher
     from torpor.snapshots.collect import Progress
@@ -74,6 +74,8 @@ class Runtime(Reader):
         upstreams: Sequence[Upstream],
         prices: Sequence[PriceRule],
         retention: RetentionPolicy,
+        tiers: Tiers,
+        starts_max: int,
         database: Database,
         backend: Backend,
         blobs: Backend,
@@ -84,6 +86,8 @@ class Runtime(Reader):
         self.upstreams = upstreams
         self.prices = prices
         self.retention = retention
+        self.tiers = tiers
+        self.starts_max = starts_max
         self.images = open_image_cache(home.root, clock)
         self.backend = backend
         self.blobs = blobs
@@ -147,18 +151,22 @@ class Runtime(Reader):
         answers: leasing.HolderAnswers,
         watcher: "Watcher",
         *,
+        attended: bool = True,
         let_go: bool = False,
         boot: bool = False,
     ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
         Args:
+            attended: a person's process is its node; else a node daemon is to run it whenever none does.
             let_go: a person lets the agent take another path than the log's.
             boot: a person gives up the agent's memory, if its sandbox does not live.
 
         Raises:
             Conflict: `session_running`, `session_ended`.
         """
+        from torpor.runtime.owning import make_owner
+
         session = await self.session(session_id)
         if session.status in ENDED:
             await self._tidy(session, me, answers)
@@ -188,7 +196,7 @@ class Runtime(Reader):
             with contextlib.suppress(MachineUnfit):  # A store that is down keeps what is left over for the next owner.
                 await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
-            yield self._owner(records, seen, store, runsc, watcher, let_go=let_go, boot=boot)
+            yield make_owner(self, records, seen, store, runsc, watcher, attended=attended, let_go=let_go, boot=boot)
             await records.release()
         finally:
             lock.release()
@@ -293,7 +301,7 @@ class Runtime(Reader):
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
         from torpor.runtime.incarnation import sweep
 
-        driver = self._drivers(await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)).present
+        driver = self.drivers(await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)).present
         spec = msgspec.convert(session.spec, SessionSpec)
         await sweep(self.home, session.session_id, spec, driver, keep=None)
         Staging(self.home.root, session.session_id).clear()
@@ -353,90 +361,13 @@ class Runtime(Reader):
         finally:
             lock.release()
 
-    def _drivers(self, runsc: Runsc) -> GvisorDrivers:
+    def drivers(self, runsc: Runsc) -> GvisorDrivers:
+        """The drivers that can be had with this runsc."""
         tools, state = self.home.tools, self.home.driver_state
         return GvisorDrivers(runsc=runsc, tools_directory=tools, state_directory=state, clock=self.clock)
 
     def _acquire(self, tx: Transaction, seen: sessions.Session, me: leasing.Holder) -> int:
         return leasing.acquire(tx, seen, me, wall_ns=self.clock.wall_ns())
-
-    def _owner(
-        self,
-        records: Records,
-        session: sessions.Session,
-        store: SessionStore,
-        runsc: Runsc,
-        watcher: "Watcher",
-        *,
-        let_go: bool,
-        boot: bool,
-    ) -> "Owner":
-        from torpor.gateway.crossroads import Crossroads
-        from torpor.gateway.server import Gateway
-        from torpor.runtime.checkpointing import Checkpointer
-        from torpor.runtime.owner import Owner
-        from torpor.runtime.recovery import Ladder
-
-        spec = msgspec.convert(session.spec, SessionSpec)
-        crossroads = Crossroads(spec.on_divergence, let_go=let_go)
-        staging = Staging(self.home.root, session.session_id)
-        incarnations = self._incarnations(session.session_id, spec, store, staging, runsc)
-
-        async def on_call(call_id: CallId, first_byte_at: "FirstByteAt") -> None:
-            await checkpointer.take_turn(call_id, first_byte_at)
-
-        async def checkpoint_for(call: Call) -> Checkpoint | None:
-            return await checkpointer.take_for(call)
-
-        gateway = Gateway(
-            database=self.database,
-            session_id=session.session_id,
-            owner_token=records.owner_token,
-            clock=self.clock,
-            upstreams=self.upstreams,
-            prices=self.prices,
-            on_call=on_call,
-            checkpoint_for=checkpoint_for,
-            on_wait=watcher.notice,
-            crossroads=crossroads,
-        )
-        checkpointer = Checkpointer(
-            records=records,
-            store=store,
-            staging=staging,
-            gateway=gateway,
-            clock=self.clock,
-            share_ppm=spec.checkpoint_share_ppm,
-            retention=self.retention,
-        )
-        return Owner(
-            spec=spec,
-            records=records,
-            incarnations=incarnations,
-            ladder=Ladder(records=records, incarnations=incarnations, gateway=gateway, clock=self.clock, boot=boot),
-            gateway=gateway,
-            crossroads=crossroads,
-            checkpointer=checkpointer,
-            staging=staging,
-            images=self.images,
-            clock=self.clock,
-            watcher=watcher,
-        )
-
-    def _incarnations(
-        self, session_id: SessionId, spec: SessionSpec, store: SessionStore, staging: Staging, runsc: Runsc
-    ) -> "Incarnations":
-        from torpor.runtime.incarnation import Incarnations
-
-        return Incarnations(
-            home=self.home,
-            session_id=session_id,
-            spec=spec,
-            drivers=self._drivers(runsc),
-            store=store,
-            staging=staging,
-            clock=self.clock,
-        )
 
     def _environments(self, request: Request, caller: Mapping[str, str]) -> list[Path]:
         return rootfs.python_environments(request.argv[0], caller, self.clock)
@@ -457,6 +388,8 @@ async def open_runtime(environment: Mapping[str, str], clock: Clock) -> AsyncGen
             upstreams=upstreams,
             prices=prices,
             retention=retention,
+            tiers=read_tiers(home.root),
+            starts_max=read_starts_max(home.root),
             database=database,
             backend=backend,
             blobs=blobs,

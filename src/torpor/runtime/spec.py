@@ -67,6 +67,11 @@ def sandbox_id(session_id: SessionId, incarnation: int) -> str:
     return f"{session_id.removeprefix('ses_')}-{incarnation}"
 
 
+def session_of_sandbox(sandbox_id: str) -> SessionId:
+    """Whose incarnation a driver's name is."""
+    return SessionId(f"ses_{sandbox_id.rpartition('-')[0]}")
+
+
 def sandbox_plan(home: Home, session_id: SessionId, spec: SessionSpec, incarnation: int) -> SandboxPlan:
     """The plan of one incarnation, always the same for the same arguments: a later node finds the sandbox by it."""
     directory = home.incarnation(session_id, incarnation)

@@ -80,6 +80,10 @@ class Sandbox(Protocol):
         """
         ...
 
+    def cpu_seconds(self) -> float | None:
+        """Processor time that its programs, as far as they still run, have used; None when the driver can't tell."""
+        ...
+
     def alive(self) -> bool:
         """Its kernel answers. Never blocks for long."""
         ...

@@ -300,8 +300,7 @@ class Link:
             Conflict: as `check_can_work`.
             SandboxFailed: the link ended.
         """
-        busy = sum(stream.kind == "worker" for stream in self._streams.values())
-        check_can_work(self.status.version, busy)
+        check_can_work(self.status.version, self.works)
         await self._fifos.room()
         if self._ended is not None:
             raise self._ended
@@ -309,6 +308,11 @@ class Link:
         self._next_worker += 1
         self._fifos.post(ToGuest.WORK, stream.id, request_id, worker.encode())
         return stream
+
+    @property
+    def works(self) -> int:
+        """How many workers have streams."""
+        return sum(stream.kind == "worker" for stream in self._streams.values())
 
     async def wait_exit(self) -> int:
         """The raw wait status of the agent's main process, once it ended."""

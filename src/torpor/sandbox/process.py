@@ -156,6 +156,29 @@ def start_daemon(argv: Sequence[str], log: Path, is_ready: Callable[[], bool], *
     return False
 
 
+def cpu_seconds_below(pid: int) -> float | None:
+    """Processor time of all that a process has started and that still runs, and of theirs; None: it is gone."""
+    try:
+        children = [child for task in os.scandir(f"/proc/{pid}/task") for child in _children(task.path)]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return sum(_cpu_seconds(child) + (cpu_seconds_below(child) or 0.0) for child in children)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """In user mode and in the kernel, and that of children that ended; nothing if it is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _children(task: str) -> list[int]:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return list(map(int, Path(task, "children").read_text().split()))
+    return []
+
+
 def _start(
     argv: Sequence[str],
     *,

@@ -1,0 +1,118 @@
+"""Claude Code asks a person over MCP, and is answered after a week of which nothing of it was left on the machine."""
+
+import asyncio
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.crash.witness import check_nothing_left
+from tests.e2e.clients.claude_code import ENVIRONMENT, claude_code
+from tests.e2e.clients.npm import NotInstallable
+from tests.e2e.test_hibernation import gone
+from tests.stage import REAL_KEY, Stage, stage
+
+from torpor.testing.model_scripts import Answer, Conversation, Say, Try, UseTool
+from torpor.testing.model_server import ModelServer
+from torpor.testing.model_witness import Witness
+
+pytestmark = [pytest.mark.runsc, pytest.mark.npm, pytest.mark.timeout(600)]
+
+ASK = "mcp__torpor__torpor_ask_human"
+WEEK_NS = 7 * 24 * 3600 * 10**9
+SERVERS = {"mcpServers": {"torpor": {"type": "http", "url": "http://127.0.0.1:4100/mcp"}}}
+
+
+def asking(conversation: Conversation, _this: Try) -> Answer:
+    """A model that asks a person before it goes on, and says what it was told."""
+    if ASK not in conversation.tools:
+        return Answer(parts=(Say(text="A title"),))
+    if not conversation.tool_results:
+        return Answer(parts=(UseTool(name=ASK, arguments={"question": "Deploy?", "choices": ["yes", "no"]}),))
+    return Answer(parts=(Say(text=f"They said: {conversation.tool_results[-1]}"),))
+
+
+class AskingModel(ModelServer):
+    """The scripted model in a thread of the test's own process."""
+
+    def __init__(self, witness: Path) -> None:
+        super().__init__(script=asking, witness=Witness(witness), key=REAL_KEY, host="127.0.0.1")
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, listening: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        with self.witness:
+            async with asyncio.TaskGroup() as group:
+                await self.listen(group, 0, 0)
+                listening.set()
+                await self._stop.wait()
+                self.close()
+
+    def stop(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+
+@contextmanager
+def claude_stage(directory: Path, runsc: Path) -> Iterator[Stage]:
+    model, listening = AskingModel(directory / "witness.jsonl"), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(model.serve(listening)))
+    thread.start()
+    try:
+        assert listening.wait(30)
+        with stage(directory, runsc) as made:
+            made.environment["ANTHROPIC_BASE_URL"] = model.url
+            yield made
+    finally:
+        model.stop()
+        thread.join()
+
+
+def let_pass(made: Stage, passed_ns: int) -> None:
+    """As the restored session will see it: its checkpoints were made so long ago."""
+    with sqlite3.connect(made.home / "torpor.db") as database:
+        database.execute("UPDATE checkpoint SET wall_ns = wall_ns - ?", (passed_ns,))
+
+
+def test_claude_code_is_answered_after_a_week(scratch: Path, runsc: Path) -> None:
+    try:
+        claude = claude_code()
+    except NotInstallable as error:
+        pytest.skip(str(error))
+    with claude_stage(scratch, runsc) as made:
+        made.home.mkdir(exist_ok=True)
+        (made.home / "config.toml").write_text(
+            "[hibernate]\nlinger_seconds = 1\npaused_seconds = 0\nready_seconds = 0\n"
+        )
+        (made.project / "mcp.json").write_text(json.dumps(SERVERS))
+        options = ["--mount", str(claude.parent)]
+        for name, value in ENVIRONMENT.items():
+            options += ["--env", f"{name}={value}"]
+        command = [str(claude), "-p", "Ask, then deploy.", "--allowedTools", ASK, "--mcp-config", "mcp.json"]
+        made.torpor("run", "-d", "--name", "one", *options, "--", *command)
+        log = made.follow("one")
+        log.wait("waitpoint.created")
+        while made.rows("ls")[0]["status"] != "asleep":
+            continue
+        gone(made)
+        made.torpor("down")
+        let_pass(made, WEEK_NS)
+        made.torpor("up")
+        made.torpor("resolve", "one", "yes")
+        ended = log.wait("agent.exited")
+        log.close()
+        said = made.torpor("output", "one").stdout
+        assert "They said:" in said
+        assert "yes" in said
+        assert ended["data"]["exit_status"] == 0
+        kinds = [event["kind"] for event in made.events("one")]
+        assert kinds.count("waitpoint.resolved") == 1
+        assert not {"call.torn", "call.failed", "stream.reset", "call.diverged"} & set(kinds)
+        let_pass(made, -WEEK_NS)  # Else the log would tell of the forgery.
+        made.torpor("log", "one", "--verify")
+        made.torpor("down")
+        check_nothing_left(made)
