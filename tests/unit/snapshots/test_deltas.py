@@ -318,3 +318,36 @@ def test_delta_does_not_open_against_other_bytes() -> None:
     other[5000] ^= 1
     with pytest.raises(Damaged, match="does not decompress"):
         pack.open_frame(frame, stored, other)
+
+
+def test_every_flipped_byte_of_a_delta_and_of_its_base_is_found(world: World) -> None:
+    first = save(world, "a", [(number, 0) for number in range(40)])
+    second = save(world, "b", [(number, number % 2) for number in range(40)], first)
+    manifest = world.store.read_manifest(second.ref)
+    assert manifest.needs == ((), (0,))
+    chance = random.Random(5)
+    for ref in manifest.page_packs:
+        path = next((world.store_directory / "packs").glob(f"*/{ref.key.removeprefix('packs/')}"))
+        good = path.read_bytes()
+        head = range(0, ref.head_bytes, 7)
+        for at in [*head, *(chance.randrange(len(good)) for _ in range(60)), len(good) - 1]:
+            bad = bytearray(good)
+            bad[at] ^= 1 << chance.randrange(8)
+            path.write_bytes(bad)
+            with pytest.raises(Damaged):
+                world.new_store().restore_image(second.ref, world.fresh("flipped"))
+            assert any(ref.key in problem for problem in world.new_store().verify(second.ref))
+        path.write_bytes(good)
+    assert world.restored_image(second) == contents(world.image)
+    assert world.new_store().verify(second.ref) == []
+
+
+def test_deltas_occur_in_what_the_collectors_tests_save() -> None:
+    scene = Scene()
+    try:
+        for _ in range(3):
+            scene.run(scene.save("a", 0))
+        newest = list(scene.rows.values())[-1].saved
+        assert any(scene.store(scene.real).read_manifest(newest.ref).needs)
+    finally:
+        scene.close()
