@@ -143,6 +143,7 @@ class Repacker:
                 files=files,
                 page_packs=page_packs,
                 needs=needs,
+                debt=manifest.debt if any(needs) else 0,
                 object_packs=tuple(self._renamed(manifest.object_packs)),
             ),
             ref.key,
