@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help setup demo test check fuzz test-crash test-matrix test-simulator bench bench-gateway bench-log bench-store bench-scale bench-life clean
+.PHONY: help setup demo test check fuzz test-crash test-matrix test-simulator bench bench-gateway bench-log bench-store bench-scale bench-fork bench-life bench-sleepers clean
 
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -44,11 +44,17 @@ bench-store: setup ## the snapshot store beside raw runsc, zstd and restic, on 5
 	@scripts/install_packages restic zstd
 	@$(PY) scripts/bench_store.py
 
+bench-fork: setup ## a fork of ten in one command, beside copying the raw image ten times
+	@$(PY) scripts/bench_fork.py
+
 bench-scale: setup ## a store of 10,000 snapshots with a session of 1,000 checkpoints: ls, collect, verify, restore (an hour)
 	@PYTHONPATH=src:. $(PY) scripts/bench_scale.py $(if $(SCALE_HOME),--home $(SCALE_HOME))
 
 bench-life: setup ## waking from each tier, beside raw runsc restore; what a sleep saves and costs
 	@$(PY) scripts/bench_life.py
+
+bench-sleepers: setup ## ten thousand hibernated sessions: memory, torpor ls, timers, a hundred that wake at once
+	@$(PY) scripts/bench_sleepers.py
 
 clean: ## remove what was built
 	rm -rf .venv build dist native/init/build src/torpor/sandbox/torpor-init .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 A Python agent with a heap asks one question after the other; each says when it was asked. So the time from the
 resolving call to the agent's next instruction is the time that the next question names, less that of the call: both
-clocks are the machine's. For each tier the session is put to sleep by hand, and is answered when it is there. Beside it,
+clocks are the machine's. For each tier the session is put to sleep by hand, and answered when it is there. Beside it,
 in the same rounds, the raw `runsc restore` of an image of it into a container that was created before.
 """
 

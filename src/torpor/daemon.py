@@ -26,9 +26,6 @@ from torpor.runtime.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 0.1
-"""To answer whoever ends it."""
-
 
 class DaemonWatcher(Watcher):
     """What happens to a session is a line of the daemon's log; output is in the event log."""
@@ -84,11 +81,7 @@ def _verbs(runtime: Runtime, scheduler: Scheduler) -> dict[str, wire.Verb]:
         return {}
 
     async def down(leave: bool) -> dict[str, Any]:
-        if leave:
-            # As kill -9 would: whatever it is doing, the next node goes on from there.
-            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, os._exit, 0)
-        else:
-            scheduler.stop()
+        scheduler.leave() if leave else scheduler.stop()
         return {"pid": os.getpid()}
 
     return {"status": status, "look": look, "start": start, "down": down}

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from types import ModuleType
 
 import pytest
+from tests.conformance.fork_rows import FORK_AREAS, fork_arguments
 from tests.unit.db.scene import HEAD, NOW, REQUEST_HEAD, Scene, StaleFirst, acquire, new_scene, wrapped_key
 
 from torpor.core.call import CallState
@@ -178,7 +179,7 @@ async def test_rows_are_there_after_reopening(database_url: str) -> None:
 
 AREAS: list[ModuleType] = [
     *(sessions, log, calls, answers, requests, blocks, checkpoints, roots, redo, outputs, redaction, budgets),
-    *(waitpoints, questions, messages, keys, sleeping),
+    *(waitpoints, questions, messages, keys, sleeping, *FORK_AREAS),
 ]
 WRITERS = {
     f"{area.__name__.rpartition('.')[2]}.{name}": function
@@ -233,6 +234,9 @@ class Rows:
         point = self.checkpoint.checkpoint_id
         budget = WaitpointKind.BUDGET
         return {
+            **fork_arguments(
+                tx, self.scene.session_id, self.answered, opened=self.open, intended=self.intended.call_id
+            ),
             "sessions.release": {"wall_ns": NOW},
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},

@@ -19,8 +19,20 @@ from torpor.core.crash import CRASH_POINTS
 TURNS = 20
 KILLS_PER_SESSION = 10
 UNTOUCHED = {
-    *("backend", "blob", "chunks", "collect", "divergence", "hibernate", "import", "keys", "redaction", "repack"),
-    *("retention", "session", "store", "waitpoint", "wake"),
+    *(
+        "backend",
+        "blob",
+        "chunks",
+        "collect",
+        "divergence",
+        "fork",
+        "hibernate",
+        "import",
+        "keys",
+        "redaction",
+        "repack",
+    ),
+    *("retention", "rewind", "session", "store", "waitpoint", "wake"),
 }
 NODE_POINTS = [
     point

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from tests.crash.witness import check_nothing_left
@@ -171,5 +172,52 @@ def test_a_busy_agent_stays_awake_and_can_not_be_hibernated_by_hand(quick: Stage
     quick.torpor("resolve", "two", "yes")
     log.wait("agent.exited")
     log.close()
+    quick.torpor("down")
+    check_nothing_left(quick)
+
+
+CLOCKS = """
+import asyncio, json, time, urllib.request
+
+def ask():
+    with urllib.request.urlopen("http://127.0.0.1:4100/torpor/v1/ask", b'{"question": "Deploy?"}') as answer:
+        return json.load(answer)["answer"]
+
+async def main():
+    expires = time.time() + 6
+    before = time.time(), time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()
+    asking = asyncio.ensure_future(asyncio.to_thread(ask))
+    try:
+        async with asyncio.timeout(6):
+            await asyncio.shield(asking)
+        own = "in time"
+    except TimeoutError:
+        own = "timed out"
+    answer = await asking
+    after = time.time(), time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()
+    print(json.dumps([own, answer, time.time() > expires, [round(b - a, 1) for a, b in zip(before, after)]]))
+
+asyncio.run(main())
+"""
+
+
+def test_all_clocks_jump_by_the_sleep_the_agents_own_timeouts_fire_and_its_wait_does_not(quick: Stage) -> None:
+    """As docs/session.md says: a token that expired meanwhile has expired, and the CPU's time stood still."""
+    prepare(quick, paused=0, ready=0)
+    (quick.project / "clocks.py").write_text(CLOCKS)
+    quick.torpor("run", "-d", "--name", "one", "--", sys.executable, "clocks.py")
+    log = quick.follow("one")
+    asked = log.wait("waitpoint.created")
+    log.wait("session.status", 4)
+    while time.time_ns() < asked["wall_ns"] + 8 * 10**9:
+        time.sleep(0.1)  # The wait is what is tested.
+    quick.torpor("resolve", "one", "yes")
+    log.wait("agent.exited")
+    log.close()
+    own, answer, has_expired, [wall, monotonic, boot, processor] = json.loads(quick.torpor("output", "one").stdout)
+    assert (own, answer, has_expired) == ("timed out", "yes", True)
+    assert min(wall, monotonic, boot) >= 8
+    assert max(wall, monotonic, boot) - min(wall, monotonic, boot) < 1
+    assert processor < 4
     quick.torpor("down")
     check_nothing_left(quick)

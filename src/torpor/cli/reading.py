@@ -149,13 +149,22 @@ def show(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) 
 
 
 def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
-    """List a session's checkpoints, oldest first: when, why, how long the agent stood still, what they cost."""
+    """List a session's checkpoints, oldest first: when, why, how long the agent stood still, what they cost.
+
+    LEFT is the event of the rewind that left one: no recovery goes back to it, a fork may begin there.
+    """
     from torpor.db import checkpoints
 
-    async def work(reader: Reader) -> list["Checkpoint"]:
-        found = await reader.session(session)
-        return await reader.database.read(lambda tx: checkpoints.list_intact(tx, found.session_id))
+    async def work(reader: Reader) -> tuple[list["Checkpoint"], dict[int, int]]:
+        session_id = (await reader.session(session)).session_id
+        return await reader.database.read(
+            lambda tx: (
+                checkpoints.list_intact(tx, session_id, branches=True),
+                checkpoints.list_left(tx, session_id),
+            )
+        )
 
+    points, left = with_reader(work)
     rows = [
         {
             "number": point.number,
@@ -173,10 +182,12 @@ def list_checkpoints(session: Annotated[str, SESSION], json: Annotated[bool, JSO
             "stored_bytes": point.stored_bytes,
             "wall_ns": point.wall_ns,
             "snapshot": point.snapshot_id,
+            "left": left.get(point.number),
         }
-        for point in with_reader(work)
+        for point in points
     ]
     columns = ("number", "seq", "reason", "incarnation", "open_calls", "froze", "committed_in", "image", "stored")
+    columns += ("left",) if left else ()
     print_rows(rows, columns, as_json=json, empty="no checkpoints")
 
 

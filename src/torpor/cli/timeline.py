@@ -190,7 +190,8 @@ def _completed(data: Any) -> str:
     tokens = ", ".join(f"{name} {value}" for name, value in usage.items() if isinstance(value, int))
     size = human_bytes(int(data.get("bytes", 0)))
     cost = f", ${data['cost']}" if data.get("cost") is not None else ""
-    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}{cost}"
+    whose = ", the parent's answer" if "joined" in data else ""
+    return f"{size} in {data.get('chunks', 0)} chunks{f', {tokens}' if tokens else ''}{cost}{whose}"
 
 
 def _joined(data: Any) -> str:
@@ -277,6 +278,7 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.CALL_RETRIED: _retried,
     Kind.CALL_ANSWERING: lambda data: f"status {data.get('status')}",
     Kind.CALL_COMPLETED: _completed,
+    Kind.SESSION_REWOUND: lambda data: f"back to checkpoint #{data.get('checkpoint')}, in turn {data.get('turn')}",
     Kind.CALL_FAILED: lambda data: str(data.get("error", "")),
     Kind.CALL_TORN: lambda data: f"attempt {data.get('attempt')} was cut short: its node died",
     Kind.WAITPOINT_CREATED: _waits,
@@ -306,6 +308,7 @@ _COLOURS = {
     Kind.CALL_COMPLETED: "green",
     Kind.CHECKPOINT_COMMITTED: "blue",
     Kind.RECOVERY_CHOSEN: "magenta",
+    Kind.SESSION_REWOUND: "magenta",
     Kind.CALL_TORN: "yellow",
     Kind.WAITPOINT_CREATED: "yellow",
     Kind.CALL_FAILED: "red",

@@ -1,5 +1,6 @@
 """`torpor turns`, `turn` and `diff-turns`: a session as its models saw it. What they print is hostile text."""
 
+import asyncio
 import json as jsonlib
 import sys
 from dataclasses import asdict
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import human_age, human_bytes, milliseconds, out, print_json, print_rows, printable
+from torpor.cli.printer import human_age, human_bytes, milliseconds, notice, out, print_json, print_rows, printable
 from torpor.cli.reading import JSON, SESSION, with_runtime
+from torpor.core.errors import InvalidInput
 from torpor.core.money import dollars_text
 from torpor.gateway.transcript import Asked, Message, Part
 from torpor.runtime import turns as turn_log
@@ -55,12 +57,18 @@ def turn(
     number: Annotated[int, NUMBER],
     raw: Annotated[Raw | None, typer.Option("--raw", help="The exact bytes of one body.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Cut no long text short.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Fork at this turn, and ask another model.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="M", help="With --rerun: the model to ask.")] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Show exactly what the model saw and answered: system prompt, tools, messages, answer, usage.
 
-    Redacted bytes are shown as asterisks.
+    Redacted bytes are shown as asterisks. With --rerun the same request goes to another model, from a fork that has its
+    answer in place of this one; `torpor resume` runs that on.
     """
+    if rerun or model is not None:
+        _rerun(session, number, model if rerun else None, None if full else SHOWN_CHARACTERS, as_json=json)
+        return
     content = _read(session, number)[0]
     if raw is not None:
         sys.stdout.buffer.write(content.request if raw is Raw.REQUEST else content.answer)
@@ -90,6 +98,29 @@ def diff_turns(
         out.print(f"{change['where']}: {_short(_summary(change), 300)}", markup=False)
     if not changes:
         out.print("the two requests say the same")
+
+
+def _rerun(session: str, number: int, model: str | None, limit: int | None, *, as_json: bool) -> None:
+    from torpor import wire
+    from torpor.node import open_node
+    from torpor.runtime.rerunning import Rerun, rerun
+
+    if not model:
+        raise InvalidInput("rerun_without_model", "cannot ask another model: --rerun and --model belong together")
+
+    async def work() -> Rerun:
+        async with open_node() as node:
+            found = await node.runtime.session(session)
+            return await rerun(node.runtime, found, number, model, node.holder, wire.answers, notice)
+
+    done = asyncio.run(work())
+    if as_json:
+        print_json({"session": done.child, "old": _fields(done.old), "new": _fields(done.new)})
+        return
+    for content in (done.old, done.new):
+        out.rule(printable(content.call.model or "no model"), style="bold")
+        _print_answer(content, limit)
+    notice(f"the second answer is in {done.child}; `torpor resume {done.child}` goes on from there")
 
 
 def _read(session: str, *numbers: int) -> list[TurnContent]:
@@ -180,7 +211,7 @@ def _fields(content: TurnContent) -> dict[str, Any]:
 
 
 def _print_turn(content: TurnContent, limit: int | None) -> None:
-    asked, answered = content.asked, content.answered
+    asked = content.asked
     head = f"turn {content.number} of {content.turns}  {content.call.method} {content.call.target}"
     out.print(f"{head}  {content.call.model or ''}", markup=False, style="bold")
     if content.redacted:
@@ -194,6 +225,11 @@ def _print_turn(content: TurnContent, limit: int | None) -> None:
     for message in asked.messages:
         _print_message(message, limit)
     out.rule("the answer", style="dim")
+    _print_answer(content, limit)
+
+
+def _print_answer(content: TurnContent, limit: int | None) -> None:
+    answered = content.answered
     status = content.answer_head.status if content.answer_head is not None else "none yet"
     _print_message(answered.message, limit)
     usage = ", ".join(f"{name} {value}" for name, value in answered.usage.items() if isinstance(value, int))

@@ -13,6 +13,8 @@ from torpor.core.branch import Timeline
 from torpor.core.call import Call, CallState
 from torpor.core.ids import CallId, CheckpointId, SessionId, SnapshotId, StreamId
 
+FORKED, REWOUND = "fork", "rewind"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStream:
@@ -47,7 +49,7 @@ class Checkpoint:
         manifest_digest: SHA-256 (hex) of the snapshot's manifest, checked before a restore.
         next_stream: streams of a restored incarnation that are not inherited count from here.
         stdout_bytes, stderr_bytes: output read from the agent up to the cut.
-        reason: "start", "call", "age", "manual", "agent", "stop", "exit".
+        reason: "start", "call", "age", "manual", "agent", "stop", "exit"; FORKED and REWOUND have another one's image.
         freeze_ns, commit_ns, raw_bytes, stored_bytes: measurements, for people.
         pending_redo: calls of earlier redo sets that the agent had not yet made again at the cut.
         joinable: calls whose stream had ended unconsumed at the cut: the agent may be about to retry them.

@@ -33,7 +33,8 @@ class SessionStatus(StrEnum):
 _S = SessionStatus
 
 TRANSITIONS: Mapping[SessionStatus, frozenset[SessionStatus]] = {
-    _S.CREATED: frozenset({_S.RUNNING, _S.RECOVERING, _S.FAILED, _S.CANCELLED}),
+    # A fork begins asleep, at its parent's checkpoint.
+    _S.CREATED: frozenset({_S.RUNNING, _S.RECOVERING, _S.ASLEEP, _S.FAILED, _S.CANCELLED}),
     _S.RUNNING: frozenset({_S.WAITING, _S.HIBERNATING, _S.RECOVERING, _S.SUCCEEDED, _S.FAILED, _S.CANCELLED}),
     _S.WAITING: frozenset({_S.RUNNING, _S.HIBERNATING, _S.RECOVERING, _S.SUCCEEDED, _S.FAILED, _S.CANCELLED}),
     # Something was resolved since the cut, so the sandbox goes on in place (RECOVERY 8).

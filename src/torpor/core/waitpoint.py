@@ -26,6 +26,8 @@ class WaitpointKind(StrEnum):
 
 TIMED_OUT: Mapping[str, Any] = {"timed_out": True}
 """How a waitpoint resolves that came to its time; a timer resolves so as well, and it is no failure there."""
+ABANDONED: Mapping[str, Any] = {"abandoned": True}
+"""How a waitpoint resolves that a rewind left: nobody waits on it any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

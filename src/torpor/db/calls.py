@@ -50,6 +50,7 @@ def intend(
     wall_ns: int,
     at_once: bool = False,
     usage_asked: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> Call:
     """Record that a call will be made, before anything of it leaves the host: call, request and call.intended.
 
@@ -57,6 +58,7 @@ def intend(
 
     Args:
         at_once: its first attempt is opened as well, as by `mark_sent`, unless a budget has to be asked.
+        origin: what call.intended says more of a call that was not made here (db/copies.py).
     """
     request = requests.store(tx, session_id=session_id, owner_token=owner_token, head=head, body=body)
     log_head = hold(tx, session_id=session_id, owner_token=owner_token, wall_ns=wall_ns)
@@ -66,7 +68,12 @@ def intend(
         incarnation=call.incarnation,
         call_id=call.call_id,
         parent_seq=log_head.cursor_seq,
-        data={**intent_data(call), "request": request.facts, **({"hide_usage": True} if call.hide_usage else {})},
+        data={
+            **intent_data(call),
+            "request": request.facts,
+            **({"hide_usage": True} if call.hide_usage else {}),
+            **(origin or {}),
+        },
         refs=(request.manifest.hex(),),
     )
     drafts = [intended]

@@ -11,7 +11,7 @@ from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, CheckpointId, SessionId
 from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json, encode_json
-from torpor.db.fence import refusal
+from torpor.db.fence import held_row, refusal
 from torpor.db.log import append
 
 _JSON_FIELDS = ("open_streams", "pending_redo", "joinable")
@@ -83,9 +83,29 @@ def get(tx: Transaction, checkpoint_id: CheckpointId) -> Checkpoint:
     return _checkpoint_of(row)
 
 
-def list_intact(tx: Transaction, session_id: SessionId) -> list[Checkpoint]:
-    """The checkpoints that are not known to be damaged, oldest first; `core.checkpoint.restore_order` ranks them."""
-    return [_checkpoint_of(row) for row in _rows(tx, session_id) if row["damage"] is None]
+def list_intact(tx: Transaction, session_id: SessionId, *, branches: bool = False) -> list[Checkpoint]:
+    """The checkpoints that are not known to be damaged, oldest first; `core.checkpoint.restore_order` ranks them.
+
+    Args:
+        branches: also those that a rewind left, to which no recovery goes back.
+    """
+    return [
+        _checkpoint_of(row)
+        for row in _rows(tx, session_id)
+        if row["damage"] is None and (branches or row["left_seq"] is None)
+    ]
+
+
+def list_left(tx: Transaction, session_id: SessionId) -> dict[int, int]:
+    """By number, the checkpoints that rewinds left, each with the seq of its rewind."""
+    return {row["number"]: row["left_seq"] for row in _rows(tx, session_id) if row["left_seq"] is not None}
+
+
+def leave(tx: Transaction, *, session_id: SessionId, owner_token: int, point: Checkpoint, left_seq: int) -> None:
+    """Let recovery never go to what was cut after `point`, which a rewind logged at `left_seq` leaves."""
+    key = {"session_id": session_id, "owner_token": owner_token}
+    tx.run("checkpoint/leave_fenced", **key, seq=point.seq, number=point.number, left_seq=left_seq)
+    held_row(tx, session_id, owner_token)
 
 
 def newest(tx: Transaction, session_id: SessionId) -> Checkpoint | None:

@@ -4,6 +4,7 @@ The inbox's cursor counts what was handled, not what was delivered: a message be
 is answered from the log when a restored agent makes it again. So a message is handled once on every path.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,7 +26,7 @@ class Box(StrEnum):
     OUT = "out"
 
 
-_KIND = {Box.IN: Kind.MESSAGE_RECEIVED, Box.OUT: Kind.MESSAGE_SENT}
+KIND_OF = {Box.IN: Kind.MESSAGE_RECEIVED, Box.OUT: Kind.MESSAGE_SENT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,44 @@ def deliver(
     return message
 
 
+def bring(
+    tx: Transaction,
+    *,
+    session_id: SessionId,
+    owner_token: int,
+    message: Message,
+    call_id: CallId | None,
+    wall_ns: int,
+) -> None:
+    """Put a message of a fork's parent into its inbox, under the parent's number.
+
+    Args:
+        call_id: the call that handled it already, if that is the fork's too.
+    """
+    owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
+    _put(tx, owner, Box.IN, message.text, call_id, wall_ns, None, number=message.number)
+
+
+def begin_from(tx: Transaction, *, session_id: SessionId, owner_token: int, inbox: int, outbox: int) -> None:
+    """Let a fork's numbers go on where its parent's were, since the agent remembers those."""
+    begun = {"session_id": session_id, "owner_token": owner_token, "inbox": inbox, "outbox": outbox}
+    if not tx.run("session/set_boxes_fenced", **begun):
+        raise refusal(tx, session_id, owner_token, sessions.changed(session_id))
+
+
+def begun_from(tx: Transaction, session_id: SessionId, box: Box) -> int:
+    """The highest number that a fork's past had used when it began; 0 for a session that began by itself."""
+    row = tx.one("session/find_by_id", session_id=session_id)
+    return 0 if row is None else row[f"{box}box_from"] or 0
+
+
+def unhandle(tx: Transaction, *, session_id: SessionId, owner_token: int, call_ids: Collection[CallId]) -> None:
+    """The calls that handled these messages were undone: some other call handles them."""
+    held_row(tx, session_id, owner_token)
+    for call_id in call_ids:
+        tx.run("message/unhandle_fenced", session_id=session_id, owner_token=owner_token, call_id=call_id)
+
+
 def take(tx: Transaction, *, session_id: SessionId, owner_token: int, call_id: CallId) -> Message | None:
     """The message that a call handles, the first that none did unless it has one already; None: there is none."""
     held_row(tx, session_id, owner_token)
@@ -115,6 +154,12 @@ def list_after(tx: Transaction, session_id: SessionId, box: Box, number: int = 0
     return [_message_of(tx, row) for row in rows]
 
 
+def last_number(tx: Transaction, session_id: SessionId, box: Box) -> int:
+    """The highest number that the box, or that of the past that a fork comes from, has used."""
+    last = tx.one("message/find_last_number", session_id=session_id, box=box.value)
+    return 0 if last is None else last["number"]
+
+
 def _put(
     tx: Transaction,
     owner: dict[str, Any],
@@ -123,15 +168,15 @@ def _put(
     call_id: CallId | None,
     wall_ns: int,
     stored: Stored | None,
+    number: int | None = None,
 ) -> Message:
     session_id: SessionId = owner["session_id"]
     held = held_row(tx, session_id, owner["owner_token"])
     content = text.encode("utf-8", "surrogatepass")
     digest = blocks.put(tx, **owner, data=content, stored=stored)
-    last = tx.one("message/find_last_number", session_id=session_id, box=box.value)
-    number = 1 + (last["number"] if last is not None else 0)
+    number = number or 1 + last_number(tx, session_id, box)
     draft = EventDraft(
-        kind=_KIND[box],
+        kind=KIND_OF[box],
         incarnation=held["incarnation"],
         call_id=call_id,
         data={"number": number, "bytes": len(content)},

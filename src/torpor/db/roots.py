@@ -175,7 +175,9 @@ def _plan(
     if not first.forgotten:
         return first
     # Only now is it worth to look at the calls that were open at each cut.
-    fixed["in_use"] |= _newest_sure(tx, session_id, [row["number"] for row in rows if row["damage"] is None])
+    fixed["in_use"] |= _newest_sure(
+        tx, session_id, [row["number"] for row in rows if row["damage"] is None and row["left_seq"] is None]
+    )
     return plan_retention(points, policy, **fixed)
 
 

@@ -245,7 +245,7 @@ def _checkpoint_problems(tx: Transaction, session_id: SessionId, events: Mapping
     moved = {
         event.data["checkpoint"]: event.data for event in events.values() if event.kind is Kind.CHECKPOINT_REPACKED
     }
-    for point in list_intact(tx, session_id):
+    for point in list_intact(tx, session_id, branches=True):
         event = events.get(point.committed_seq)
         told = {**(event.data if event else {}), **moved.get(point.checkpoint_id, {})}
         if event is None or point.seq >= point.committed_seq or told != commit_data(point):

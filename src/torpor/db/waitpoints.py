@@ -47,15 +47,17 @@ def create(
     data: Mapping[str, Any] | None = None,
     due_ns: int | None = None,
     text: str | None = None,
+    waitpoint_id: WaitpointId | None = None,
 ) -> Waitpoint:
     """Make a waitpoint, which nobody waits on yet. Commit it durably.
 
     Args:
+        waitpoint_id: the id by which a fork's memory knows it; None: a new one.
         due_ns: wall time at which it resolves by itself.
         text: the digest, in hex, of the block with what somebody wrote for it; `data` names it as `text`.
     """
     owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
-    waitpoint_id = new_waitpoint_id(wall_ns)
+    waitpoint_id = waitpoint_id or new_waitpoint_id(wall_ns)
     refs = () if text is None else (text,)
     kept = {**(data or {}), **({"text": refs[0]} if refs else {})}
     if not tx.run(

@@ -134,6 +134,11 @@ class Pumps:
         """Whether an answer is arriving from elsewhere, which ends if this node does: not one that a budget holds."""
         return bool(self._beginning) or any(isinstance(pump, Pump) and not pump.held for pump in self._pumps.values())
 
+    async def until_still(self) -> None:
+        """Wait until nothing is arriving from elsewhere."""
+        while self.fetching:
+            await self._ended.wait()
+
     async def room(self) -> None:
         """Wait until one more answer may be fetched: pumps outlive their streams, and hold their requests."""
         while self.full:

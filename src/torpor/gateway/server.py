@@ -230,6 +230,10 @@ class Gateway:
         """Whether an answer is on its way to this node, which is lost if the node goes."""
         return self._pumps.fetching
 
+    async def until_still(self) -> None:
+        """Wait until it is not."""
+        await self._pumps.until_still()
+
     def pending_redo(self) -> tuple[CallId, ...]:
         """Calls that the agent is expected to make again: a checkpoint keeps them."""
         return self._redo.pending

@@ -6,7 +6,7 @@ Nothing is delivered before the guest says that it is alive.
 import asyncio
 from dataclasses import dataclass
 
-from torpor.core.checkpoint import stream_fate
+from torpor.core.checkpoint import FORKED, stream_fate
 from torpor.core.clock import Clock
 from torpor.core.errors import InvalidInput
 from torpor.core.events import EventDraft, Kind
@@ -83,7 +83,7 @@ class Beginning:
                 wall_ns=wall_ns,
                 slept_ns=max(0, wall_ns - rung.checkpoint.wall_ns),
                 entropy=fresh_entropy(),
-                environment={},
+                environment=self.spec.changes if rung.checkpoint.reason == FORKED else {},
                 deadline_seconds=ALIVE_DEADLINE_SECONDS,
             )
 

@@ -7,9 +7,7 @@ costs no second call. A node that was superseded writes nothing more and leaves 
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum
 
@@ -29,6 +27,7 @@ from torpor.gateway.crossroads import Crossroads
 from torpor.gateway.server import Gateway
 from torpor.runtime.beginning import Beginning
 from torpor.runtime.checkpointing import Checkpointer
+from torpor.runtime.exits import describe_exit, exit_code
 from torpor.runtime.hibernation import Hibernation, Tier
 from torpor.runtime.image_cache import ImageCache
 from torpor.runtime.incarnation import Incarnation, Incarnations
@@ -151,6 +150,12 @@ class Owner:
         else:
             self._hibernation.call(None)
         return await self._stopped()
+
+    async def leave(self, deadline_seconds: float) -> None:
+        """Wait for the moment to leave the sandbox to another node: when no answer is arriving here, if it comes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_seconds):
+                await self._gateway.until_still()
 
     async def _stopped(self) -> bool:
         refused = self._stop_refused
@@ -482,17 +487,3 @@ async def _as(ending: Ending, waited: Awaitable[object]) -> Ending:
 def _end_tasks() -> None:
     """End the surrounding TaskGroup with everything in it."""
     raise _LifeOver
-
-
-def exit_code(wait_status: int) -> int:
-    """The exit status of the agent as a shell gives it: 128 + n for a signal."""
-    code = os.waitstatus_to_exitcode(wait_status)
-    return code if code >= 0 else 128 - code
-
-
-def describe_exit(wait_status: int) -> Mapping[str, object]:
-    """The agent's exit for its event."""
-    code = os.waitstatus_to_exitcode(wait_status)
-    if code >= 0:
-        return {"exit_status": code}
-    return {"exit_status": 128 - code, "signal": signal.Signals(-code).name}

@@ -15,6 +15,7 @@ from torpor.core.errors import Conflict, TorporError
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, SnapshotId, WaitpointId
 from torpor.core.money import Account
+from torpor.core.origin import Origin, Past, Plan
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import ENDED, SessionStatus
 from torpor.core.waitpoint import Waitpoint
@@ -22,16 +23,19 @@ from torpor.db import (
     budgets,
     calls,
     checkpoints,
+    copies,
     log,
     messages,
     outputs,
     questions,
+    rewinds,
     roots,
     sessions,
     sleeping,
     waitpoints,
 )
 from torpor.db.ahead import Ahead
+from torpor.db.copies import Answer, Joining
 from torpor.db.database import Database, Transaction
 
 
@@ -321,6 +325,24 @@ class Records:
         number = await self.database.write(work, durable=True)
         crash_point("message.received")
         return number
+
+    def take_answer(self, tx: Transaction, joining: Joining, answer: Answer) -> None:
+        """Give a fork's call its parent's answer."""
+        step: dict[str, Any] = {**self._fence, "call_id": joining.call_id, "joined": joining.parent_call}
+        copies.take_answer(tx, **step, answer=answer, wall_ns=self._clock.wall_ns())
+
+    async def past(self) -> Past:
+        """Where the session has been, by its rewinds."""
+        return await self.database.read(lambda tx: rewinds.past_of(tx, self.session_id))
+
+    async def rewind(self, origin: Origin, plan: Plan, *, wake_ns: int | None) -> Checkpoint:
+        """Take the session back, while no sandbox of it lives, and say when a node is to run it."""
+
+        def work(tx: Transaction) -> Checkpoint:
+            sleeping.set_wake(tx, **self._fence, wake_ns=wake_ns)
+            return rewinds.rewind(tx, **self._fence, origin=origin, plan=plan, wall_ns=self._clock.wall_ns())
+
+        return await self.database.write(work, durable=True)
 
     async def fail_diverged(self, incarnation: int, what: str, pending: Sequence[CallId]) -> None:
         """The agent left the log's path, and its session's policy is to fail: the event and the status, together."""

@@ -11,9 +11,8 @@ again under a new number.
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torpor.core.branch import Timeline
 from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on, restore_order
 from torpor.core.clock import Clock
@@ -115,8 +114,10 @@ class Ladder:
         started_at = self._clock.monotonic()
         checkpoints = await self._records.checkpoints()
         if self._boot:
-            checkpoints = [point for point in checkpoints if not point.has_memory]
+            checkpoints = [point for point in checkpoints if not point.has_memory] or _files_alone(checkpoints)
             self._boot = False
+        past = await self._records.past()
+        checkpoints = [past.point(point) for point in checkpoints]
         for checkpoint in restore_order(checkpoints, calls, self._gateway.pump_alive):
             session = await self._records.session()
             number = session.incarnation + 1
@@ -136,7 +137,7 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_recovery(calls.values(), checkpoint, Timeline())
+            redo = redo_set_after_recovery(past.calls(calls), checkpoint, past.timeline)
             return Rung(
                 life=life,
                 mode=mode,
@@ -155,3 +156,9 @@ class Ladder:
         data = {"mode": mode, "checkpoint": checkpoint.number if checkpoint else None, "reason": reason}
         draft = EventDraft(kind=Kind.RECOVERY_REJECTED, incarnation=number, data=data)
         await self._records.append(draft)
+
+
+def _files_alone(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The oldest checkpoint of a session that began with a memory, a fork or an import, without that memory."""
+    oldest = sorted(checkpoints, key=cut_order)[:1]
+    return [replace(point, has_memory=False, open_streams=()) for point in oldest]

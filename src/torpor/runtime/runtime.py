@@ -37,6 +37,7 @@ from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
 from torpor.runtime.holding import Ask, Holding
 from torpor.runtime.home import Home
 from torpor.runtime.image_cache import open_image_cache
+from torpor.runtime.joining import take_answers
 from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
@@ -196,6 +197,8 @@ class Runtime(Reader):
             with contextlib.suppress(MachineUnfit):  # A store that is down keeps what is left over for the next owner.
                 await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
+            if seen.parent is not None:
+                await take_answers(records, self.home, watcher.notice)
             yield make_owner(self, records, seen, store, runsc, watcher, attended=attended, let_go=let_go, boot=boot)
             await records.release()
         finally:
@@ -323,6 +326,16 @@ class Runtime(Reader):
             await records.release()
         finally:
             lock.release()
+
+    @contextlib.asynccontextmanager
+    async def freed(
+        self, session_id: SessionId, me: leasing.Holder, answers: leasing.HolderAnswers
+    ) -> AsyncGenerator[Records]:
+        """As `borrow`, with nothing left of the session's sandboxes."""
+        session = await self.session(session_id)
+        async with self.borrow(session_id, me, answers) as records:
+            await self._free(session)
+            yield records
 
     def holding(self, me: leasing.Holder, ask: Ask) -> Holding:
         """Sessions for a moment, for what waits for no node."""

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 RETRY_SECONDS_MAX = 300.0
+LEAVE_SECONDS = 60.0
+"""An answer that is torn is paid for twice."""
 SPARE_MEMORY_BYTES = 512 << 20
 """Left to the rest of the machine."""
 NEW_SESSION_BYTES = 256 << 20
@@ -101,7 +103,7 @@ class Scheduler:
         self._starts = asyncio.Semaphore(starts_max)
         self._wishes = self._looks = 0
         self._wished, self._looked, self._freed = Pulse(), Pulse(), Pulse()
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._idle_seconds_max = idle_seconds_max
         self._needed_at = clock.monotonic()
         self._how: dict[SessionId, Wish] = {}
@@ -147,12 +149,17 @@ class Scheduler:
                 self._looked.fire()
                 await self._until_next(now, wishes)
             for run in list(self.runs.values()):
-                group.create_task(self._retire(run))
+                group.create_task(self._leave(run) if self._leaving else self._retire(run))
 
     def stop(self) -> None:
         """Put every session to sleep, and end: those that ran go on with the next daemon."""
         self._stopping = True
         self.look()
+
+    def leave(self) -> None:
+        """End, and leave every sandbox as it is: the next daemon adopts it. An answer is waited for, not long."""
+        self._leaving = True
+        self.stop()
 
     def _may_begin(self, session_id: SessionId) -> bool:
         failure = self.failures.get(session_id)
@@ -228,6 +235,12 @@ class Scheduler:
     async def _retire(self, run: Run) -> None:
         """Put a session to sleep; one that can't be is left to the next daemon, with its sandbox."""
         if run.owner is not None and not await run.owner.retire() and run.task is not None:
+            run.task.cancel()
+
+    async def _leave(self, run: Run) -> None:
+        if run.owner is not None:
+            await run.owner.leave(LEAVE_SECONDS)
+        if run.task is not None:
             run.task.cancel()
 
     def _failed(self, session_id: SessionId, error: BaseException) -> None:

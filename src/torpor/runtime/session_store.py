@@ -7,7 +7,7 @@ look at the event log alone, and work without a master key.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -82,6 +82,17 @@ class SessionStore:
             lease=lease,
             shares=self._shares,
         )
+
+    def reseal(
+        self,
+        checkpoint: Checkpoint,
+        others: Sequence[tuple[SnapshotId, Key]],
+        *,
+        lease: Lease,
+        each: Callable[[int], None],
+    ) -> list[SnapshotRef]:
+        """Other sessions' own snapshots of what this one's checkpoint has: the same packs, and keys of their own."""
+        return self._store.reseal(self.ref(checkpoint), others, lease=lease, each=each)
 
     def share(self, ref: SnapshotRef) -> None:
         """Let the first snapshots of sessions that are like this one be compared with this snapshot, once committed."""

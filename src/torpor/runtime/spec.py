@@ -35,6 +35,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         workspace_source: the host directory that was copied, for people.
         on_divergence: what happens when a restored agent leaves the log's path.
         checkpoint_share_ppm: millionths of the wall time that checkpoints at turns may cost (core/pacing.py).
+        changes: of a fork, what is in `environment` and not in its parent's image: it is told when that is restored.
     """
 
     argv: tuple[str, ...]
@@ -45,6 +46,7 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     workspace_source: str
     on_divergence: OnDivergence = OnDivergence.CONTINUE
     checkpoint_share_ppm: int = SHARE_PPM
+    changes: dict[str, str] = {}
 
 
 def image_spec(image: RootImage) -> ImageSpec:

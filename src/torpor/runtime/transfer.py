@@ -208,6 +208,8 @@ _SESSION_FIELDS = (
     "budget_nanousd",
     "parent_id",
     "forked_at_seq",
+    "inbox_from",
+    "outbox_from",
 )
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "block": ("session_id", "digest", "codec", "size_bytes", "data", "blob"),
@@ -236,7 +238,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 
 _NOT_ALWAYS = frozenset(
-    {"due_ns", "budget_nanousd", "parent_id", "forked_at_seq", "reserved_nanousd", "cost_nanousd", _BLOB}
+    {
+        *("due_ns", "budget_nanousd", "parent_id", "forked_at_seq", "inbox_from", "outbox_from"),
+        *("reserved_nanousd", "cost_nanousd", _BLOB),
+    }
 )
 """Columns that an export from before they existed lacks: then they are null."""
 

@@ -96,12 +96,21 @@ def read_turn(tx: Transaction, session_id: SessionId, number: int) -> TurnConten
             f"cannot find turn {number} of session {session_id}: it has {len(made)}",
             hint="`torpor turns SESSION` lists them.",
         )
-    call = calls.load_call(tx, made[number - 1])
+    return read_call(tx, made[number - 1], number=number, turns=len(made))
+
+
+def read_call(tx: Transaction, call_id: CallId, *, number: int, turns: int) -> TurnContent:
+    """A model's call as the turn of that number.
+
+    Raises:
+        Damaged: as `read_turn`.
+    """
+    call = calls.load_call(tx, call_id)
     request = requests.read_request(tx, call.call_id)
     head, body, masked = read_response(tx, call)
     return TurnContent(
         number=number,
-        turns=len(made),
+        turns=turns,
         call=call,
         request_head=request.head,
         request=request.body,
@@ -126,7 +135,7 @@ def list_turns(tx: Transaction, session_id: SessionId) -> list[Turn]:
     events = log.events(tx, session_id)
     told = _told(events)
     starts = [call.intended_seq for call in found]
-    points = checkpoints.list_intact(tx, session_id)
+    points = checkpoints.list_intact(tx, session_id, branches=True)
     frozen = _by_turn(((point.seq, point.freeze_ns) for point in points), starts)
     down = _by_turn(_downtimes(events), starts)
     turns: list[Turn] = []

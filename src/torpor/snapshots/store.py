@@ -8,7 +8,7 @@ docs/snapshot-format.md.
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -203,6 +203,35 @@ class SnapshotStore:
             seconds=self._clock.monotonic() - started,
             parent_problem=problem or written.problem,
         )
+
+    def reseal(
+        self,
+        ref: SnapshotRef,
+        others: Sequence[tuple[SnapshotId, Key]],
+        *,
+        lease: Lease,
+        each: Callable[[int], None] = lambda _: None,
+    ) -> list[SnapshotRef]:
+        """Make other snapshots of the same packs, each of which opens with a key of its own; durable on return.
+
+        Args:
+            others: their ids and keys.
+            each: told how many are there by now.
+            lease: held from before the row was read that names `ref`, and until those of the others are committed.
+
+        Raises:
+            Damaged: as `read_manifest`.
+            MachineUnfit: no_space, storage_failed.
+            Conflict: snapshot_exists, lease_lost.
+        """
+        manifest = replace(self.read_manifest(ref), parent=ref.id)
+        made: list[SnapshotRef] = []
+        for snapshot_id, key in others:
+            lease.check()
+            data = self._publish(replace(manifest, snapshot_id=snapshot_id), key)
+            made.append(SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key))
+            each(len(made))
+        return made
 
     def share(self, ref: SnapshotRef, names: Sequence[str], origin: str) -> None:
         """Let first snapshots that share one of these names be compared with this one, where there is none yet.

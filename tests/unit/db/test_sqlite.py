@@ -16,7 +16,7 @@ from tests.unit.db.scene import NOW, Scene, new_scene
 
 from torpor.core.errors import Conflict, Damaged, InvalidInput, MachineUnfit
 from torpor.core.events import EventDraft, Kind
-from torpor.db import log, sessions, sqlite, verify
+from torpor.db import log, sessions, sqlite, verify, waitpoints
 from torpor.db.database import Database, Transaction, open_database
 from torpor.db.sqlite_errors import SYNC_FAILURES, translated
 from torpor.db.statements import statements
@@ -118,6 +118,29 @@ async def test_failed_migration_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(migrations, "_migrations", lambda schema: good)
     database = await open_at(tmp_path)
     await new_scene(database)
+    await database.close()
+
+
+async def test_waitpoints_of_an_older_database_are_still_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torpor.db import migrations
+
+    steps = migrations._migrations("sqlite")
+    before = [name for name, _ in steps].index("0010_forks")
+    monkeypatch.setattr(migrations, "_migrations", lambda schema: steps[:before])
+    await (await open_at(tmp_path)).close()
+    with closing(sqlite3.connect(tmp_path / "torpor.db", isolation_level=None)) as connection:
+        columns = "session_id, status, spec, owner_token, incarnation, head_seq, head_hash, cursor_seq, created_ns"
+        connection.execute(
+            f"INSERT INTO session ({columns}, updated_ns) VALUES ('s', 'asleep', '{{}}', 0, 0, 0, '', 0, 0, 0)"
+        )
+        columns = "waitpoint_id, session_id, kind, call_id, data, created_ns, due_ns"
+        connection.execute(f"INSERT INTO waitpoint ({columns}) VALUES ('wp_1', 's', 'ask', 'c', '{{}}', 3, 4)")
+    monkeypatch.setattr(migrations, "_migrations", lambda schema: steps)
+    database = await open_at(tmp_path)
+    [point] = await database.read(waitpoints.list_open)
+    assert (point.waitpoint_id, point.call_id, point.created_ns, point.due_ns) == ("wp_1", "c", 3, 4)
     await database.close()
 
 
