@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,10 +13,10 @@ from tests.unit.snapshots.making import IDS, KEY, World, contents, page, variant
 
 from torpor.core.errors import Damaged
 from torpor.core.ids import SnapshotId
-from torpor.snapshots import scatter
+from torpor.snapshots import manifest, scatter
 from torpor.snapshots.capture import capture
 from torpor.snapshots.layout import is_scattered
-from torpor.snapshots.manifest import Manifest, PagedFile, decode_extents
+from torpor.snapshots.manifest import Manifest, PagedFile, WholeFile, decode_extents
 from torpor.snapshots.pack import Base, PackBuilder, PackIndex, read_pack_index
 from torpor.snapshots.pages import PAGES_PER_FRAME
 from torpor.snapshots.repack import Repacker
@@ -351,3 +352,33 @@ def test_deltas_occur_in_what_the_collectors_tests_save() -> None:
         assert any(scene.store(scene.real).read_manifest(newest.ref).needs)
     finally:
         scene.close()
+
+
+class _BodyOfVersion2(msgspec.Struct, frozen=True, array_like=True):
+    """As it was written before there were deltas."""
+
+    parent: str | None
+    pins: dict[str, str]
+    page_packs: list[tuple[int, bytes]]
+    object_packs: list[tuple[int, bytes]]
+    files: list[PagedFile | WholeFile]
+    tree_root: bytes
+    tree_bytes: int
+
+
+def test_snapshot_of_version_2_restores_and_is_the_parent_of_deltas(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(*, needs: object, debt: object, **others: object) -> _BodyOfVersion2:
+        assert (needs, debt) == ([()], 0)
+        return _BodyOfVersion2(**others)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as before:
+        before.setattr(manifest, "VERSION", 2)
+        before.setattr(manifest, "_Body", body)
+        first = save(world, "a", [(number, 0) for number in range(600)])
+    assert world.backend.get(f"manifests/{first.id}")[8:10] == b"\2\0"
+    assert world.restored_image(first) == contents(world.image)
+    second = save(world, "b", [(number, number % 2) for number in range(600)], first, store=world.new_store())
+    assert second.stored_bytes < 300 * 4096 / 20
+    assert world.restored_image(second) == contents(world.image)
