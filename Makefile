@@ -41,6 +41,7 @@ bench-log: setup ## bytes per turn of a session of 1,000 turns, and the time to 
 	@$(PY) scripts/bench_log.py
 
 bench-store: setup ## the snapshot store beside raw runsc, zstd and restic, on 50 images of three agents
+	@scripts/install_packages restic zstd
 	@$(PY) scripts/bench_store.py
 
 bench-fork: setup ## a fork of ten in one command, beside copying the raw image ten times

@@ -96,6 +96,8 @@ def measure(runsc: Runsc, heap_mb: int, rounds: int, entries: list[str]) -> dict
                 "raw_restore_into_created_ms": statistics.median(created) * 1e3,
             }
     finally:
+        for kept in scratch.glob("raw-*"):
+            shutil.rmtree(kept.resolve(), ignore_errors=True)  # In memory.
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -153,6 +153,30 @@ def test_an_outage_fails_checkpoints_and_not_the_session(remote: Stage, direct: 
     check_nothing_left(remote)
 
 
+def test_what_waits_for_a_store_that_is_down_is_shown(remote: Stage, direct: Backend, proxy: FaultProxy) -> None:
+    """The store is away for longer than a turn, and back before a save gives up."""
+    config = remote.home / "config.toml"
+    config.write_text(config.read_text().replace("retry_seconds = 2", "retry_seconds = 600"))
+    node = remote.node(*RUN_AGENT)
+    log = remote.follow("one")
+    log.wait("checkpoint.committed", 2)
+    proxy.down()
+    before = log.count("call.completed")
+    log.wait("call.completed", before + 2)  # One turn at least was cut meanwhile: its image can go nowhere.
+    shown = json.loads(remote.torpor("show", "one", "--json").stdout)
+    assert shown["waiting_for_the_store"] >= 1
+    assert shown["in_memory_bytes"] > 0
+    committed = log.count("checkpoint.committed")
+    proxy.up()
+    log.wait("checkpoint.committed", committed + 1)
+    assert node.wait(300) == 0
+    log.close()
+    assert json.loads(remote.torpor("show", "one", "--json").stdout)["waiting_for_the_store"] == 0
+    assert [event for event in remote.events("one") if event["kind"] == "checkpoint.failed"] == []
+    check_every_checkpoint_is_whole(remote, direct)
+    check_nothing_left(remote)
+
+
 def test_a_session_whose_store_is_down_waits_for_it_and_is_not_lost(
     remote: Stage, direct: Backend, proxy: FaultProxy
 ) -> None:

@@ -18,6 +18,7 @@ from torpor.core.events import Kind
 from torpor.core.ids import CallId, SessionId, SnapshotId
 from torpor.core.pacing import EVERY_TURN_PPM, SHARE_PPM
 from torpor.runtime.staging import Staging
+from torpor.snapshots.condemned import delete_condemned, write_condemned
 from torpor.snapshots.scan import FRESH_NS
 
 
@@ -109,6 +110,29 @@ async def test_who_asked_is_told_when_the_newer_checkpoint_fails(scratch: Path) 
         point = await made.checkpointer.take_and_commit("manual")
         assert point is not None
         assert made.restored(point) == ("after", "after")
+
+
+async def test_a_commit_waits_for_a_collection_that_has_its_parents_packs_on_its_list(scratch: Path) -> None:
+    """The list is as a collector leaves it that began before the parent was committed, until it reads the row."""
+    async with stage(scratch) as made:
+        made.be("parent")
+        parent = await made.checkpointer.take_and_commit("manual")
+        assert parent is not None
+        packs = made.snapshots.pack_names(parent.snapshot_id, parent.manifest_digest)
+        write_condemned(made.backend, packs)
+        while not made.backend.condemned_read.locked():
+            await made.backend.condemned_read.acquire()
+        made.be("child")
+        committing = made.tasks.create_task(made.checkpointer.take_and_commit("manual"))
+        for _ in range(2):
+            await made.backend.condemned_read.acquire()
+        assert await asyncio.to_thread(lambda: made.backend.leases.wait(made.backend.leases.held(), 60)) == set()
+        delete_condemned(made.backend)
+        child = await committing
+        assert child is not None
+        assert made.restored(child) == ("child", "child")
+        assert await made.events(Kind.CHECKPOINT_FAILED) == []
+        assert made.snapshots.pack_names(child.snapshot_id, child.manifest_digest)
 
 
 async def test_the_last_checkpoint_of_a_life_waits_for_its_commit_and_the_agent_stands_still(scratch: Path) -> None:

@@ -4,12 +4,12 @@ import fcntl
 import secrets
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.integration.store_stage import StoreStage, generate
+from tests.memory import memory_directory
 from tests.seaweedfs import KEY, KEY_ID, SeaweedFS
 
 from torpor.core.crash import CRASH_POINTS
@@ -23,9 +23,8 @@ POINTS = [point for point in CRASH_POINTS if point.startswith(("retention.", "re
 @pytest.fixture(scope="module")
 def memory() -> Iterator[Path]:
     """A directory in memory: what is tested is not how fast a disk syncs."""
-    made = Path(tempfile.mkdtemp(prefix="collecting-", dir="/dev/shm"))
-    yield made
-    shutil.rmtree(made)
+    with memory_directory() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.integration.store_stage import StoreStage, generate
+from tests.memory import memory_directory
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[StoreStage]:
-    stage = StoreStage(Path(tempfile.mkdtemp(prefix="verifying-", dir="/dev/shm")) / "made")
-    generate(stage, {"one": 3, "other": 1})
-    yield stage
-    shutil.rmtree(stage.directory.parent)
+    with memory_directory("verifying-") as memory:
+        stage = StoreStage(memory / "made")
+        generate(stage, {"one": 3, "other": 1})
+        yield stage
 
 
 @pytest.fixture

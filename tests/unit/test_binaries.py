@@ -1,6 +1,8 @@
 """Programs that images are bound to: kept by their hashes, found by them; and what the processor can do."""
 
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -124,3 +126,17 @@ def test_features_are_what_programs_can_execute_on_every_processor(text: str, fe
 
 def test_this_machine_has_features() -> None:
     assert len(cpu_features().split()) > 5
+
+
+def test_what_a_killed_copier_left_is_swept_by_the_next_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    for name in ("runsc-0123456789abcdef.4711", "runsc-0123456789abcdef.living"):
+        (tools / name / "gvisor-bin").mkdir(parents=True)
+        (tools / name / "runsc").write_bytes(b"half of a program")
+    living = os.open(tools / "runsc-0123456789abcdef.living", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    kept = keep_runsc(program(tmp_path / "runsc", "one"), tools)
+    assert sorted(path.name for path in tools.iterdir()) == ["runsc-0123456789abcdef.living", kept.parent.name]
+    os.close(living)
+    keep_runsc(program(tmp_path / "runsc", "one"), tools)
+    assert [path.name for path in tools.iterdir()] == [kept.parent.name]

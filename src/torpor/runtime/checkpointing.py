@@ -34,7 +34,7 @@ from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, holds_barrier
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
-from torpor.core.errors import SandboxFailed, Superseded, TorporError
+from torpor.core.errors import Damaged, SandboxFailed, Superseded, TorporError
 from torpor.core.ids import CallId, SnapshotId, new_snapshot_id
 from torpor.core.pacing import Pace
 from torpor.core.pins import Pins
@@ -55,6 +55,8 @@ from torpor.snapshots.store import SavedSnapshot
 
 logger = logging.getLogger(__name__)
 
+_COLLECTION_PAUSES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 20)
+"""Seconds between the attempts at a commit that refers to what a collection has on its list."""
 FORGOTTEN_AT_ONCE = 10
 """Checkpoints are forgotten when there are so many to go: one event, and one look at the rows that stay, for all."""
 
@@ -341,8 +343,16 @@ class Checkpointer:
 
     async def _commit(self, number: int, cut: Cut) -> None:
         snapshot_id = cut.checkpoint.snapshot_id
-        async with self._store.lease() as lease:
-            await self._store_and_commit(number, cut, lease)
+        for pause in (*_COLLECTION_PAUSES, None):
+            try:
+                async with self._store.lease() as lease:
+                    await self._store_and_commit(number, cut, lease)
+                break
+            except Damaged as error:
+                if error.code != "snapshot_condemned" or pause is None:
+                    raise
+            # Without our lease the collection goes on, reads the row that keeps the pack, and strikes it off its list.
+            await asyncio.sleep(pause)
         await asyncio.to_thread(_remove, cut.clones)
         if self._queue.newest == number:
             await asyncio.to_thread(self._staging.discard_changes, snapshot_id)

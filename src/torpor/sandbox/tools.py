@@ -6,6 +6,7 @@ own signature check (package) holds. Whether a found runsc works on this kernel 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -146,14 +147,19 @@ def keep_runsc(runsc: Runsc, tools_directory: Path) -> Path:
         OSError: it can't be kept, mostly for want of space; nothing is left of the attempt.
     """
     target = tools_directory / kept_name(runsc.sha256) / "runsc"
+    _sweep_staged(tools_directory)
     if target.exists():
         return target
     helpers = runsc.path.parent / HELPERS
     tools_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
     _check_room([runsc.path, *helpers.rglob("*")], tools_directory)
-    staged = target.parent.with_name(f"{target.parent.name}.{os.getpid()}")
+    made = Path(tempfile.mkdtemp(prefix=".", dir=tools_directory))
+    staged = target.parent.with_name(f"{target.parent.name}{made.name}")
+    held = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        staged.mkdir(mode=0o755, exist_ok=True)
+        fcntl.flock(held, fcntl.LOCK_EX)  # For as long as this process lives: by this name it is never without.
+        made.chmod(0o755)
+        made.rename(staged)
         if helpers.is_dir():
             shutil.copytree(helpers, staged / HELPERS, dirs_exist_ok=True)
         shutil.copyfile(runsc.path, staged / "runsc")
@@ -165,7 +171,20 @@ def keep_runsc(runsc: Runsc, tools_directory: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        os.close(held)
     return target
+
+
+def _sweep_staged(tools_directory: Path) -> None:
+    """Remove what was being copied when its copier was killed: nobody holds its lock."""
+    for staged in tools_directory.glob("runsc-*.*"):
+        with contextlib.suppress(OSError):
+            held = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(staged)
+            finally:
+                os.close(held)
 
 
 def _check_room(files: Iterable[Path], directory: Path) -> None:

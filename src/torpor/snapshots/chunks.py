@@ -42,7 +42,10 @@ def write_content(descriptor: int, encoded: bytes, size: int, objects: Objects) 
     Raises:
         Damaged: snapshot_damaged.
     """
-    for chunk in chunks_of(encoded, size, objects):
+    chunks = list(chunks_of(encoded, size, objects))
+    if len(chunks) > 1:
+        objects.ahead(chunk.digest for chunk in chunks)
+    for chunk in chunks:
         write_sparsely(descriptor, read_chunk(chunk, objects), chunk.offset)
     os.ftruncate(descriptor, size)
 

@@ -5,7 +5,7 @@ Why it is needed, and read, is in docs/collecting.md.
 
 from collections.abc import Sequence
 
-from torpor.core.errors import MachineUnfit, NotFound
+from torpor.core.errors import Damaged, MachineUnfit, NotFound
 from torpor.snapshots.backend import Backend
 
 _KEY = "condemned/objects"
@@ -34,6 +34,15 @@ def write_condemned(backend: Backend, keys: Sequence[str]) -> None:
             keys = keys[: len(keys) // 2]
         else:
             return
+
+
+def is_condemned(key: str) -> Damaged:
+    """Why a save does not refer to a pack that is there."""
+    return Damaged(
+        "snapshot_condemned",
+        f"cannot refer to {key}: a collection that is under way has it on its list",
+        hint="What checkpoints need is taken off it before anything is deleted: then it can be referred to again.",
+    )
 
 
 def delete_condemned(backend: Backend) -> None:

@@ -1,7 +1,7 @@
 """Lays the pages of one image side by side again, in new packs: its restore then reads what a first snapshot's does.
 
-A long session's saves keep its image in up to twice the frames that it needs (pages.py): less would store far more at
-each step. Of an image that lies idle it is worth it, once.
+A long session's image is partly deltas, and lies in more frames than it fills (scatter.py): less would store far more
+at each step. Of an image that lies idle it is worth it, once.
 """
 
 from array import array
@@ -15,7 +15,7 @@ from torpor.snapshots.image import restore_paged
 from torpor.snapshots.manifest import Manifest, PagedFile, WholeFile, decode_extents, encode_extents
 from torpor.snapshots.pack import PackRef, read_pack_index
 from torpor.snapshots.page_packs import PagePacks
-from torpor.snapshots.pages import PAGES_PER_FRAME, Extent, extents_of, page_list_of
+from torpor.snapshots.pages import PAGES_PER_FRAME, Extent, count_pages, extents_of, page_list_of
 
 FRAMES_OVER_IDEAL = 1.1
 """Above this an image is scattered."""
@@ -26,8 +26,10 @@ Room = Callable[[int], AbstractContextManager[Path]]
 
 
 def is_scattered(manifest: Manifest) -> bool:
-    """Whether a restore decompresses more frames than the image's pages fill."""
+    """Whether a restore decompresses more frames than the image's pages fill; of packs that deltas need, all count."""
     frames: set[tuple[int, int]] = set()
+    for pack in {number for needs in manifest.needs for number in needs}:
+        frames.update((pack, frame) for frame in range(-(-count_pages(manifest.page_packs[pack]) // PAGES_PER_FRAME)))
     pages = 0
     for file in manifest.files:
         for extent in decode_extents(file.extents) if isinstance(file, PagedFile) else ():

@@ -32,7 +32,8 @@ from torpor.snapshots.cipher import (
 from torpor.snapshots.pack import PackRef, damaged, missing, pack_key, pack_u32, unpack_u32
 from torpor.snapshots.pages import Extent
 
-VERSION = 2
+VERSION = 3
+_READABLE = (2, VERSION)
 _MAGIC = b"TORPORMF"
 _HEAD = struct.Struct(f"<8sHHII{KEY_ID_BYTES}s{NONCE_BYTES}s")
 _NAME_BYTES = 32
@@ -79,6 +80,8 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     files: list[PagedFile | WholeFile]
     tree_root: bytes
     tree_bytes: int
+    needs: list[tuple[int, ...]] = []
+    debt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,12 @@ class ManifestHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
+    """Attributes:
+    page_packs: those of the image, and those that its deltas need.
+    needs: for each of `page_packs` the numbers of those that its deltas need.
+    debt: bytes that deltas cost since the image was last stored whole, more than they would have right after it.
+    """
+
     snapshot_id: SnapshotId
     parent: SnapshotId | None
     pins: dict[str, str]
@@ -114,6 +123,8 @@ class Manifest:
     files: tuple[PagedFile | WholeFile, ...]
     tree_root: bytes
     tree_bytes: int
+    needs: tuple[tuple[int, ...], ...] = ()
+    debt: int = 0
 
     @property
     def packs(self) -> tuple[PackRef, ...]:
@@ -139,6 +150,8 @@ def encode_manifest(manifest: Manifest, key: Key) -> bytes:
         files=list(manifest.files),
         tree_root=manifest.tree_root,
         tree_bytes=manifest.tree_bytes,
+        needs=list(manifest.needs),
+        debt=manifest.debt,
     )
     nonce, name = secrets.token_bytes(NONCE_BYTES), manifest.snapshot_id.encode()
     counts = len(name), len(manifest.page_packs), len(manifest.object_packs)
@@ -160,7 +173,7 @@ def decode_head(snapshot_id: SnapshotId, data: bytes) -> ManifestHead:
     if len(data) < _HEAD.size or not data.startswith(_MAGIC):
         raise damaged(where, "it is no manifest")
     _, version, name_bytes, page_packs, object_packs, key_id, nonce = _HEAD.unpack_from(data)
-    if version != VERSION:
+    if version not in _READABLE:
         raise _of_version(where, version)
     names_at = _HEAD.size + name_bytes
     size = names_at + _NAME_BYTES * (page_packs + object_packs)
@@ -213,6 +226,8 @@ def decode_manifest(snapshot_id: SnapshotId, data: bytes, key: Key) -> Manifest:
         files=tuple(body.files),
         tree_root=body.tree_root,
         tree_bytes=body.tree_bytes,
+        needs=tuple(body.needs),
+        debt=body.debt,
     )
 
 
@@ -259,7 +274,7 @@ def _refs(where: str, names: Sequence[bytes], rest: Sequence[tuple[int, bytes]])
 def _of_version(where: str, version: int) -> Damaged:
     return Damaged(
         "snapshot_version_unknown",
-        f"cannot read {where}: it has version {version} of the format, this Torpor reads version {VERSION}",
+        f"cannot read {where}: it has version {version} of the format, this Torpor reads up to version {VERSION}",
         hint="Nothing of version 1 was ever released; of a later one, install the Torpor that wrote it.",
     )
 

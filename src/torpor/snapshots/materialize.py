@@ -65,6 +65,14 @@ def materialize(
     return TreeIndex(root=node, cut_wall_ns=clock.wall_ns(), snapshot_id=snapshot_id)
 
 
+def entries_ahead(directory: bytes, objects: Objects) -> list[Entry]:
+    """A directory's entries, of which the contents are announced: they are read next, in this order."""
+    entries = decode_directory(objects.get(directory))
+    named = (entry.digest if entry.kind == DIRECTORY else entry.content[1:] for entry in entries)
+    objects.ahead(digest for digest in named if digest)
+    return entries
+
+
 class _Filling:
     def __init__(self, root: int, objects: Objects) -> None:
         owner = os.fstat(root)
@@ -76,7 +84,7 @@ class _Filling:
 
     def directory(self, descriptor: int, digest: bytes, meta: Meta, attributes: bytes, path: bytes) -> DirNode:
         children: dict[bytes, Node] = {}
-        for entry in decode_directory(self._objects.get(digest)):
+        for entry in entries_ahead(digest, self._objects):
             children[entry.name] = self._entry(descriptor, entry, path)
             if entry.link:
                 self._linked.append((children, entry.name))
@@ -184,7 +192,7 @@ class _Laying:
         self._report = report
 
     def directory(self, descriptor: int, digest: bytes, path: bytes, depth: int) -> None:
-        for entry in decode_directory(self._objects.get(digest)):
+        for entry in entries_ahead(digest, self._objects):
             name = path + entry.name
             try:
                 if entry.kind == DIRECTORY:

@@ -5,11 +5,13 @@ Owns what stands for a file's bytes in a directory or manifest. An object is sto
 is an object's id, which is a digest under the tenant's key (content_ids.py).
 """
 
+import contextlib
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Damaged
@@ -23,12 +25,17 @@ from torpor.snapshots.pack import (
     PackRef,
     damaged,
     read_object,
-    read_pack_index,
+    read_pack_indexes,
 )
 
 CHUNK_BYTES_MAX = FRAME_BYTES
 _LISTED_CHUNK = struct.Struct(f"<QI{OBJECT_ID_BYTES}s")
 _FRAMES_CACHED = 64
+# More than processors: a store on another machine is waited for.
+_THREADS, _FRAMES_AHEAD, _INDEXES_AT_ONCE = 8, 16, 16
+_FrameKey: TypeAlias = tuple[int, int]
+"""By the number of the pack and that of the frame in it."""
+
 _ALL_ZEROS, _ONE_OBJECT, _CHUNKS = range(3)
 
 
@@ -37,6 +44,10 @@ class Objects(Protocol):
 
     def get(self, digest: bytes) -> bytes:
         """Raises Damaged."""
+        ...
+
+    def ahead(self, digests: Iterable[bytes]) -> None:
+        """These will be asked for soon, in this order, before what was announced earlier."""
         ...
 
     def digest_of(self, data: bytes) -> bytes:
@@ -100,6 +111,8 @@ class ObjectReader:
 
     Indexes are read from the last pack backwards until what is asked for is found: an image's few objects are mostly in
     the snapshot's own pack, which is the last, and each index of a store far away is a request.
+
+    Used by one thread. Within `reading_ahead` frames that were announced are read by others meanwhile.
     """
 
     def __init__(self, backend: Backend, ids: ContentIds, packs: Sequence[PackIndex | PackRef]) -> None:
@@ -108,37 +121,86 @@ class ObjectReader:
         self._unread = list(enumerate(packs))
         self._packs: dict[int, PackIndex] = {}
         self._places: dict[bytes, int] = {}
-        self._frames: OrderedDict[tuple[int, int], dict[bytes, bytes]] = OrderedDict()
+        self._frames: OrderedDict[_FrameKey, dict[bytes, bytes]] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+        self._announced: deque[_FrameKey] = deque()
+        self._reading: dict[_FrameKey, Future[dict[bytes, bytes]]] = {}
+
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Generator[None]:
+        """Read what is announced on several threads, a bounded number of frames before they are asked for."""
+        self._threads = ThreadPoolExecutor(_THREADS)
+        try:
+            yield
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+            self._announced.clear()
+            self._reading.clear()
 
     def get(self, digest: bytes) -> bytes:
-        while digest not in self._places:
-            if not self._unread:
-                raise damaged(f"object {digest.hex()}", "no pack of the snapshot holds it")
-            self._read_index(*self._unread.pop())
-        place = self._places[digest]
-        pack, item = place >> 32, place & 0xFFFFFFFF
-        key = pack, self._packs[pack].frame_of(item)
+        if not self._find(digest):
+            raise damaged(f"object {digest.hex()}", "no pack of the snapshot holds it")
+        key = self._frame_of(digest)
         frame = self._frames.get(key)
         if frame is None:
-            frame = self._frames[key] = self._read_frame(*key)
-            if len(self._frames) > _FRAMES_CACHED:
-                self._frames.popitem(last=False)
+            reading = self._reading.pop(key, None)
+            frame = self._read_frame(key) if reading is None else reading.result()
+            self._keep(key, frame)
+            self._read_on()
         else:
             self._frames.move_to_end(key)
         return frame[digest]
 
+    def ahead(self, digests: Iterable[bytes]) -> None:
+        if self._threads is not None:
+            keys = dict.fromkeys(self._frame_of(digest) for digest in digests if self._find(digest))
+            self._announced.extendleft(reversed(keys))
+            self._read_on()
+
     def digest_of(self, data: bytes) -> bytes:
         return self._ids.of_object(data)
 
-    def _read_index(self, number: int, pack: PackIndex | PackRef) -> None:
-        found = pack if isinstance(pack, PackIndex) else read_pack_index(self._backend, pack)
-        self._packs[number] = found
-        for item in range(found.items):
-            self._places.setdefault(found.ids_of(item, 1), number << 32 | item)
+    def _keep(self, key: _FrameKey, frame: dict[bytes, bytes]) -> None:
+        self._frames[key] = frame
+        if len(self._frames) > _FRAMES_CACHED:
+            self._frames.popitem(last=False)
 
-    def _read_frame(self, pack_number: int, frame_number: int) -> dict[bytes, bytes]:
-        pack = self._packs[pack_number]
-        frame = pack.frames[frame_number]
+    def _read_on(self) -> None:
+        while len(self._reading) >= _FRAMES_AHEAD and (oldest := next(iter(self._reading.items())))[1].done():
+            # Nobody asked for it yet, and perhaps nobody will: a file may be as it is to be already.
+            del self._reading[oldest[0]]
+            if oldest[1].exception() is None:
+                self._keep(oldest[0], oldest[1].result())
+        while self._threads is not None and self._announced and len(self._reading) < _FRAMES_AHEAD:
+            key = self._announced.popleft()
+            if key not in self._frames and key not in self._reading:
+                self._reading[key] = self._threads.submit(self._read_frame, key)
+
+    def _find(self, digest: bytes) -> bool:
+        """Read indexes until it is known where this object is: first the last pack's, then several at a time."""
+        while digest not in self._places and self._unread:
+            count = _INDEXES_AT_ONCE if self._packs else 1
+            some, self._unread = self._unread[-count:], self._unread[:-count]
+            for (number, _), found in reversed(list(zip(some, self._read_indexes(some), strict=True))):
+                self._packs[number] = found
+                for item in range(found.items):
+                    self._places.setdefault(found.ids_of(item, 1), number << 32 | item)
+        return digest in self._places
+
+    def _read_indexes(self, packs: Sequence[tuple[int, PackIndex | PackRef]]) -> list[PackIndex]:
+        unread = [pack for _, pack in packs if isinstance(pack, PackRef)]
+        read = iter(read_pack_indexes(unread, self._backend))
+        return [next(read) if isinstance(pack, PackRef) else pack for _, pack in packs]
+
+    def _frame_of(self, digest: bytes) -> _FrameKey:
+        place = self._places[digest]
+        pack = place >> 32
+        return pack, self._packs[pack].frame_of(place & 0xFFFFFFFF)
+
+    def _read_frame(self, key: _FrameKey) -> dict[bytes, bytes]:
+        pack = self._packs[key[0]]
+        frame = pack.frames[key[1]]
         raw = pack.open_frame(frame, read_object(self._backend, pack.ref.key, frame.offset, frame.stored_bytes))
         return dict(pack.split(frame, raw))
 

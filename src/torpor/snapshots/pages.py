@@ -1,34 +1,32 @@
-"""Which 4 KiB pages of a memory image are new, and where each one of them is stored.
+"""Which 4 KiB pages of a memory image are new, where each one of them is stored, and against which page as a delta.
 
 Pure: bytes in, plan out. Pages are compared by content wherever they stand in the file, because images are
     packed and every page that is newly in use shifts those behind it. A place is one number: pack << 32 |
     item.
+
+A page's *base* is the page that it is stored as a delta of. Bases are no deltas themselves, so nothing is ever more
+than one frame away; a page that is none is its own base, for later versions of it.
 """
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torpor.core.errors import Damaged
 from torpor.snapshots.content_ids import PAGE_ID_BYTES
-from torpor.snapshots.pack import HEAD_BYTES_MIN, PackIndex, PackRef
+from torpor.snapshots.pack import HEAD_BYTES_MIN, PackIndex, PackRef, damaged
 
 # 1 MiB: a step's changed pages resemble each other, and frames of 256 KiB store a sixth more of them.
 PAGES_PER_FRAME = 256
 PAGES_PER_PACK = 8192
-# A restore decompresses whole frames, and survivors of old images lie in ever sparser ones: after 100 steps
-# of a 78 MB agent it would read six times the frames it needs. Above twice the least number of frames the
-# sparsest are emptied by storing their pages again, some at each save, which adds about a fifth to what long
-# sessions store.
-FRAMES_OVER_IDEAL_MAX = 2.0
-PAGES_MOVED_PER_SAVE_MAX = 512
+BASES_PER_PACK_MIN = 1024
+"""A pack that serves fewer pages of an image, or not a quarter of a small one, does not become a base of others."""
 # One call of the interpreter's own code over all pages of an image would hold up the node's other threads for as long
 # as it takes: 5 ms for 60,000 of them. Over so many it is a third of a millisecond.
 _SLICE = 4096
-_FRAMES_SLACK = (
-    8  # Emptied beyond the limit: the pages moved make new frames, and the next save shall find enough room.
-)
 
 
 class Extent(NamedTuple):
@@ -45,90 +43,178 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PageIndex:
-    """Every page of one stored image: `ids` is 16 bytes a page, `places` refer to `packs`."""
+    """Every page of one stored image.
+
+    Attributes:
+        packs: what places refer to: those of the pages, and of their bases.
+        ids: 16 bytes a page.
+        bases: of each page the place of its base.
+        needs: of each pack the numbers of the packs that its deltas need.
+        debt: see PageWriter.
+    """
 
     packs: tuple[PackRef, ...]
     ids: bytes
     places: "array[int]"
+    bases: "array[int]"
+    needs: tuple[tuple[int, ...], ...]
+    debt: int = 0
 
     @property
     def pages(self) -> int:
         return len(self.places)
 
-    def by_id(self, is_present: Sequence[bool]) -> dict[bytes, int]:
-        """Place of each page, without the packs that are no longer there."""
-        step = PAGE_ID_BYTES
-        ids = [self.ids[at : at + step] for at in range(0, len(self.ids), step)]
+    def readable(self, is_present: Sequence[bool]) -> list[bool]:
+        """Of which packs everything can be read, when some are no longer there."""
+        return [
+            is_present[pack] and all(is_present[needed] for needed in self.needs[pack])
+            for pack in range(len(self.packs))
+        ]
+
+    def by_id(self, is_readable: Sequence[bool]) -> dict[bytes, int]:
+        """Place of each page, without the packs that can't be read any more."""
+        ids = self.split_ids()
         known: dict[bytes, int] = {}
         for at in range(0, len(ids), _SLICE):
             pairs = zip(ids[at : at + _SLICE], self.places[at : at + _SLICE], strict=True)
-            known.update(pairs if all(is_present) else [pair for pair in pairs if is_present[pair[1] >> 32]])
+            known.update(pairs if all(is_readable) else [pair for pair in pairs if is_readable[pair[1] >> 32]])
         return known
+
+    def bases_of_deltas(self) -> dict[int, int]:
+        """The place of the base of each page that is a delta, by its own."""
+        bases: dict[int, int] = {}
+        for at in range(0, self.pages, _SLICE):
+            pairs = zip(self.places[at : at + _SLICE], self.bases[at : at + _SLICE], strict=True)
+            bases.update([pair for pair in pairs if pair[0] != pair[1]])
+        return bases
+
+    def split_ids(self) -> list[bytes]:
+        return [self.ids[at : at + PAGE_ID_BYTES] for at in range(0, len(self.ids), PAGE_ID_BYTES)]
 
 
 def count_pages(ref: PackRef) -> int:
-    """How many pages a page pack has, from the length of its head: an id for each, and eight bytes for each frame."""
+    """How many pages a pack without deltas has, from the length of its head: an id for each, and eight bytes for each
+    frame.
+    """
     return (ref.head_bytes - HEAD_BYTES_MIN) * PAGES_PER_FRAME // (PAGE_ID_BYTES * PAGES_PER_FRAME + 8)
 
 
-EMPTY_INDEX = PageIndex((), b"", array("Q"))
+EMPTY_INDEX = PageIndex((), b"", array("Q"), array("Q"), ())
 
 
 @dataclass(frozen=True, slots=True)
 class PagePlan:
-    """What to store: `new` are page numbers in the file; the k-th goes to item k % PAGES_PER_PACK of new pack
-    k // PAGES_PER_PACK, whose number is `first_pack` higher."""
+    """What to store.
+
+    Attributes:
+        new: page numbers in the file; those with a base come first.
+        bases: the places of the bases of the first ones of `new`; the others have none.
+        packs: first and end of the part of `new` that goes into each new pack.
+        first_pack: the number of the first one of these.
+    """
 
     ids: list[bytes]
     places: "array[int]"
     new: list[int]
+    bases: list[int]
+    packs: list[tuple[int, int]]
     first_pack: int
 
 
-def plan_pages(ids: list[bytes], known: dict[bytes, int], first_pack: int) -> PagePlan:
-    """Find each page's place; new pages are added to `known`, so that equal ones are stored once."""
+def plan_pages(
+    ids: list[bytes],
+    known: dict[bytes, int],
+    first_pack: int,
+    emptied: AbstractSet[int] = frozenset(),
+    versions: "Versions | None" = None,
+) -> PagePlan:
+    """Find each page's place; new pages are added to `known`, so that equal ones are stored once.
+
+    Args:
+        emptied: numbers of packs of which the pages are stored again.
+        versions: what the pages of the parent's image have for bases; without it there are no deltas.
+    """
+    places = places_of(ids, known)
+    for page, place in enumerate(places) if emptied else ():
+        if place is not None and place >> 32 in emptied:
+            places[page] = None
+            known.pop(ids[page], None)
+    missing = [page for page, place in enumerate(places) if place is None]
+    first: dict[bytes, int] = {}
+    for page in missing:
+        if ids[page] not in known:
+            first.setdefault(ids[page], page)
+    bases = versions.bases_of(ids, missing) if versions is not None else {}
+    based = [page for page in first.values() if page in bases]
+    new = based + [page for page in first.values() if page not in bases]
+    packs = list(_packs(len(based), len(new)))
+    for pack, (start, end) in enumerate(packs, first_pack):
+        known.update(zip([ids[page] for page in new[start:end]], range(pack << 32, (pack << 32) + end), strict=False))
+    for page in missing:
+        places[page] = known[ids[page]]
+    found = array("Q", [place for place in places if place is not None])
+    return PagePlan(ids, found, new, [bases[page] for page in based], packs, first_pack)
+
+
+def _packs(based: int, pages: int) -> Iterator[tuple[int, int]]:
+    """Many pages without a base get packs of their own: what has no deltas may hold the bases of later ones."""
+    ends = (based, pages) if based and pages - based >= BASES_PER_PACK_MIN else (pages,)
+    start = 0
+    for end in ends:
+        for at in range(start, end, PAGES_PER_PACK):
+            yield at, min(at + PAGES_PER_PACK, end)
+        start = end
+
+
+def places_of(ids: Sequence[bytes], known: dict[bytes, int]) -> list[int | None]:
     places: list[int | None] = []
     for at in range(0, len(ids), _SLICE):
         places += map(known.get, ids[at : at + _SLICE])
-    emptied = _frames_to_empty(places)
-    if emptied:
-        for page, place in enumerate(places):
-            if place is not None and place // PAGES_PER_FRAME in emptied:
-                places[page] = None
-                known.pop(ids[page], None)
-    new: list[int] = []
-    for page in _missing(places):
-        page_id = ids[page]
-        if page_id not in known:
-            pack, item = divmod(len(new), PAGES_PER_PACK)
-            known[page_id] = first_pack + pack << 32 | item
-            new.append(page)
-        places[page] = known[page_id]
-    return PagePlan(ids, array("Q", [place for place in places if place is not None]), new, first_pack)
+    return places
 
 
-def _missing(places: list[int | None]) -> list[int]:
-    return [page for page, place in enumerate(places) if place is None]
+def frame_of(place: int) -> int:
+    """A frame's number is a place without its low bits. In a pack with deltas and others it is about right."""
+    return place // PAGES_PER_FRAME
 
 
-def _frames_to_empty(places: list[int | None]) -> set[int]:
-    """The sparsest frames, once the image is spread over too many. A frame's number is a place without its
-    low bits.
+class Versions:
+    """Finds of which page of an earlier image a new page is probably a later version: the one in its place.
+
+    An image is packed, so a place is counted from the page before that both images have.
     """
-    kept = list({place for place in places if place is not None})
-    use = Counter[int]()
-    for at in range(0, len(kept), _SLICE):
-        use.update([place // PAGES_PER_FRAME for place in kept[at : at + _SLICE]])
-    excess = len(use) - int(FRAMES_OVER_IDEAL_MAX * (len(kept) / PAGES_PER_FRAME + 1))
-    emptied, budget = set[int](), PAGES_MOVED_PER_SAVE_MAX
-    if excess > 0:
-        sparsest = sorted((pages, frame) for frame, pages in use.items())
-        for pages, frame in sparsest[: excess + _FRAMES_SLACK]:
-            budget -= pages
-            if budget < 0:
-                break
-            emptied.add(frame)
-    return emptied
+
+    def __init__(
+        self, parent: PageIndex, holders: AbstractSet[int], afford: Callable[["Counter[int]"], AbstractSet[int]]
+    ) -> None:
+        """Args:
+        holders: numbers of the packs whose pages may be bases.
+        afford: says of which frames the bases are to be read, given how many pages each would serve.
+        """
+        self._bases = parent.bases
+        self._holders = holders
+        self._afford = afford
+        self._positions: dict[bytes, int] = {}
+        ids = parent.split_ids()
+        for at in range(0, len(ids), _SLICE):
+            self._positions.update(zip(ids[at : at + _SLICE], range(at, at + _SLICE), strict=False))
+
+    def bases_of(self, ids: Sequence[bytes], missing: Sequence[int]) -> dict[int, int]:
+        """The base of each page (by its number) that has one."""
+        bases: dict[int, int] = {}
+        at, last = 0, 0
+        for page in missing:
+            at += page - last
+            last = page
+            found = self._positions.get(ids[page])
+            if found is not None:
+                at = found  # It is stored again.
+            elif page and (before := self._positions.get(ids[page - 1])) is not None:
+                at = before + 1
+            if at < len(self._bases) and self._bases[at] >> 32 in self._holders:
+                bases[page] = self._bases[at]
+        afforded = self._afford(Counter(map(frame_of, bases.values())))
+        return {page: base for page, base in bases.items() if frame_of(base) in afforded}
 
 
 def extents_of(places: Iterable[int]) -> Iterator[Extent]:
@@ -151,10 +237,46 @@ def page_list_of(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> bytes
     return b"".join([ids[pack][size * first : size * (first + count)] for count, pack, first in extents])
 
 
-def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex]) -> PageIndex:
-    """Rebuild the index of a stored image from its extents and its packs' indexes."""
-    ids, places = bytearray(), array("Q")
+def index_of_extents(extents: Iterable[Extent], packs: Sequence[PackIndex], debt: int = 0) -> PageIndex:
+    """Rebuild the index of a stored image from its extents and its packs' indexes.
+
+    Raises:
+        Damaged: snapshot_damaged.
+    """
+    numbers = {pack.ref.name: number for number, pack in enumerate(packs)}
+    extents = list(extents)
+    held = {extent.pack for extent in extents}
+    all_bases = {number: bases_in(packs[number], number, numbers) for number in held}
+    ids, places, bases = bytearray(), array("Q"), array("Q")
     for extent in extents:
         ids += packs[extent.pack].ids_of(extent.first, extent.count)
         places.extend(range(extent.place, extent.place + extent.count))
-    return PageIndex(tuple(pack.ref for pack in packs), bytes(ids), places)
+        bases += all_bases[extent.pack][extent.first : extent.first + extent.count]
+    needs = tuple(tuple(base_numbers(pack, numbers)) if number in held else () for number, pack in enumerate(packs))
+    return PageIndex(tuple(pack.ref for pack in packs), bytes(ids), places, bases, needs, debt)
+
+
+def bases_in(pack: PackIndex, number: int, numbers: dict[bytes, int]) -> "array[int]":
+    """The place of the base of each page of a pack.
+
+    Raises:
+        Damaged: snapshot_damaged, a pack that it needs is not among `numbers` (by name).
+    """
+    bases = array("Q", range(number << 32, (number << 32) + pack.items))
+    needed = base_numbers(pack, numbers)
+    for frame in pack.frames:
+        if frame.is_delta:
+            found = [needed[base] << 32 | item for base, item in pack.bases_of(frame)]
+            bases[frame.first_item : frame.first_item + frame.items] = array("Q", found)
+    return bases
+
+
+def base_numbers(pack: PackIndex, numbers: dict[bytes, int]) -> list[int]:
+    """Raises Damaged: snapshot_damaged."""
+    if not numbers.keys() >= set(pack.base_packs):
+        raise _without_bases(pack)
+    return [numbers[name] for name in pack.base_packs]
+
+
+def _without_bases(pack: PackIndex) -> Damaged:
+    return damaged(pack.ref.key, "a pack that its deltas need is not one of the snapshot's")

@@ -36,8 +36,8 @@ from torpor.snapshots.page_packs import PagePacks
 from torpor.snapshots.pages import extents_of
 from torpor.snapshots.usage import DeadWeight, Usage
 
-_Files: TypeAlias = "tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...]]"
-"""An image's files, and the packs that their extents name."""
+_Files: TypeAlias = "tuple[tuple[PagedFile | WholeFile, ...], tuple[PackRef, ...], tuple[tuple[int, ...], ...]]"
+"""An image's files, the packs that it needs, and which of them need which for their deltas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +135,15 @@ class Repacker:
     def _rewrite(
         self, ref: SnapshotRef, manifest: Manifest, laid_out: "_Files", snapshot_id: SnapshotId, lease: Lease
     ) -> Repacked:
-        files, page_packs = laid_out
+        files, page_packs, needs = laid_out
         data = encode_manifest(
             replace(
                 manifest,
                 snapshot_id=snapshot_id,
                 files=files,
                 page_packs=page_packs,
+                needs=needs,
+                debt=manifest.debt if any(needs) else 0,
                 object_packs=tuple(self._renamed(manifest.object_packs)),
             ),
             ref.key,
@@ -168,7 +170,7 @@ class Repacker:
             return None
         packs = tuple(layout.finish())
         self.stored_bytes += layout.stored_bytes
-        return files, packs
+        return files, packs, ((),) * len(packs)
 
     def _move_objects(self, ref: PackRef) -> None:
         writer = ObjectWriter(self._backend, self._ids, {})
@@ -197,7 +199,11 @@ class Repacker:
             else file
             for file in manifest.files
         )
-        return files, tuple(packs)
+        needs: dict[int, tuple[int, ...]] = {}
+        for old, needed in zip(manifest.page_packs, manifest.needs, strict=False):
+            if needed and old in packs:  # Neither it nor what it needs was moved.
+                needs[packs[old]] = tuple(packs.setdefault(manifest.page_packs[at], len(packs)) for at in needed)
+        return files, tuple(packs), tuple(needs.get(number, ()) for number in range(len(packs)))
 
     def _move_extents(self, manifest: Manifest, file: PagedFile, packs: dict[PackRef, int]) -> bytes:
         places = array("Q")

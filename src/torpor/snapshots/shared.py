@@ -25,7 +25,7 @@ from torpor.snapshots.pack import PackRef
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex, extents_of
 
 PAGES_MAX = 65_536
-_VERSION = 2
+_VERSION = 3
 _MAGIC = b"TORPORSI"
 _HEAD = struct.Struct(f"<8sHH{NONCE_BYTES}s")
 _RAW_BYTES_MAX = 64 * 1024 * 1024
@@ -36,6 +36,8 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     object_packs: list[tuple[bytes, int, bytes]]
     ids: bytes
     extents: bytes
+    bases: bytes
+    needs: list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ class SharedIndexes:
             object_packs=[(ref.name, ref.head_bytes, ref.secret) for ref in shared.object_packs],
             ids=pages.ids,
             extents=encode_extents(extents_of(pages.places)),
+            bases=encode_extents(extents_of(pages.bases)),
+            needs=list(pages.needs),
         )
         nonce = secrets.token_bytes(NONCE_BYTES)
         head = _HEAD.pack(_MAGIC, _VERSION, len(origin), nonce) + origin.encode()
@@ -107,11 +111,16 @@ class SharedIndexes:
             body = msgspec.msgpack.decode(packed, type=_Body)
         except (struct.error, NotAuthentic, zstandard.ZstdError, msgspec.MsgspecError):
             return None
-        places = array("Q")
-        for extent in decode_extents(body.extents):
-            places.extend(range(extent.place, extent.place + extent.count))
-        pages = PageIndex(tuple(PackRef(*ref) for ref in body.page_packs), body.ids, places)
+        refs = tuple(PackRef(*ref) for ref in body.page_packs)
+        pages = PageIndex(refs, body.ids, _places(body.extents), _places(body.bases), tuple(body.needs))
         return Shared(pages=pages, object_packs=tuple(PackRef(*ref) for ref in body.object_packs))
+
+
+def _places(extents: bytes) -> "array[int]":
+    places = array("Q")
+    for extent in decode_extents(extents):
+        places.extend(range(extent.place, extent.place + extent.count))
+    return places
 
 
 def drop_shared(directory: Path, origin: str) -> None:
@@ -135,9 +144,14 @@ def _origins(directory: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _first_pages(pages: PageIndex) -> PageIndex:
-    """At most PAGES_MAX pages, and the packs that those are in."""
-    places = pages.places[:PAGES_MAX]
-    used = sorted({place >> 32 for place in places})
+    """At most PAGES_MAX pages, and the packs that those need."""
+    places, bases = pages.places[:PAGES_MAX], pages.bases[:PAGES_MAX]
+    held = {place >> 32 for place in places}
+    used = sorted(held.union(*(pages.needs[pack] for pack in held)))
     number = {pack: at for at, pack in enumerate(used)}
-    moved = array("Q", [number[place >> 32] << 32 | place & 0xFFFFFFFF for place in places])
-    return PageIndex(tuple(pages.packs[pack] for pack in used), pages.ids[: PAGE_ID_BYTES * len(places)], moved)
+    moved, moved_bases = (
+        array("Q", [number[place >> 32] << 32 | place & 0xFFFFFFFF for place in column]) for column in (places, bases)
+    )
+    needs = tuple(tuple(number[at] for at in pages.needs[pack]) if pack in held else () for pack in used)
+    refs = tuple(pages.packs[pack] for pack in used)
+    return PageIndex(refs, pages.ids[: PAGE_ID_BYTES * len(places)], moved, moved_bases, needs)

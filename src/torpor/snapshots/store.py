@@ -19,13 +19,14 @@ from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged, InvalidInput
 from torpor.core.ids import KeyId, SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
+from torpor.snapshots.bases import Bases
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
 from torpor.snapshots.cipher import Key
-from torpor.snapshots.condemned import read_condemned
+from torpor.snapshots.condemned import is_condemned, read_condemned
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
-from torpor.snapshots.image import PageWriter, page_index, read_pack_indexes, restore_paged, restore_whole
+from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
@@ -40,7 +41,7 @@ from torpor.snapshots.manifest import (
 from torpor.snapshots.materialize import ExportReport, export, materialize
 from torpor.snapshots.objects import Content, ObjectReader, ObjectWriter, places_of_objects
 from torpor.snapshots.owners import Signature
-from torpor.snapshots.pack import PackIndex, missing, read_pack_index
+from torpor.snapshots.pack import PackIndex, missing, read_pack_index, read_pack_indexes
 from torpor.snapshots.pages import EMPTY_INDEX, PageIndex
 from torpor.snapshots.shared import NOTHING_SHARED, Shared, SharedIndexes
 from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
@@ -108,6 +109,7 @@ class _Written:
     stored_bytes: int
     new_pages: int
     total_pages: int
+    problem: str
 
 
 _NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
@@ -133,6 +135,7 @@ class SnapshotStore:
         self._signature = signature
         self._shared = shared
         self._clock = clock or SystemClock()
+        self._bases = Bases(backend)
         self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -163,7 +166,8 @@ class SnapshotStore:
 
         Raises:
             MachineUnfit: no_space, storage_failed. The snapshot does not exist, earlier ones are untouched.
-            Damaged: the capture shares files with a parent that can't be read: capture without `previous`.
+            Damaged: the capture shares files with a parent that can't be read: capture without `previous`; or
+                `snapshot_condemned`, with one of which a collection may take the packs: try again when it has ended.
             Conflict: snapshot_exists, lease_lost.
         """
         started = self._clock.monotonic()
@@ -182,6 +186,8 @@ class SnapshotStore:
             files=written.files,
             tree_root=written.tree.digest,
             tree_bytes=written.tree.file_bytes,
+            needs=written.indexes.pages.needs,
+            debt=written.indexes.pages.debt,
         )
         lease.check()
         data = self._publish(manifest, key)
@@ -195,7 +201,7 @@ class SnapshotStore:
             total_pages=written.total_pages,
             tree=workspace.index(written.tree, snapshot_id),
             seconds=self._clock.monotonic() - started,
-            parent_problem=problem,
+            parent_problem=problem or written.problem,
         )
 
     def reseal(
@@ -283,7 +289,7 @@ class SnapshotStore:
             if any(destination.iterdir()):
                 raise InvalidInput("directory_not_empty", f"cannot restore image to {destination}: it is not empty")
         packs = read_pack_indexes(manifest.page_packs, self._backend)
-        objects = self._objects(manifest)
+        objects = self._objects(ref, manifest)
         for file in manifest.files:
             if isinstance(file, PagedFile):
                 restore_paged(file, packs, self._backend, destination)
@@ -298,23 +304,26 @@ class SnapshotStore:
             As `restore_image`.
         """
         manifest = self.read_manifest(ref)
-        objects = self._objects(manifest)
-        return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
+        objects = self._objects(ref, manifest)
+        with objects.reading_ahead():
+            return materialize(manifest.tree_root, destination, objects, snapshot_id=ref.id, clock=self._clock)
 
     def export_workspace(self, ref: SnapshotRef, destination: Path) -> ExportReport:
         """Lay the workspace over an existing directory; see `materialize.export`."""
         manifest = self.read_manifest(ref)
-        return export(manifest.tree_root, destination, self._objects(manifest))
+        objects = self._objects(ref, manifest)
+        with objects.reading_ahead():
+            return export(manifest.tree_root, destination, objects)
 
     def diff(self, before: SnapshotRef, after: SnapshotRef) -> list[Change]:
         """What changed in the workspace between two snapshots."""
         one, other = self.read_manifest(before), self.read_manifest(after)
-        return diff_trees(one.tree_root, other.tree_root, self._objects(one), self._objects(other))
+        return diff_trees(one.tree_root, other.tree_root, self._objects(before, one), self._objects(after, other))
 
     def diff_directory(self, ref: SnapshotRef, directory: Path) -> list[Change]:
         """What changed from a snapshot's workspace to what a directory holds now."""
         manifest = self.read_manifest(ref)
-        return diff_directory(manifest.tree_root, directory, self._objects(manifest))
+        return diff_directory(manifest.tree_root, directory, self._objects(ref, manifest))
 
     def verify(self, ref: SnapshotRef) -> list[str]:
         """Read everything that the snapshot needs; one sentence for each problem, naming the object."""
@@ -355,8 +364,10 @@ class SnapshotStore:
         try:
             indexes = self._recall(parent) or self._load_indexes(parent)
             packs = [pack.ref.key for pack in indexes.object_packs]
-            for key in [*(condemned & set(packs)), *self._backend.absent(packs)]:
+            for key in self._backend.absent(packs):
                 raise missing(key)
+            for key in condemned & set(packs):
+                raise is_condemned(key)
         except Damaged as error:
             self._forget(parent)
             if must_have:
@@ -377,7 +388,7 @@ class SnapshotStore:
         absent = condemned | self._backend.absent(ref.key for ref in known.packs)
         present = [ref.key not in absent for ref in known.packs]
         stored = places_of_objects((*before.object_packs, *shared_packs))
-        pages = PageWriter(self._backend, self._ids, known, present)
+        pages = PageWriter(self._backend, self._ids, known, present, self._bases, is_first=known is not before.pages)
         objects = ObjectWriter(self._backend, self._ids, stored)
         whole = _store_files(image_dir, paged_files, pages, objects)
         tree = store_tree(workspace, objects)
@@ -400,6 +411,7 @@ class SnapshotStore:
             stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes,
             new_pages=pages.new_pages,
             total_pages=pages.total_pages,
+            problem=pages.problem,
         )
 
     def _known(
@@ -434,11 +446,12 @@ class SnapshotStore:
 
     def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
         manifest = self.read_manifest(ref)
-        page_packs = [read_pack_index(self._backend, ref) for ref in manifest.page_packs]
+        indexes = read_pack_indexes(manifest.packs, self._backend)
+        pages = len(manifest.page_packs)
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
         return _Indexes(
-            pages=page_index(paged, page_packs),
-            object_packs=tuple(read_pack_index(self._backend, ref) for ref in manifest.object_packs),
+            pages=page_index(paged, indexes[:pages], manifest.debt),
+            object_packs=tuple(indexes[pages:]),
         )
 
     def _publish(self, manifest: Manifest, key: Key) -> bytes:
@@ -449,8 +462,10 @@ class SnapshotStore:
         crash_point("snapshot.manifest_written")
         return data
 
-    def _objects(self, manifest: Manifest) -> ObjectReader:
-        return ObjectReader(self._backend, self._ids, manifest.object_packs)
+    def _objects(self, ref: SnapshotRef, manifest: Manifest) -> ObjectReader:
+        known = self._recall(ref)
+        packs = manifest.object_packs if known is None else known.object_packs
+        return ObjectReader(self._backend, self._ids, packs)
 
     def _recall(self, ref: SnapshotRef) -> _Indexes | None:
         with self._lock:

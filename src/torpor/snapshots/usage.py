@@ -5,7 +5,7 @@ walked for one snapshot needs no second look for another.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torpor.snapshots.backend import Backend, Entry
@@ -63,6 +63,9 @@ class AllObjects:
                 self._frames.popitem(last=False)
         return self._frames[key][digest]
 
+    def ahead(self, digests: Iterable[bytes]) -> None:
+        """Each directory is read once, and next to nothing else is."""
+
     def digest_of(self, data: bytes) -> bytes:
         return self._ids.of_object(data)
 
@@ -75,6 +78,8 @@ class Usage:
         self.objects = AllObjects(backend, ids)
         self.pages: dict[bytes, bytearray] = {}
         """By a page pack's name: a byte for each page, 1 if it is needed."""
+        self.fixed: set[bytes] = set()
+        """Names of page packs that stay as they are: they hold deltas, or what deltas are compressed against."""
         self.needed: set[bytes] = set()
         """Ids of objects."""
         self._page_packs: dict[bytes, PackRef] = {}
@@ -90,6 +95,9 @@ class Usage:
             if pack.name not in self.pages:
                 self.pages[pack.name] = bytearray(count_pages(pack))
                 self._page_packs[pack.name] = pack
+        for pack, needs in zip(manifest.page_packs, manifest.needs, strict=False):
+            if needs:
+                self.fixed.update([pack.name, *(manifest.page_packs[number].name for number in needs)])
         for file in manifest.files:
             if isinstance(file, PagedFile):
                 self._add_pages(manifest, file)
@@ -103,7 +111,7 @@ class Usage:
         found: list[DeadWeight] = []
         for ref in (*self._page_packs.values(), *self._object_packs.values()):
             entry = entries.get(ref.key)
-            if entry is None:
+            if entry is None or ref.name in self.fixed:
                 continue
             holds_pages = ref.name in self._page_packs
             share = self._page_share(ref) if holds_pages else self._object_share(ref)

@@ -9,11 +9,12 @@ from hashlib import sha256
 
 from torpor.core.errors import Damaged, NotFound
 from torpor.snapshots.backend import Backend
+from torpor.snapshots.bases import Bases
 from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.manifest import Manifest, PagedFile, SnapshotRef, decode_extents, load_manifest, manifest_key
 from torpor.snapshots.objects import ObjectReader, Objects, chunks_of, read_chunk
-from torpor.snapshots.pack import PackIndex, PackRef, damaged, missing, read_pack_index
-from torpor.snapshots.pages import page_list_of
+from torpor.snapshots.pack import Frame, PackIndex, PackRef, damaged, missing, read_pack_index
+from torpor.snapshots.pages import base_numbers, page_list_of
 from torpor.snapshots.tree import DIRECTORY, FILE, decode_directory
 
 
@@ -26,6 +27,7 @@ class Verifier:
         self._read_data = read_data
         self._entries = {entry.key: entry for entry in backend.entries("packs/")}
         self._packs: dict[PackRef, PackIndex | Damaged] = {}
+        self._bases = Bases(backend)
         self.named: set[str] = set()
         """Keys of the manifests, and of all packs that these name."""
 
@@ -40,34 +42,49 @@ class Verifier:
         packs: dict[PackRef, PackIndex] = {}
         problems: list[str] = []
         for pack in dict.fromkeys(manifest.packs):
-            found = self._pack(pack)
+            found = self._pack(pack, manifest)
             if isinstance(found, Damaged):
                 problems.append(str(found))
             else:
                 packs[pack] = found
         if problems:
-            return problems
+            return list(dict.fromkeys(problems))
         problems = list(_problems_of_image(manifest, packs))
         if self._read_data:
             objects = ObjectReader(self._backend, self._ids, [packs[pack] for pack in manifest.object_packs])
             problems += _problems_of_contents(manifest, objects)
         return problems
 
-    def _pack(self, ref: PackRef) -> PackIndex | Damaged:
+    def _pack(self, ref: PackRef, manifest: Manifest) -> PackIndex | Damaged:
         if ref not in self._packs:
             try:
-                self._packs[ref] = self._look_at(ref)
+                self._packs[ref] = self._look_at(ref, manifest)
             except Damaged as error:
                 self._packs[ref] = error
         return self._packs[ref]
 
-    def _look_at(self, ref: PackRef) -> PackIndex:
+    def _look_at(self, ref: PackRef, manifest: Manifest) -> PackIndex:
         if self._read_data:
-            return _verified_pack(ref, self._backend, self._ids)
+            return self._look_at_data(ref, manifest)
         pack = read_pack_index(self._backend, ref)
         entry = self._entries.get(ref.key)
         if entry is not None and entry.stored_bytes != pack.stored_bytes:
             raise damaged(ref.key, f"it has {entry.stored_bytes} bytes, not {pack.stored_bytes}")
+        return pack
+
+    def _look_at_data(self, ref: PackRef, manifest: Manifest) -> PackIndex:
+        try:
+            data = self._backend.get(ref.key)
+        except NotFound as error:
+            raise missing(ref.key) from error
+        pack = PackIndex(ref, data[: ref.head_bytes])
+        numbers = {known.name: number for number, known in enumerate(manifest.page_packs)}
+
+        def base_of(frame: Frame) -> bytes:
+            needed = [manifest.page_packs[number] for number in base_numbers(pack, numbers)]
+            return self._bases.of_frame(pack, frame, needed)
+
+        pack.check(data, self._ids, base_of)
         return pack
 
 
@@ -90,18 +107,11 @@ def _problems_of_contents(manifest: Manifest, objects: Objects) -> Iterator[str]
     yield from _problems_of_tree(manifest.tree_root, objects, "workspace")
 
 
-def _verified_pack(ref: PackRef, backend: Backend, ids: ContentIds) -> PackIndex:
-    try:
-        data = backend.get(ref.key)
-    except NotFound as error:
-        raise missing(ref.key) from error
-    pack = PackIndex(ref, data[: ref.head_bytes])
-    pack.check(data, ids)
-    return pack
-
-
 def _verify_paged(file: PagedFile, packs: list[PackIndex]) -> None:
     extents = decode_extents(file.extents)
+    numbers = {pack.ref.name: number for number, pack in enumerate(packs)}
+    for number in {extent.pack for extent in extents}:
+        base_numbers(packs[number], numbers)
     if sha256(page_list_of(extents, packs)).digest() != file.page_list:
         raise damaged(f"image file {file.name}", "its extents do not give the pages that were saved")
 

@@ -1,7 +1,6 @@
 """A store with rows that keep its snapshots, and the work that goes on in it as tasks: saves, restores, collections."""
 
 import contextlib
-import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -9,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.unit.snapshots.making import IDS, KEY, contents, pages
+from tests.memory import memory_directory
+from tests.unit.snapshots.making import IDS, KEY, contents, variants
 from tests.unit.snapshots.stepping import SteppedBackend, Task
 
 from torpor.core.errors import Conflict
@@ -40,7 +40,8 @@ class Scene:
 
     def __init__(self) -> None:
         # In memory, where a sync costs nothing: what is tested here is order, and there are thousands of syncs.
-        self.root = Path(tempfile.mkdtemp(prefix="collecting-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self._open = contextlib.ExitStack()
+        self.root = self._open.enter_context(memory_directory())
         self.real = LocalDirectory(self.root / "store")
         self.rows: dict[SnapshotId, Row] = {}
         self.ever: list[SavedSnapshot] = []
@@ -49,7 +50,7 @@ class Scene:
         self._numbers = iter(range(10**6))
 
     def close(self) -> None:
-        shutil.rmtree(self.root)
+        self._open.close()
 
     def fresh(self, name: str) -> Path:
         path = self.root / f"{name}{next(self._numbers)}"
@@ -72,7 +73,9 @@ class Scene:
             knows: compare with this instead. Its row may be gone, and so may it: its index is still in memory.
         """
         number, image, workspace = next(self._numbers), self.fresh("image"), self.fresh("workspace")
-        (image / "pages.img").write_bytes(pages(range(first_page, first_page + length)))
+        # Every third page is another version of it than its parent's: a delta.
+        held = range(first_page, first_page + length)
+        (image / "pages.img").write_bytes(variants((page, 0 if page % 3 else number + 1) for page in held))
         (image / "kernel.img").write_bytes(b"state %d" % first_page)
         (workspace / "new").write_bytes(b"%d" % number)
         (workspace / "old").write_bytes(b"%d" % (first_page // 30))

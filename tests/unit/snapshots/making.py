@@ -45,6 +45,17 @@ def pages(numbers: Iterable[int]) -> bytes:
     return b"".join(page(number) for number in numbers)
 
 
+def variant(number: int, version: int) -> bytes:
+    """A later version of a page: a few of its bytes are others."""
+    whole, at = page(number), version * 32 % 4096
+    return whole[:at] + version.to_bytes(32, "big") + whole[at + 32 :] if version else whole
+
+
+def variants(pairs: Iterable[tuple[int, int]]) -> bytes:
+    """Pages by number and version."""
+    return b"".join(variant(*pair) for pair in pairs)
+
+
 class World:
     """A store, an image directory and a workspace below one directory."""
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterable
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,9 @@ class Kept:
 
     def get(self, digest: bytes) -> bytes:
         return self.objects[digest]
+
+    def ahead(self, digests: Iterable[bytes]) -> None:
+        pass
 
     def digest_of(self, data: bytes) -> bytes:
         return IDS.of_object(data)

@@ -102,7 +102,7 @@ def test_a_child_of_what_was_condemned_while_it_was_saved_is_stored_whole() -> N
     parent.finish()
     scene.run(scene.save("a", 2, length=2))
     child = scene.ever[-1]
-    assert "it is not in the store" in child.parent_problem
+    assert "a collection that is under way" in child.parent_problem
     assert child.new_pages == child.total_pages
     while not collector.done:
         collector.step()

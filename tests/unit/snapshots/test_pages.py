@@ -8,9 +8,6 @@ from tests.unit.snapshots.making import IDS, page, pages
 
 from torpor.snapshots.manifest import decode_extents, encode_extents
 from torpor.snapshots.pages import (
-    FRAMES_OVER_IDEAL_MAX,
-    PAGES_MOVED_PER_SAVE_MAX,
-    PAGES_PER_FRAME,
     PAGES_PER_PACK,
     Extent,
     extents_of,
@@ -55,21 +52,6 @@ def test_extents_never_run_over_the_end_of_a_pack() -> None:
     end = (3 << 32) + 0xFFFFFFFF
     assert list(extents_of([end - 1, end])) == [Extent(2, 3, 0xFFFFFFFE)]
     assert list(extents_of([5, 4 << 32])) == [Extent(1, 0, 5), Extent(1, 4, 0)]
-
-
-def test_image_spread_over_too_many_frames_is_gathered_step_by_step() -> None:
-    """One page in each of 2,000 frames: each save stores some of them again, and then no more."""
-    image = ids(range(2000))
-    places = [number * PAGES_PER_FRAME for number in range(2000)]
-    moved = []
-    for save in range(20):
-        plan = plan_pages(image, dict(zip(image, places, strict=True)), first_pack=1000 + save)
-        places = list(plan.places)
-        moved.append(len(plan.new))
-    frames = len({place // PAGES_PER_FRAME for place in places})
-    assert max(moved) <= PAGES_MOVED_PER_SAVE_MAX
-    assert frames <= FRAMES_OVER_IDEAL_MAX * (2000 / PAGES_PER_FRAME + 1) + 1
-    assert moved[-1] == 0
 
 
 def test_dense_image_is_left_where_it_is() -> None:
