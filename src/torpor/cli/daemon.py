@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from torpor.cli.lifecycle import JSON, SESSION, ask_running
-from torpor.cli.printer import human_age, human_bytes, notice, out, print_json, print_rows
+from torpor.cli.printer import err, human_age, human_bytes, notice, out, print_json, print_rows
 from torpor.core.errors import Conflict, SandboxFailed
 from torpor.core.session import SessionStatus
 from torpor.node import Node, open_node, socket_of
@@ -80,7 +80,8 @@ def down(
         async with open_node() as node:
             return await _end(node, leave=leave_running)
 
-    ended = asyncio.run(work())
+    with err.status("waiting for answers that are arriving, and putting sessions to sleep"):
+        ended = asyncio.run(work())
     if ended is None:
         notice("no node daemon runs")
     elif not json:

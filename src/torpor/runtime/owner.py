@@ -155,7 +155,7 @@ class Owner:
         return await self._stopped()
 
     async def leave(self, deadline_seconds: float) -> None:
-        """Wait for the moment to leave the sandbox to another node: when no answer is arriving here, if it comes."""
+        """Wait for the moment to end a life, or leave it to another node: when no answer is arriving, if it comes."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_seconds):
                 await self._gateway.idleness.until_still()

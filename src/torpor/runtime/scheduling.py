@@ -234,7 +234,10 @@ class Scheduler:
 
     async def _retire(self, run: Run) -> None:
         """Put a session to sleep; one that can't be is left to the next daemon, with its sandbox."""
-        if run.owner is not None and not await run.owner.retire() and run.task is not None:
+        if run.owner is None:
+            return
+        await run.owner.leave(LEAVE_SECONDS)
+        if not await run.owner.retire() and run.task is not None:
             run.task.cancel()
 
     async def _leave(self, run: Run) -> None:

@@ -45,6 +45,9 @@ class Session:
         await self.over.wait()
         await self._stage.set_wake(self._session_id, None)
 
+    async def leave(self, deadline_seconds: float) -> None:
+        assert deadline_seconds > 0
+
     async def retire(self) -> bool:
         if not self.stays:
             self.over.set()
