@@ -18,10 +18,18 @@ from torpor.core.ids import NodeId, SessionId
 from torpor.core.session import SessionStatus
 from torpor.db import sessions, sleeping
 from torpor.db.database import Database, open_database
+from torpor.runtime import scheduling
 from torpor.runtime.home import Home
 from torpor.runtime.leasing import Holder, acquire_free_lock
 from torpor.runtime.owner import Owner
-from torpor.runtime.scheduling import LOOK_SECONDS, RETRY_SECONDS, Scheduler, Wish
+from torpor.runtime.scheduling import (
+    LOOK_SECONDS,
+    NEW_SESSION_BYTES,
+    RETRY_SECONDS,
+    SPARE_MEMORY_BYTES,
+    Scheduler,
+    Wish,
+)
 from torpor.testing.clock import FakeClock
 
 YEAR = 365 * 24 * 3600
@@ -155,6 +163,41 @@ async def test_so_many_begin_at_a_time_and_the_next_when_one_lives(scratch: Path
         assert len(made.owned) == 2
         next(iter(made.owned.values())).begun.set()
         await made.until(lambda: len(made.owned) == 3)
+
+
+async def test_a_session_begins_only_with_memory_to_spare_beside_those_that_run(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first begins in any case, since nobody would make room for it; the next when one is over."""
+    monkeypatch.setattr(scheduling, "available_memory", lambda: SPARE_MEMORY_BYTES + NEW_SESSION_BYTES - 1)
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        for _ in range(3):
+            await made.session(sleeping.NOW)
+        made.scheduler.look()
+        for number in (1, 2, 3):
+            await made.until(lambda number=number: len(made.owned) == number)
+            await made.scheduler._database.read(lambda tx: None)
+            assert len(made.owned) == number
+            list(made.owned.values())[-1].over.set()
+
+
+async def test_what_sessions_will_need_that_begin_is_not_promised_twice(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for one, and it has not taken it yet."""
+    monkeypatch.setattr(scheduling, "available_memory", lambda: SPARE_MEMORY_BYTES + NEW_SESSION_BYTES)
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        made.begin_at_once = False
+        for _ in range(2):
+            await made.session(sleeping.NOW)
+        made.scheduler.look()
+        await made.until(lambda: len(made.owned) == 1)
+        await made.scheduler._database.read(lambda tx: None)
+        assert len(made.owned) == 1
+        first = next(iter(made.owned.values()))
+        first.begun.set()
+        first.over.set()
+        await made.until(lambda: len(made.owned) == 2)
 
 
 async def test_one_that_can_not_begin_is_told_and_tried_again_later_and_later(scratch: Path) -> None:
