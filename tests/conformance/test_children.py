@@ -91,6 +91,20 @@ async def test_a_parent_that_sleeps_is_due_when_its_child_has_ended(scene: Scene
     assert (before.wake_ns, after.wake_ns) == (sleeping.WHEN_RESOLVED, sleeping.NOW)
 
 
+async def test_a_parent_that_sleeps_is_due_when_its_child_is_forgotten(scene: Scene) -> None:
+    child_id, _ = await begin(scene)
+
+    def sleep(tx: Transaction) -> bool:
+        for status in (SessionStatus.RUNNING, SessionStatus.HIBERNATING):
+            sessions.set_status(tx, **scene.owner, status=status, wall_ns=NOW)
+        return sleeping.fall_asleep(tx, **scene.owner, cut_seq=10**9, at_latest=None, wall_ns=NOW)
+
+    assert await scene.write(sleep)
+    await scene.write(lambda tx: sessions.forget(tx, session_id=child_id, owner_token=0))
+    after = await seen(scene, lambda tx: sessions.get(tx, scene.session_id))
+    assert after.wake_ns == sleeping.NOW
+
+
 async def test_a_parent_does_not_fall_asleep_over_a_child_that_has_ended(scene: Scene) -> None:
     child_id, _ = await begin(scene)
     await end(scene, child_id, 0)

@@ -279,7 +279,8 @@ def test_every_test_that_the_claims_name_exists() -> None:
 
 
 def test_every_row_of_the_claims_names_a_test() -> None:
+    """But for what is said not to be here, with the reason."""
     rows = [
         line for line in page("docs/claims.md").splitlines() if line.startswith("| ") and "| shown by |" not in line
     ]
-    assert [row for row in rows if "::" not in row] == []
+    assert [row for row in rows if "::" not in row and "| not here: " not in row] == []

@@ -251,7 +251,7 @@ def set_status(
 
 
 def wake_parent(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
-    """A child has ended: have a node run the session that began it, if that sleeps until it is called."""
+    """A child has ended or goes: have a node run the session that began it, if that sleeps until it is called."""
     held_row(tx, session_id, owner_token)
     tx.run("child/wake_parent_fenced", session_id=session_id, owner_token=owner_token)
 
@@ -316,7 +316,11 @@ _ROWS_OF_A_SESSION = (
 
 
 def forget(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
-    """Delete the session with all its rows. Its snapshots are roots of the store, and the caller's to drop."""
+    """Delete the session with all its rows. Its snapshots are roots of the store, and the caller's to drop.
+
+    A parent that sleeps until it ends looks what became of it, while the row that binds them is there to find it by.
+    """
+    wake_parent(tx, session_id=session_id, owner_token=owner_token)
     for query in _ROWS_OF_A_SESSION:
         tx.run(query, session_id=session_id, owner_token=owner_token)
     if not tx.run("session/delete_fenced", session_id=session_id, owner_token=owner_token):

@@ -205,6 +205,8 @@ class Scheduler:
             if self._stopping:
                 return
             async with self._own(session_id, self._how.pop(session_id, Wish())) as owner, asyncio.TaskGroup() as tasks:
+                if self._stopping:
+                    return  # Who put the others to sleep did not see this one; the next daemon begins it.
                 run.owner = owner
                 tasks.create_task(self._settle(run, owner, place))
                 await owner.run()

@@ -18,10 +18,18 @@ from torpor.core.ids import NodeId, SessionId
 from torpor.core.session import SessionStatus
 from torpor.db import sessions, sleeping
 from torpor.db.database import Database, open_database
+from torpor.runtime import scheduling
 from torpor.runtime.home import Home
 from torpor.runtime.leasing import Holder, acquire_free_lock
 from torpor.runtime.owner import Owner
-from torpor.runtime.scheduling import LOOK_SECONDS, RETRY_SECONDS, Scheduler, Wish
+from torpor.runtime.scheduling import (
+    LOOK_SECONDS,
+    NEW_SESSION_BYTES,
+    RETRY_SECONDS,
+    SPARE_MEMORY_BYTES,
+    Scheduler,
+    Wish,
+)
 from torpor.testing.clock import FakeClock
 
 YEAR = 365 * 24 * 3600
@@ -37,9 +45,11 @@ class Session:
         self.begun = asyncio.Event()
         self.over = asyncio.Event()
         self.stays = False
+        self.ran = False
         self.tier = None
 
     async def run(self) -> None:
+        self.ran = True
         if self._stage.begin_at_once:
             self.begun.set()
         await self.over.wait()
@@ -61,6 +71,8 @@ class Stage:
         self.home = home
         self.database = database
         self.begin_at_once = True
+        self.may_own = asyncio.Event()
+        self.may_own.set()
         self.refuse: Exception | None = None
         self.wishes: list[Wish] = []
         self.owned: dict[SessionId, Session] = {}
@@ -74,6 +86,7 @@ class Stage:
         self.wishes.append(wish)
         if self.refuse is not None:
             raise self.refuse
+        await self.may_own.wait()
         self.owned[session_id] = Session(self, session_id)
         self.changed.set()
         yield cast("Owner", self.owned[session_id])
@@ -160,6 +173,68 @@ async def test_so_many_begin_at_a_time_and_the_next_when_one_lives(scratch: Path
         await made.until(lambda: len(made.owned) == 3)
 
 
+class Memory:
+    """What the machine has to spare, and how often somebody asked."""
+
+    def __init__(self, spare_bytes: int) -> None:
+        self.spare_bytes = spare_bytes
+        self.asked = 0
+
+    def __call__(self) -> int:
+        self.asked += 1
+        return self.spare_bytes
+
+
+async def test_a_session_begins_only_with_memory_to_spare_beside_those_that_run(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first begins in any case, since nobody would make room for it; the next when one is over."""
+    memory = Memory(SPARE_MEMORY_BYTES + NEW_SESSION_BYTES - 1)
+    monkeypatch.setattr(scheduling, "available_memory", memory)
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        for _ in range(3):
+            await made.session(sleeping.NOW)
+        made.scheduler.look()
+        await made.until(lambda: memory.asked >= 2)
+        for number in (1, 2):
+            assert len(made.owned) == number
+            list(made.owned.values())[-1].over.set()
+            await made.until(lambda number=number: len(made.owned) > number)
+        assert len(made.owned) == 3
+
+
+async def test_what_a_session_will_need_that_begins_is_not_promised_twice(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for one, and it has not taken it yet."""
+    memory = Memory(SPARE_MEMORY_BYTES + NEW_SESSION_BYTES)
+    monkeypatch.setattr(scheduling, "available_memory", memory)
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        made.begin_at_once = False
+        for _ in range(2):
+            await made.session(sleeping.NOW)
+        made.scheduler.look()
+        await made.until(lambda: memory.asked >= 1)
+        assert len(made.owned) == 1
+        made.begin_at_once = True
+        next(iter(made.owned.values())).begun.set()
+        await made.until(lambda: len(made.owned) == 2)
+
+
+async def test_who_is_being_acquired_when_it_stops_is_let_go_for_the_next(scratch: Path) -> None:
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        made.may_own.clear()
+        session = await made.session(sleeping.NOW)
+        made.scheduler.look()
+        await made.until(lambda: bool(made.wishes))
+        made.scheduler.stop()
+        made.may_own.set()
+    assert not made.owned[session].ran
+    due = await open_database(Home(scratch).database_url, clock=FakeClock(wall_ns=NOW))
+    assert [found.session_id for found in await due.read(lambda tx: sleeping.list_due(tx, NOW))] == [session]
+    await due.close()
+
+
 async def test_one_that_can_not_begin_is_told_and_tried_again_later_and_later(scratch: Path) -> None:
     clock = FakeClock(wall_ns=NOW)
     async with stage(scratch, clock) as made:
@@ -219,9 +294,14 @@ async def test_it_ends_by_itself_only_when_nothing_will_need_it(scratch: Path) -
         await made.scheduler._looked.wait()
         assert not made.scheduler._stopping
         await made.set_wake(sleeper, None)
-        clock.advance(61)
-        made.scheduler.look()
-        await made.until(lambda: made.scheduler._stopping)
+
+        def has_ended() -> bool:
+            """It may have read the row before it was changed, and the clock after."""
+            clock.advance(61)
+            made.scheduler.look()
+            return made.scheduler._stopping
+
+        await made.until(has_ended)
 
 
 async def test_who_ends_is_not_due_any_more(scratch: Path) -> None:
