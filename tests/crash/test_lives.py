@@ -136,7 +136,7 @@ def home(directory: Path, runsc: Path, chance: random.Random) -> Iterator[Stage]
 def test_no_kill_costs_a_life_an_answer_or_a_message(
     scratch: Path, runsc: Path, request: pytest.FixtureRequest
 ) -> None:
-    wanted = request.config.getoption("--crash-kills")
+    wanted = request.config.getoption("--crash-kills") // 2
     chance, kills = random.Random(request.config.getoption("--crash-seed")), 0
     while kills < wanted:
         with home(scratch / str(kills), runsc, chance) as made:

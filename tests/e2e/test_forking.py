@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.crash.witness import check_nothing_left
-from tests.stage import PATIENCE_SECONDS, ROOT, Stage, stage
+from tests.stage import PATIENCE_SECONDS, ROOT, SLOWER, Stage, stage
 
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(900)]
 
@@ -32,7 +32,7 @@ for turn in range(1, 4):
     drawn = {"urandom": os.urandom(8).hex(), "random": random.random(), "openssl": ssl.RAND_bytes(8).hex()}
     print(json.dumps({"turn": turn, "said": said, **drawn, "mine": mine.random()}), flush=True)
 """
-SLOW = ["--script", "plain", "--first-byte-seconds", "3"]
+SLOW = ["--script", "plain", "--first-byte-seconds", f"{3 * SLOWER:.1f}"]
 
 
 def snippet(language: str) -> str:
@@ -44,7 +44,7 @@ def snippet(language: str) -> str:
 
 @pytest.fixture
 def slow_model(scratch: Path, runsc: Path) -> Iterator[Stage]:
-    """A model that takes three seconds to begin its answer."""
+    """A model that takes three seconds to begin its answer, longer on a busy machine."""
     with stage(scratch, runsc, SLOW) as made:
         yield made
 
