@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.runsc, pytest.mark.timeout(600)]
 AGENT = Path(__file__).parent / "agents/browser_agent.py"
 PNG = "89504e470d0a1a0a"
 SLEPT_SECONDS = 8
-KEPT = (
+KEPT = [
     *("variable", "title", "input", "list", "session_storage", "local_storage", "history", "worker", "indexed_db"),
-)
+]
 """Where the page has its secret."""
 
 
