@@ -1,6 +1,6 @@
 """An agent with a real browser: it opens a page over DevTools, asks a person, and looks at the page again.
 
-browser_agent.py CHROMIUM. It knows nothing of Torpor but where to ask, and needs nothing but Python: DevTools is spoken
+browser_agent.py CHROMIUM [animated]. It knows nothing of Torpor but where to ask, and needs only Python: DevTools is spoken
 over a WebSocket by hand. The page is its own server's; what is changed in it is in the browser alone.
 """
 
@@ -37,6 +37,12 @@ PAGE = b"""<!doctype html><title>before</title><input id=name><ul id=list></ul>
     let kept; onmessage = ({data}) => { if (data === "tell") postMessage(kept); else kept = data; };
   `])));
 </script>"""
+ANIMATE = """
+requestAnimationFrame(function turn(time) {
+  document.querySelector("#list").style.marginLeft = `${time / 10 % 100}px`;
+  requestAnimationFrame(turn);
+});
+"""
 CHANGE = """
 globalThis.secret = crypto.randomUUID();
 document.title = secret;
@@ -180,6 +186,8 @@ def main() -> None:
         [page] = [target for target in json.load(answer) if target["url"] == address]
     tools = DevTools(page["webSocketDebuggerUrl"])
     secret = tools.evaluate(CHANGE)
+    if "animated" in sys.argv:
+        tools.evaluate(ANIMATE)
     before, ticks, running = tools.evaluate(LOOK), tools.evaluate(TICK), processes()
 
     with urllib.request.urlopen(ASK, b'{"question": "Submit?"}') as answer:
