@@ -1,7 +1,7 @@
 """An agent with a real browser: it opens a page over DevTools, asks a person, and looks at the page again.
 
-browser_agent.py CHROMIUM [animated]. It knows nothing of Torpor but where to ask, and needs only Python: DevTools is spoken
-over a WebSocket by hand. The page is its own server's; what is changed in it is in the browser alone.
+browser_agent.py CHROMIUM [animated]. It knows nothing of Torpor but where to ask, and needs only Python: it speaks
+DevTools over a WebSocket by hand. The page is its own server's; what is changed in it is in the browser alone.
 """
 
 import base64
