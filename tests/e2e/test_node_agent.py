@@ -58,7 +58,6 @@ def test_a_node_agent_finds_everything_as_it_was(quick: Stage) -> None:
     quick.torpor("resolve", "one", "yes")
     quick.torpor("wait", "one")
     found = said(quick, "one")
-    print(found)
     assert {name: found[name] for name in AS_IT_WAS} == AS_IT_WAS
     assert found["answer"] == "yes"
     assert min(found["passed"].values()) >= SLEPT_SECONDS * 1000

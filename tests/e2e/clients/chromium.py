@@ -1,4 +1,4 @@
-"""Chromium's headless shell from Debian's packages, unpacked below `.tools` when a test first needs it; nothing is installed.
+"""Chromium's headless shell from Debian's packages, unpacked below `.tools` when a test first needs it.
 
 Debian keeps one version at a time, so this one is not pinned. The list is of the libraries that a server lacks mostly.
 """

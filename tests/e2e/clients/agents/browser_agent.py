@@ -1,7 +1,7 @@
 """An agent with a real browser: it opens a page over DevTools, asks a person, and looks at the page again.
 
-browser_agent.py CHROMIUM. It knows nothing of Torpor but where to ask, and needs nothing but Python: DevTools is spoken
-over a WebSocket by hand. The page is its own server's. What a person types, draws and scrolls is in the browser alone.
+browser_agent.py CHROMIUM [animated]. It knows nothing of Torpor but where to ask, and needs only Python: it speaks
+DevTools over a WebSocket by hand. The page is its own server's; what is changed in it is in the browser alone.
 """
 
 import base64
@@ -14,7 +14,7 @@ import sys
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 ASK = "http://127.0.0.1:4100/torpor/v1/ask"
 FLAGS = (
@@ -25,7 +25,8 @@ FLAGS = (
     "--user-data-dir=/tmp/profile",
     "--remote-debugging-port=0",
 )
-PAGE = b"""<!doctype html><title>before</title><input id=name><ul id=list></ul><canvas id=canvas width=9 height=9></canvas>
+PAGE = b"""<!doctype html><title>before</title><input id=name><ul id=list></ul>
+<canvas id=canvas width=9 height=9></canvas>
 <script>
   let ticks = 0;
   setInterval(() => { ticks += 1; }, 1000);
@@ -36,6 +37,12 @@ PAGE = b"""<!doctype html><title>before</title><input id=name><ul id=list></ul><
     let kept; onmessage = ({data}) => { if (data === "tell") postMessage(kept); else kept = data; };
   `])));
 </script>"""
+ANIMATE = """
+requestAnimationFrame(function turn(time) {
+  document.querySelector("#list").style.marginLeft = `${time / 10 % 100}px`;
+  requestAnimationFrame(turn);
+});
+"""
 CHANGE = """
 globalThis.secret = crypto.randomUUID();
 document.title = secret;
@@ -81,7 +88,7 @@ class Page(BaseHTTPRequestHandler):
     """One page, and a stream of events that stays open and brings what `say` has."""
 
     protocol_version = "HTTP/1.1"
-    streams: list["Page"] = []
+    streams: ClassVar[list["Page"]] = []
     opened = threading.Semaphore(0)
     closing = threading.Event()
 
@@ -179,6 +186,8 @@ def main() -> None:
         [page] = [target for target in json.load(answer) if target["url"] == address]
     tools = DevTools(page["webSocketDebuggerUrl"])
     secret = tools.evaluate(CHANGE)
+    if "animated" in sys.argv:
+        tools.evaluate(ANIMATE)
     before, ticks, running = tools.evaluate(LOOK), tools.evaluate(TICK), processes()
 
     with urllib.request.urlopen(ASK, b'{"question": "Submit?"}') as answer:
