@@ -31,9 +31,12 @@ from tests.stage import Stage, stage  # noqa: E402
 from torpor import wire  # noqa: E402
 from torpor.config import torpor_home  # noqa: E402
 from torpor.core.clock import SystemClock  # noqa: E402
+from torpor.db import questions, waitpoints  # noqa: E402
+from torpor.db.database import Transaction  # noqa: E402
 from torpor.runtime.home import Home  # noqa: E402
 from torpor.runtime.image_cache import staging_directory  # noqa: E402
 from torpor.runtime.leasing import read_holder  # noqa: E402
+from torpor.runtime.reader import open_reader  # noqa: E402
 from torpor.sandbox.process import cpu_seconds_below  # noqa: E402
 from torpor.sandbox.tools import find_runsc  # noqa: E402
 
@@ -117,12 +120,19 @@ class Life:
 
     def question(self, after: int) -> tuple[str, int, int]:
         """The open waitpoint, with the number and the time of its question, once it is one after that number."""
-        while True:
-            for row in self.made.rows("waitpoints", "bench"):
-                number, asked_ns = json.loads(row["question"])
-                if number > after:
-                    return row["waitpoint"], number, asked_ns
-            time.sleep(0.02)
+        return asyncio.run(self._question(after))
+
+    async def _question(self, after: int) -> tuple[str, int, int]:
+        def asked(tx: Transaction) -> list[tuple[str, str]]:
+            return [(point.waitpoint_id, questions.question_of(tx, point).text) for point in waitpoints.list_open(tx)]
+
+        async with open_reader(self.made.environment, CLOCK) as reader:
+            while True:
+                for waitpoint, text in await reader.database.read(asked):
+                    number, asked_ns = json.loads(text)
+                    if number > after:
+                        return waitpoint, number, asked_ns
+                await asyncio.sleep(0.01)
 
     async def sleep(self) -> float:
         """Put it to sleep, and wait until it is in the tier; processor seconds that the node used for it."""
