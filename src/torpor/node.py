@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gc
 import hashlib
+import importlib
 import os
 import resource
 import signal
@@ -105,7 +106,6 @@ class Node:
         me = replace(self.holder, is_brief=False)
         acquired = self.runtime.own(session_id, me, wire.answers, watcher, attended=attended, let_go=let_go, boot=boot)
         async with acquired as owner:
-            spare_collections()
             self._owners[session_id] = owner
             try:
                 yield owner
@@ -186,9 +186,13 @@ def put_the_loop_first() -> None:
     """The event loop carries the agents' bytes; the threads beside it hash and pack for seconds.
 
     One that wants the interpreter gets it after half a millisecond, not after five. And what the imports left behind is
-    not looked through again at each collection, which takes 30 ms.
+    not looked through again at each collection, which takes 30 ms. That is done once, before any session is here: what
+    is dead by then, and what of a session were alive, would never be freed.
     """
+    importlib.import_module("torpor.runtime.owning")  # All that drives sessions.
+
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
     gc.freeze()
 
 
@@ -209,11 +213,6 @@ def _harden() -> None:
 
         pr_set_dumpable = 4
         ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
-
-
-def spare_collections() -> None:
-    """What was imported by now stays: a collection that walked it would stop every stream for some 20 ms."""
-    gc.freeze()
 
 
 @contextlib.asynccontextmanager
