@@ -87,11 +87,9 @@ def _verbs(runtime: Runtime, scheduler: Scheduler) -> dict[str, wire.Verb]:
     return {"status": status, "look": look, "start": start, "down": down}
 
 
-@contextlib.asynccontextmanager
-async def _own(node: Node, session_id: SessionId, wish: Wish) -> AsyncGenerator[Owner]:
+def _own(node: Node, session_id: SessionId, wish: Wish) -> contextlib.AbstractAsyncContextManager[Owner]:
     watcher = DaemonWatcher(session_id)
-    async with node.owning(session_id, watcher, attended=False, let_go=wish.let_go, boot=wish.boot) as owner:
-        yield owner
+    return node.owning(session_id, watcher, attended=False, let_go=wish.let_go, boot=wish.boot)
 
 
 @contextlib.asynccontextmanager

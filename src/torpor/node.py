@@ -118,10 +118,7 @@ class Node:
         Raises:
             As `wire.ask`.
         """
-        socket = socket_of(self.runtime.home.lock(session_id))
-        if socket is None:
-            return None
-        return await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, session=session_id, **arguments)
+        return await _ask(self.runtime.home.lock(session_id), verb, session=session_id, **arguments)
 
     async def ask_or_own(
         self,
@@ -145,10 +142,7 @@ class Node:
         Raises:
             As `wire.ask`.
         """
-        socket = socket_of(self.runtime.home.daemon_lock)
-        if socket is None:
-            return None
-        return await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, **arguments)
+        return await _ask(self.runtime.home.daemon_lock, verb, **arguments)
 
     async def create(self, request: Request) -> SessionId:
         session = await self.runtime.create(request, os.environ)
@@ -315,6 +309,12 @@ async def _hibernate(owner: "Owner") -> dict[str, Any]:
 async def _wake(owner: "Owner") -> dict[str, Any]:
     owner.wake()
     return {}
+
+
+async def _ask(lock: Path, verb: str, **arguments: object) -> dict[str, Any] | None:
+    """What the holder of a lock answers; None: nobody holds it who could."""
+    socket = socket_of(lock)
+    return None if socket is None else await wire.ask(socket, verb, deadline_seconds=ANSWER_SECONDS, **arguments)
 
 
 def socket_of(lock: Path) -> Path | None:

@@ -177,19 +177,13 @@ def _commit(
 ) -> Checkpoint:
     point, row = origin.checkpoint, sessions.get(tx, owner["session_id"])
     numbers = [one["number"] for one in tx.all("checkpoint/list_points", session_id=owner["session_id"])]
-    streams = tuple(
-        replace(stream, call_id=present[stream.call_id], attempt=1)
-        if stream.call_id is not None and stream.call_id in present
-        else stream
-        for stream in point.open_streams
-    )
     own = replace(
         point,
         checkpoint_id=new_checkpoint_id(wall_ns),
         number=max(numbers) + 1,
         seq=row.head_seq,
         cursor_seq=row.cursor_seq,
-        open_streams=streams,
+        open_streams=Past(replaced=present).point(point).open_streams,
         # A fork's image from before its first life is told the fork's environment whenever it is restored.
         reason=FORKED if point.reason == FORKED else REWOUND,
         freeze_ns=0,

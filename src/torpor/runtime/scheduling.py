@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
-from torpor.core.checkpoint import cut_order
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, NotFound, Superseded, TorporError, innermost
 from torpor.core.ids import SessionId
@@ -149,7 +148,7 @@ class Scheduler:
                 self._looked.fire()
                 await self._until_next(now, wishes)
             for run in list(self.runs.values()):
-                group.create_task(self._leave(run) if self._leaving else self._retire(run))
+                group.create_task(self._retire(run))
 
     def stop(self) -> None:
         """Put every session to sleep, and end: those that ran go on with the next daemon."""
@@ -221,8 +220,7 @@ class Scheduler:
 
     async def _wait_for_memory(self, session_id: SessionId, run: Run) -> None:
         """Until the machine has what the session will need, or nothing is left that could make room for it."""
-        points = await self._database.read(lambda tx: checkpoints.list_intact(tx, session_id))
-        newest = max(points, key=cut_order, default=None)
+        newest = await self._database.read(lambda tx: checkpoints.newest(tx, session_id))
         # The image is staged in memory, and what it holds is in the sandbox as well.
         needs = NEW_SESSION_BYTES if newest is None or not newest.raw_bytes else 2 * newest.raw_bytes
         while not self._stopping and any(other.needs_bytes or other.owner for other in self.runs.values()):
@@ -235,17 +233,12 @@ class Scheduler:
         run.needs_bytes = needs
 
     async def _retire(self, run: Run) -> None:
-        """Put a session to sleep; one that can't be is left to the next daemon, with its sandbox."""
+        """Put a session to sleep; one that can't be, or is to be left, is the next daemon's, with its sandbox."""
         if run.owner is None:
-            return
+            return  # Who acquires it finds that it is to stop.
         await run.owner.leave(LEAVE_SECONDS)
-        if not await run.owner.retire() and run.task is not None:
-            run.task.cancel()
-
-    async def _leave(self, run: Run) -> None:
-        if run.owner is not None:
-            await run.owner.leave(LEAVE_SECONDS)
-        if run.task is not None:
+        slept = not self._leaving and await run.owner.retire()
+        if not slept and run.task is not None:
             run.task.cancel()
 
     def _failed(self, session_id: SessionId, error: BaseException) -> None:

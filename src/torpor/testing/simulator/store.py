@@ -7,7 +7,6 @@ Every fact is a row, and the state is a fold over them, so that a power cut fold
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torpor.core.branch import Timeline
@@ -18,6 +17,7 @@ from torpor.core.events import Event, EventDraft, Kind, seal
 from torpor.core.ids import CallId, CheckpointId, NodeId, SessionId, SnapshotId
 from torpor.core.lease import Lease, check_owner_token
 from torpor.core.money import Account
+from torpor.core.origin import Past
 from torpor.core.redo import RedoEntry
 from torpor.core.session import ENDED, SessionStatus, check_transition
 from torpor.testing.simulator import kinds
@@ -319,20 +319,7 @@ class Database:
 
     def streams_at(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with calls that a later rewind asked anew standing for the ones that were open at its cut."""
-        if not self.replaced:
-            return checkpoint
-        streams = tuple(
-            replace(stream, call_id=self._present(stream.call_id), attempt=1)
-            if stream.call_id in self.replaced
-            else stream
-            for stream in checkpoint.open_streams
-        )
-        return replace(checkpoint, open_streams=streams)
-
-    def _present(self, call_id: CallId | None) -> CallId | None:
-        while call_id is not None and call_id in self.replaced:
-            call_id = self.replaced[call_id]
-        return call_id
+        return Past(replaced=self.replaced).point(checkpoint)
 
     def sealed(self) -> list[Event]:
         """The log with its hash chain; costly, so made only where it is checked."""
