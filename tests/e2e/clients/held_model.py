@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torpor.testing.model_connection import Connection
-from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Try, coding
+from torpor.testing.model_scripts import Answer, Conversation, Pace, Say, Script, Try, coding
 from torpor.testing.model_server import ModelServer
 from torpor.testing.model_witness import Witness
 
@@ -50,39 +50,59 @@ class HeldConnection(Connection):
             await Connection.pause(self, seconds)
 
 
-class HeldModel(ModelServer):
-    """A coding script of `turns` tool calls whose answer number `held_turn` (from 1) stands still half-way."""
+class ThreadedModel(ModelServer):
+    """The scripted model in a thread of the test's own process."""
 
-    def __init__(self, *, turns: int, held_turn: int, key: str, witness_path: Path) -> None:
-        super().__init__(script=self._say, witness=Witness(witness_path), key=key, host="127.0.0.1")
-        self.said: list[str] = []
-        """Text of every answer to a request that offered tools, in order."""
-        self._coding = coding(turns)
-        self._hold = Hold(tool_results=held_turn - 1)
+    def __init__(self, script: Script, *, key: str, witness_path: Path) -> None:
+        super().__init__(script=script, witness=Witness(witness_path), key=key, host="127.0.0.1")
         self._stop = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def release(self) -> None:
-        """Let the held answer go on; called by the test's thread."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._hold.released.set)
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-
-    def tries(self) -> list[dict[str, Any]]:
-        """Every sending of every request that the witness counted."""
-        return [one for request in self.witness.report()["requests"] for one in request["tries"]]
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._stop.set)
 
     async def serve(self, listening: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         with self.witness:
             async with asyncio.TaskGroup() as group:
                 await self.listen(group, 0, 0)
                 listening.set()
                 await self._stop.wait()
                 self.close()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Serve while the context lasts."""
+        listening = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self.serve(listening)))
+        thread.start()
+        try:
+            assert listening.wait(30), "the model does not listen"
+            yield
+        finally:
+            self.stop()
+            thread.join()
+
+
+class HeldModel(ThreadedModel):
+    """A coding script of `turns` tool calls whose answer number `held_turn` (from 1) stands still half-way."""
+
+    def __init__(self, *, turns: int, held_turn: int, key: str, witness_path: Path) -> None:
+        super().__init__(self._say, key=key, witness_path=witness_path)
+        self.said: list[str] = []
+        """Text of every answer to a request that offered tools, in order."""
+        self._coding = coding(turns)
+        self._hold = Hold(tool_results=held_turn - 1)
+
+    def release(self) -> None:
+        """Let the held answer go on; called by the test's thread."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._hold.released.set)
+
+    def tries(self) -> list[dict[str, Any]]:
+        """Every sending of every request that the witness counted."""
+        return [one for request in self.witness.report()["requests"] for one in request["tries"]]
 
     def _say(self, conversation: Conversation, this: Try) -> Answer:
         answer = self._coding(conversation, this)
@@ -101,12 +121,5 @@ class HeldModel(ModelServer):
 @contextmanager
 def held_model(*, turns: int, held_turn: int, key: str, witness_path: Path) -> Iterator[HeldModel]:
     model = HeldModel(turns=turns, held_turn=held_turn, key=key, witness_path=witness_path)
-    listening = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(model.serve(listening)))
-    thread.start()
-    try:
-        assert listening.wait(30), "the model does not listen"
+    with model.running():
         yield model
-    finally:
-        model.stop()
-        thread.join()

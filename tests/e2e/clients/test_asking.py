@@ -1,9 +1,7 @@
 """Claude Code asks a person over MCP, and is answered after a week of which nothing of it was left on the machine."""
 
-import asyncio
 import json
 import sqlite3
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +9,12 @@ from pathlib import Path
 import pytest
 from tests.crash.witness import check_nothing_left
 from tests.e2e.clients.claude_code import ENVIRONMENT, claude_code
+from tests.e2e.clients.held_model import ThreadedModel
 from tests.e2e.clients.npm import NotInstallable
 from tests.e2e.test_hibernation import gone
 from tests.stage import REAL_KEY, Stage, stage
 
 from torpor.testing.model_scripts import Answer, Conversation, Say, Try, UseTool
-from torpor.testing.model_server import ModelServer
-from torpor.testing.model_witness import Witness
 
 pytestmark = [pytest.mark.runsc, pytest.mark.npm, pytest.mark.timeout(600)]
 
@@ -35,41 +32,12 @@ def asking(conversation: Conversation, _this: Try) -> Answer:
     return Answer(parts=(Say(text=f"They said: {conversation.tool_results[-1]}"),))
 
 
-class AskingModel(ModelServer):
-    """The scripted model in a thread of the test's own process."""
-
-    def __init__(self, witness: Path) -> None:
-        super().__init__(script=asking, witness=Witness(witness), key=REAL_KEY, host="127.0.0.1")
-        self._stop = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def serve(self, listening: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
-        with self.witness:
-            async with asyncio.TaskGroup() as group:
-                await self.listen(group, 0, 0)
-                listening.set()
-                await self._stop.wait()
-                self.close()
-
-    def stop(self) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-
-
 @contextmanager
 def claude_stage(directory: Path, runsc: Path) -> Iterator[Stage]:
-    model, listening = AskingModel(directory / "witness.jsonl"), threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(model.serve(listening)))
-    thread.start()
-    try:
-        assert listening.wait(30)
-        with stage(directory, runsc) as made:
-            made.environment["ANTHROPIC_BASE_URL"] = model.url
-            yield made
-    finally:
-        model.stop()
-        thread.join()
+    model = ThreadedModel(asking, key=REAL_KEY, witness_path=directory / "witness.jsonl")
+    with model.running(), stage(directory, runsc) as made:
+        made.environment["ANTHROPIC_BASE_URL"] = model.url
+        yield made
 
 
 def let_pass(made: Stage, passed_ns: int, last: int) -> None:
