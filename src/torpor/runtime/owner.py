@@ -264,8 +264,7 @@ class Owner:
     async def _lives(self) -> Outcome:
         await self._memory.check_enough()
         await self._gateway.recover()
-        calls = await self.records.calls()
-        rung = await self._ladder.adopt(calls)
+        rung = await self._ladder.adopt(await self.records.calls())
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
         is_new = (await self.records.session()).status is SessionStatus.CREATED
         reason, losses, progress = "started" if is_new else "resumed", 0, -1

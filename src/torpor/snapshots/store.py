@@ -6,8 +6,6 @@ docs/snapshot-format.md.
 """
 
 import contextlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,7 @@ from pathlib import Path
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict, Damaged, InvalidInput
-from torpor.core.ids import KeyId, SnapshotId
+from torpor.core.ids import SnapshotId
 from torpor.snapshots.backend import Backend, storage_errors
 from torpor.snapshots.bases import Bases
 from torpor.snapshots.capture import TreeCapture, store_file_at, store_tree
@@ -27,6 +25,7 @@ from torpor.snapshots.content_ids import ContentIds
 from torpor.snapshots.diff import Change, diff_directory, diff_trees
 from torpor.snapshots.fold import fold_packs
 from torpor.snapshots.image import PageWriter, page_index, restore_paged, restore_whole
+from torpor.snapshots.index_cache import IndexCache, Indexes
 from torpor.snapshots.lease import Lease
 from torpor.snapshots.manifest import (
     Manifest,
@@ -48,7 +47,6 @@ from torpor.snapshots.tree import DirNode, TreeIndex, objects_below
 from torpor.snapshots.verify import Verifier
 
 PAGED_FILES = frozenset({"pages.img"})
-_CACHED_ITEMS_MAX = 2_000_000
 # A pack that another session made is not kept alive, and readable, for less than this.
 _SHARED_BYTES_MIN = 65_536
 
@@ -88,22 +86,10 @@ class SavedSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Indexes:
-    """What a save needs to know of its parent."""
-
-    pages: PageIndex
-    object_packs: tuple[PackIndex, ...]
-
-    @property
-    def items(self) -> int:
-        return self.pages.pages + sum(pack.items for pack in self.object_packs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
     """What a save has put into packs, for its manifest."""
 
-    indexes: _Indexes
+    indexes: Indexes
     files: tuple[PagedFile | WholeFile, ...]
     tree: DirNode
     stored_bytes: int
@@ -112,7 +98,7 @@ class _Written:
     problem: str
 
 
-_NO_INDEXES = _Indexes(pages=EMPTY_INDEX, object_packs=())
+_NO_INDEXES = Indexes(pages=EMPTY_INDEX, object_packs=())
 
 
 class SnapshotStore:
@@ -136,8 +122,7 @@ class SnapshotStore:
         self._shared = shared
         self._clock = clock or SystemClock()
         self._bases = Bases(backend)
-        self._cache: OrderedDict[tuple[SnapshotId, KeyId], _Indexes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache = IndexCache()
 
     def save(
         self,
@@ -192,7 +177,7 @@ class SnapshotStore:
         lease.check()
         data = self._publish(manifest, key)
         ref = SnapshotRef(id=snapshot_id, manifest_digest=sha256(data).hexdigest(), key=key)
-        self._remember(ref, written.indexes)
+        self._cache.remember(ref, written.indexes, manifest.parent)
         return SavedSnapshot(
             ref=ref,
             raw_bytes=manifest.raw_bytes,
@@ -243,7 +228,7 @@ class SnapshotStore:
         free = [name for name in names if not self._is_shared(name)]
         if self._shared is None or not free:
             return
-        indexes = self._recall(ref) or self._load_indexes(ref)
+        indexes = self._cache.recall(ref) or self._load_indexes(ref)
         shared = Shared(pages=indexes.pages, object_packs=tuple(pack.ref for pack in indexes.object_packs))
         for name in free:
             self._shared.write(name, origin, shared)
@@ -340,7 +325,7 @@ class SnapshotStore:
         condemned: AbstractSet[str],
         workspace: TreeCapture,
         snapshot_id: SnapshotId,
-    ) -> tuple[_Indexes, str]:
+    ) -> tuple[Indexes, str]:
         """The parent's; and what a capture left out as unchanged is where it was compared with."""
         based_on = workspace.based_on.snapshot_id if workspace.based_on is not None else None
         of_parent = parent is not None and based_on == parent.id
@@ -358,18 +343,18 @@ class SnapshotStore:
 
     def _indexes_of_parent(
         self, parent: SnapshotRef | None, condemned: AbstractSet[str], *, must_have: bool
-    ) -> tuple[_Indexes, str]:
+    ) -> tuple[Indexes, str]:
         if parent is None:
             return _NO_INDEXES, ""
         try:
-            indexes = self._recall(parent) or self._load_indexes(parent)
+            indexes = self._cache.recall(parent) or self._load_indexes(parent)
             packs = [pack.ref.key for pack in indexes.object_packs]
             for key in self._backend.absent(packs):
                 raise missing(key)
             for key in condemned & set(packs):
                 raise is_condemned(key)
         except Damaged as error:
-            self._forget(parent)
+            self._cache.forget(parent)
             if must_have:
                 raise
             return _NO_INDEXES, str(error)
@@ -380,7 +365,7 @@ class SnapshotStore:
         image_dir: Path,
         paged_files: AbstractSet[str],
         workspace: TreeCapture,
-        before: _Indexes,
+        before: Indexes,
         shares: Sequence[str],
         condemned: AbstractSet[str],
     ) -> _Written:
@@ -405,7 +390,7 @@ class SnapshotStore:
             self._backend, self._ids, (*before.object_packs, *shared_packs, *objects.packs), needed
         )
         return _Written(
-            indexes=_Indexes(pages=index, object_packs=object_packs),
+            indexes=Indexes(pages=index, object_packs=object_packs),
             files=tuple(sorted([*paged, *whole], key=lambda file: file.name)),
             tree=tree,
             stored_bytes=pages.stored_bytes + objects.stored_bytes + folded_bytes,
@@ -415,7 +400,7 @@ class SnapshotStore:
         )
 
     def _known(
-        self, before: _Indexes, shares: Sequence[str], condemned: AbstractSet[str]
+        self, before: Indexes, shares: Sequence[str], condemned: AbstractSet[str]
     ) -> tuple[PageIndex, list[PackIndex]]:
         """The pages that a save may refer to, and shared object packs that can be read."""
         if before.pages.pages or self._shared is None:
@@ -444,12 +429,12 @@ class SnapshotStore:
                 writer.put(reader.get(digest))
         return worth
 
-    def _load_indexes(self, ref: SnapshotRef) -> _Indexes:
+    def _load_indexes(self, ref: SnapshotRef) -> Indexes:
         manifest = self.read_manifest(ref)
         indexes = read_pack_indexes(manifest.packs, self._backend)
         pages = len(manifest.page_packs)
         paged = [file for file in manifest.files if isinstance(file, PagedFile)]
-        return _Indexes(
+        return Indexes(
             pages=page_index(paged, indexes[:pages], manifest.debt),
             object_packs=tuple(indexes[pages:]),
         )
@@ -463,24 +448,9 @@ class SnapshotStore:
         return data
 
     def _objects(self, ref: SnapshotRef, manifest: Manifest) -> ObjectReader:
-        known = self._recall(ref)
+        known = self._cache.recall(ref)
         packs = manifest.object_packs if known is None else known.object_packs
         return ObjectReader(self._backend, self._ids, packs)
-
-    def _recall(self, ref: SnapshotRef) -> _Indexes | None:
-        with self._lock:
-            return self._cache.get((ref.id, ref.key.id))
-
-    def _remember(self, ref: SnapshotRef, indexes: _Indexes) -> None:
-        """Keep the newest indexes, up to a total number of items (24 bytes a page, about 40 an object)."""
-        with self._lock:
-            self._cache[ref.id, ref.key.id] = indexes
-            while len(self._cache) > 1 and sum(known.items for known in self._cache.values()) > _CACHED_ITEMS_MAX:
-                self._cache.popitem(last=False)
-
-    def _forget(self, ref: SnapshotRef) -> None:
-        with self._lock:
-            self._cache.pop((ref.id, ref.key.id), None)
 
 
 def _store_files(

@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torpor.snapshots.backend import LocalDirectory
 from torpor.snapshots.capture import capture
 from torpor.snapshots.collect import Collector, Root
 from torpor.snapshots.condemned import read_condemned
+from torpor.snapshots.index_cache import IndexCache
 from torpor.snapshots.manifest import load_head, manifest_key
 from torpor.snapshots.repack import Repacker
 from torpor.snapshots.store import SavedSnapshot, SnapshotStore
@@ -46,7 +46,7 @@ class Scene:
         self.rows: dict[SnapshotId, Row] = {}
         self.ever: list[SavedSnapshot] = []
         self.repacked = 0
-        self._indexes: OrderedDict[Any, Any] = OrderedDict()
+        self._indexes = IndexCache()
         self._numbers = iter(range(10**6))
 
     def close(self) -> None:

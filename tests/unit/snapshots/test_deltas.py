@@ -80,7 +80,7 @@ def test_deltas_need_no_memory_of_the_parent_in_this_process(world: World) -> No
     assert second.stored_bytes < 300 * 4096 / 20
     assert third.stored_bytes < 400 * 4096 / 20
     assert world.restored_image(third) == contents(world.image)
-    remembered = forgetful._recall(third.ref)
+    remembered = forgetful._cache.recall(third.ref)
     assert remembered is not None
     assert remembered.pages == world.new_store()._load_indexes(third.ref).pages
 

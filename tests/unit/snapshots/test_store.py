@@ -349,11 +349,21 @@ def test_hundredth_snapshot_names_few_packs_and_restores(world: World, monkeypat
 def test_index_cache_is_bounded_and_a_forgotten_parent_is_read_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torpor.snapshots.store._CACHED_ITEMS_MAX", 100)
+    monkeypatch.setattr("torpor.snapshots.index_cache.ITEMS_MAX", 100)
     world.write_image(pages(range(80)))
     first = world.save("a")
     world.write_image(pages(range(100, 180)))
-    world.save("b")
-    assert [snapshot_id for snapshot_id, _ in world.store._cache] == ["snp_b"]
+    second = world.save("b")
+    assert second.ref in world.store._cache
+    assert first.ref not in world.store._cache
     world.write_image(pages(range(1, 81)))
     assert world.save("c", first).new_pages == 1
+
+
+def test_index_cache_holds_the_last_two_of_a_session_however_long_it_goes_on(world: World) -> None:
+    saved: list[SavedSnapshot] = []
+    for step in range(5):
+        world.write_image(pages(range(step, step + 20)))
+        saved.append(world.save(f"s{step}", saved[-1] if saved else None))
+    other = world.save("other")
+    assert [one.ref in world.store._cache for one in (*saved, other)] == [False, False, False, True, True, True]
