@@ -194,6 +194,7 @@ def put_the_loop_first() -> None:
 async def open_node(clock: Clock | None = None) -> AsyncGenerator[Node]:
     """A node on the configured TORPOR_HOME."""
     _harden()
+    _allocate_from_one_arena()
     clock = clock or SystemClock()
     async with open_runtime(os.environ, clock) as runtime:
         yield Node(runtime, clock)
@@ -207,6 +208,18 @@ def _harden() -> None:
 
         pr_set_dumpable = 4
         ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+
+
+def _allocate_from_one_arena() -> None:
+    """A node lives for months, and glibc gives each of its threads an arena of its own, which it hardly ever shrinks:
+    what saves and restores allocate and free fragments all of them, by 0.2 MB with each sleep. Before any thread is.
+    """
+    import ctypes
+
+    m_arena_max = -8
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(m_arena_max, 1)
 
 
 @contextlib.asynccontextmanager
