@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,7 @@ while True:
     asked += 1
 """
 LONG = 100_000
+SETTLED_CYCLES = 10
 TIERS = {
     "paused": (LONG, LONG, 10**9),
     "ready": (0, LONG, 10**9),
@@ -261,15 +263,21 @@ def show_leaks(life: Life, cycles: int) -> None:
     """Sleep and wake again and again, and count what is there at the beginning and at the end."""
     waitpoint, number, _ = life.question(-1)
     first: dict[str, int] = {}
-    for cycle in range(cycles):
+    latencies: list[float] = []
+    for cycle in track(range(cycles), "sleeps and wakes", console, disable=not console.is_terminal, transient=True):
         asyncio.run(life.sleep())
-        asyncio.run(life.resolve(waitpoint))
-        waitpoint, number, _ = life.question(number)
-        if cycle == 9:
+        at_ns = asyncio.run(life.resolve(waitpoint))
+        waitpoint, number, asked_ns = life.question(number)
+        latencies.append((asked_ns - at_ns) / 1e6)
+        if cycle == SETTLED_CYCLES - 1:
             first = count(life)
     last = count(life)
-    table = Table(title=f"What is there after 10 and after {cycles} cycles ({life.tier})", title_justify="left")
-    for column in ("what", "after 10", f"after {cycles}"):
+    some = min(50, cycles // 2)
+    first["waking, ms (median)"] = round(statistics.median(latencies[:some]))
+    last["waking, ms (median)"] = round(statistics.median(latencies[-some:]))
+    title = f"What is there after {SETTLED_CYCLES} and after {cycles} cycles ({life.tier})"
+    table = Table(title=title, title_justify="left")
+    for column in ("what", f"after {SETTLED_CYCLES}", f"after {cycles}"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, value in first.items():
         table.add_row(name, str(value), str(last[name]))

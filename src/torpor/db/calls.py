@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from torpor.core.call import CALL_TRANSITIONS, Attempt, Call, CallState, ResponseHead
+from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.errors import Conflict, NotFound
 from torpor.core.events import CONTEXT_KINDS, Event, EventDraft, Kind
 from torpor.core.ids import CallId, SessionId
@@ -31,7 +32,7 @@ from torpor.db.call_rows import (
     set_head,
     set_state,
 )
-from torpor.db.database import Transaction
+from torpor.db.database import Row, Transaction
 from torpor.db.encoding import decode_json
 from torpor.db.fence import held_row
 from torpor.db.log import append, hold
@@ -289,8 +290,7 @@ def tear_open(
 def list_long_sent(tx: Transaction, session_id: SessionId) -> list[tuple[CallId, int]]:
     """The sent calls of which so much has arrived that it is packed ahead, each with the number of its attempt."""
     found: list[tuple[CallId, int]] = []
-    for row in tx.all("call/list_in_state", session_id=session_id, state=CallState.SENT.value):
-        call = load_call(tx, CallId(row["call_id"]))
+    for call in load_in_state(tx, session_id, CallState.SENT):
         number = call.attempts[-1].number
         measured = tx.one("call/measure_chunks", call_id=call.call_id, attempt=number)
         if measured is not None and measured["body_bytes"] >= BLOB_BYTES_MIN:
@@ -314,7 +314,7 @@ def load_call(tx: Transaction, call_id: CallId) -> Call:
     row = tx.one("call/find_by_id", call_id=call_id)
     if row is None:
         raise NotFound("call_not_found", f"cannot find call {call_id}: there is none")
-    return call_of(row, tx.all("call/list_attempts_of_call", call_id=call_id))
+    return _with_attempts(tx, row)
 
 
 def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
@@ -323,6 +323,27 @@ def load_calls(tx: Transaction, session_id: SessionId) -> list[Call]:
     by_call = {call_id: list(rows) for call_id, rows in groupby(attempts, key=lambda row: row["call_id"])}
     rows = tx.all("call/list_of_session", session_id=session_id)
     return [call_of(row, by_call.get(row["call_id"], [])) for row in rows]
+
+
+def load_of_streams(tx: Transaction, session_id: SessionId, streams: Iterable[OpenStream]) -> list[Call]:
+    """The session's calls that these streams carry."""
+    return _load_named(tx, session_id, [stream.call_id for stream in streams if stream.call_id is not None])
+
+
+def load_beyond(tx: Transaction, session_id: SessionId, checkpoint: Checkpoint) -> list[Call]:
+    """The calls after a checkpoint, and those that it names: all that the redo set of a life from there is made of.
+
+    A session of ten thousand turns wakes as quickly as one of ten.
+    """
+    after = [_with_attempts(tx, row) for row in tx.all("call/list_after", session_id=session_id, seq=checkpoint.seq)]
+    named = _load_named(tx, session_id, [*checkpoint.pending_redo, *checkpoint.joinable])
+    return [*load_of_streams(tx, session_id, checkpoint.open_streams), *named, *after]
+
+
+def load_in_state(tx: Transaction, session_id: SessionId, state: CallState) -> list[Call]:
+    """The calls of a session that are in a state, oldest first."""
+    rows = tx.all("call/list_in_state", session_id=session_id, state=state.value)
+    return [_with_attempts(tx, row) for row in rows]
 
 
 def list_llm(tx: Transaction, session_id: SessionId) -> list[CallId]:
@@ -334,6 +355,15 @@ def list_llm(tx: Transaction, session_id: SessionId) -> list[CallId]:
 def load_chunks(tx: Transaction, call_id: CallId, attempt: int, *, from_number: int = 0) -> list[Chunk]:
     """The chunks of one attempt, in order, as far as they are written; of redacted bytes, the mask."""
     return answers.load(tx, call_id, attempt)[0][from_number:]
+
+
+def _load_named(tx: Transaction, session_id: SessionId, call_ids: Iterable[CallId]) -> list[Call]:
+    rows = [tx.one("call/find_by_id", call_id=call_id) for call_id in dict.fromkeys(call_ids)]
+    return [_with_attempts(tx, row) for row in rows if row is not None and row["session_id"] == session_id]
+
+
+def _with_attempts(tx: Transaction, row: Row) -> Call:
+    return call_of(row, tx.all("call/list_attempts_of_call", call_id=row["call_id"]))
 
 
 def _held_call(tx: Transaction, session_id: SessionId, owner_token: int, call_id: CallId) -> Call:

@@ -102,6 +102,20 @@ def all_of_kind(tx: Transaction, session_id: SessionId, kind: Kind) -> list[Even
     return [event_of(row) for row in tx.all("log/list_of_kind", session_id=session_id, kind=kind.value)]
 
 
+@dataclass(frozen=True, slots=True)
+class Hanging:
+    """Where a context event hangs; the first one, the session's creation, has no parent."""
+
+    seq: int
+    parent_seq: int | None
+
+
+def list_parents_of_calls(tx: Transaction, session_id: SessionId) -> list[Hanging]:
+    """The context events of a session, oldest first, with no more of them than their places in the tree."""
+    rows = tx.all("log/list_parents_of_calls", session_id=session_id)
+    return [Hanging(row["seq"], row["parent_seq"]) for row in rows]
+
+
 def counts(tx: Transaction, session_id: SessionId) -> Counter[Kind]:
     """How many events of each kind there are."""
     rows = tx.all("log/count_by_kind", session_id=session_id)

@@ -290,7 +290,7 @@ class Recorder:
         """The calls that an earlier node had sent and not answered, with what came of their answers."""
 
         def work(tx: Transaction) -> list[tuple[Call, list[Chunk]]]:
-            sent = [call for call in calls.load_calls(tx, self._session_id) if call.state is CallState.SENT]
+            sent = calls.load_in_state(tx, self._session_id, CallState.SENT)
             return [(call, calls.load_chunks(tx, call.call_id, call.attempts[-1].number)) for call in sent]
 
         return await self._database.read(work)
@@ -359,13 +359,11 @@ class Recorder:
         """The context events with the cursor where the session's row has it."""
 
         def work(tx: Transaction) -> ContextTree:
-            tree: ContextTree | None = None
-            for event in log.events(tx, self._session_id):
-                if event.kind is Kind.SESSION_CREATED:
-                    tree = ContextTree(event.seq)
-                elif event.kind is Kind.CALL_INTENDED and tree is not None and event.parent_seq is not None:
-                    tree.load(event.seq, event.parent_seq)
-            assert tree is not None
+            root, *made = log.list_parents_of_calls(tx, self._session_id)
+            tree = ContextTree(root.seq)
+            for call in made:
+                if call.parent_seq is not None:
+                    tree.load(call.seq, call.parent_seq)
             tree.rewind(sessions.get(tx, self._session_id).cursor_seq)
             return tree
 
@@ -406,14 +404,11 @@ class Recorder:
         """The note that an incarnation is still to be told, if it left the path under the policy `tell`."""
 
         def work(tx: Transaction) -> str | None:
-            untold: str | None = None
-            for event in log.events(tx, self._session_id):
-                if event.incarnation == incarnation and event.kind is Kind.AGENT_TOLD:
-                    untold = None
-                elif event.incarnation == incarnation and event.kind is Kind.CALL_DIVERGED:
-                    tell = event.data.get("policy") == OnDivergence.TELL
-                    untold = _note(tx, event.data["orphaned"]) if tell else None
-            return untold
+            left = log.last_of_kind(tx, self._session_id, Kind.CALL_DIVERGED)
+            told = log.last_of_kind(tx, self._session_id, Kind.AGENT_TOLD)
+            if left is None or left.incarnation != incarnation or left.data.get("policy") != OnDivergence.TELL:
+                return None
+            return _note(tx, left.data["orphaned"]) if told is None or told.seq < left.seq else None
 
         return await self._database.read(work)
 

@@ -97,7 +97,7 @@ class Beginning:
             )
 
     async def _take_over_streams(self, rung: Rung, tasks: asyncio.TaskGroup) -> None:
-        calls = await self.records.calls()
+        calls = await self.records.calls_of(rung.streams)
         for opened in rung.streams:
             call = calls.get(opened.call_id) if opened.call_id else None
             alive = call is not None and self.gateway.pump_alive(call.call_id)

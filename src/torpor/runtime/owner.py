@@ -264,7 +264,7 @@ class Owner:
     async def _lives(self) -> Outcome:
         await self._memory.check_enough()
         await self._gateway.recover()
-        rung = await self._ladder.adopt(await self.records.calls())
+        rung = await self._ladder.adopt()
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
         is_new = (await self.records.session()).status is SessionStatus.CREATED
         reason, losses, progress = "started" if is_new else "resumed", 0, -1
@@ -305,7 +305,7 @@ class Owner:
         elif session.status not in (SessionStatus.CREATED, SessionStatus.WAKING):
             await self.records.set_status(SessionStatus.RECOVERING, reason)
         try:
-            return await self._ladder.restore(await self.records.calls(), reason)
+            return await self._ladder.restore(reason)
         except MachineUnfit as error:
             if session.status in (SessionStatus.ASLEEP, SessionStatus.WAKING):
                 await self.records.set_status(SessionStatus.ASLEEP, str(error))

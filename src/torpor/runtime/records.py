@@ -6,8 +6,8 @@ Every method is one transaction. Superseded from any of them means: stop at once
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torpor.core.call import Call
-from torpor.core.checkpoint import Checkpoint
+from torpor.core.call import Call, CallState
+from torpor.core.checkpoint import Checkpoint, OpenStream
 from torpor.core.clock import Clock
 from torpor.core.crash import crash_point
 from torpor.core.divergence import OnDivergence
@@ -267,6 +267,20 @@ class Records:
     async def calls(self) -> dict[CallId, Call]:
         found = await self.database.read(lambda tx: calls.load_calls(tx, self.session_id))
         return {call.call_id: call for call in found}
+
+    async def calls_of(self, streams: Collection[OpenStream]) -> dict[CallId, Call]:
+        """The calls that these streams carry."""
+        found = await self.database.read(lambda tx: calls.load_of_streams(tx, self.session_id, streams))
+        return {call.call_id: call for call in found}
+
+    async def calls_beyond(self, checkpoint: Checkpoint) -> dict[CallId, Call]:
+        """All that a life from this checkpoint may have to know of."""
+        found = await self.database.read(lambda tx: calls.load_beyond(tx, self.session_id, checkpoint))
+        return {call.call_id: call for call in found}
+
+    async def waiting_calls(self) -> list[Call]:
+        """The calls that nothing was sent of."""
+        return await self.database.read(lambda tx: calls.load_in_state(tx, self.session_id, CallState.INTENDED))
 
     async def events(self, after_seq: int = 0) -> Sequence[Event]:
         return await self.database.read(lambda tx: log.events(tx, self.session_id, after_seq=after_seq))

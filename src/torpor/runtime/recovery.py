@@ -10,16 +10,13 @@ again under a new number.
 """
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torpor.core.call import Call
 from torpor.core.checkpoint import Checkpoint, OpenStream, cut_order, every_stream_goes_on
 from torpor.core.clock import Clock
 from torpor.core.errors import Damaged, MachineUnfit, SandboxFailed, Superseded, innermost
 from torpor.core.events import EventDraft, Kind
-from torpor.core.ids import CallId
 from torpor.core.ladder import OnLost, Way, ladder, redo_set_of_lost
 from torpor.core.pins import PinsUnmet
 from torpor.core.redo import RedoSet
@@ -75,7 +72,7 @@ class Ladder:
         self._clock = clock
         self._boot = boot
 
-    async def adopt(self, calls: Mapping[CallId, Call]) -> Rung | None:
+    async def adopt(self) -> Rung | None:
         """The sandbox of the last incarnation, if it lives and none of its streams holds part of a torn answer."""
         session = await self._records.session()
         checkpoints = await self._records.checkpoints()
@@ -87,14 +84,14 @@ class Ladder:
         life = await self._incarnations.adopt(session.incarnation)
         if life is None:
             return None
-        refusal, rung = await self._consider(life, checkpoints, calls, started_at)
+        refusal, rung = await self._consider(life, checkpoints, started_at)
         if refusal:
             life.link.close()
             await self._rejected("adopt", None, life.number, refusal)
         return rung
 
     async def _consider(
-        self, life: Incarnation, checkpoints: list[Checkpoint], calls: Mapping[CallId, Call], started_at: float
+        self, life: Incarnation, checkpoints: list[Checkpoint], started_at: float
     ) -> tuple[str, Rung | None]:
         status = life.link.status
         if status.incarnation != life.number or status.phase not in (Phase.RUNNING, Phase.EXITED):
@@ -103,13 +100,14 @@ class Ladder:
         streams = open_streams(status, known)
         if any(stream.call_id is None and stream.acknowledged for stream in streams):
             return "the last node died before it had taken over its streams", None
+        calls = await self._records.calls_of(streams)
         if not every_stream_goes_on(streams, calls, self._gateway.pump_alive):
             return "its agent holds part of an answer that was torn", None
         newest = max(checkpoints, key=cut_order)
         rung = Rung(life=life, mode="adopt", checkpoint=newest, redo=redo, streams=streams, requested_at=started_at)
         return "", rung
 
-    async def restore(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
+    async def restore(self, reason: str) -> Rung:
         """The newest checkpoint that restores.
 
         Raises:
@@ -123,9 +121,9 @@ class Ladder:
             except MachineUnfit as unfit:
                 await self._rejected("restore", None, (await self._records.session()).incarnation, str(unfit))
                 raise
-            return await self._climb(calls, reason)
+            return await self._climb(reason)
 
-    async def _climb(self, calls: Mapping[CallId, Call], reason: str) -> Rung:
+    async def _climb(self, reason: str) -> Rung:
         started_at = self._clock.monotonic()
         restarts, past = await load_restarts(self._records), await self._records.past()
         intact = [past.point(point) for point in await self._records.checkpoints()]
@@ -133,6 +131,7 @@ class Ladder:
         checkpoints = still_restore(intact, restarts)
         wanted: dict[str, Any] = {"on_lost": self._on_lost, "had_memory": had_memory, "give_up_memory": self._boot}
         self._boot = False
+        calls = await self._records.calls_of([stream for point in checkpoints for stream in point.open_streams])
         for step in ladder(checkpoints, calls, self._gateway.pump_alive, **wanted):
             checkpoint, mode, memory_lost = step.checkpoint, step.mode, step.way is Way.LOST
             session = await self._records.session()
@@ -152,12 +151,16 @@ class Ladder:
                 if isinstance(cause, MachineUnfit) and cause.code == "storage_unreachable":
                     raise cause from error  # No checkpoint's fault: the session is whole, and waits for its store.
                 continue
-            redo = redo_set_after_restarts(past.calls(calls), checkpoint, restarts, past.timeline)
+            if memory_lost:
+                redo = redo_set_of_lost(await self._records.waiting_calls())
+            else:
+                beyond = past.calls(await self._records.calls_beyond(checkpoint))
+                redo = redo_set_after_restarts(beyond, checkpoint, restarts, past.timeline)
             return Rung(
                 life=life,
                 mode=mode,
                 checkpoint=checkpoint,
-                redo=redo_set_of_lost(calls.values()) if memory_lost else redo,
+                redo=redo,
                 streams=() if memory_lost else checkpoint.open_streams,
                 requested_at=started_at,
                 memory_lost=memory_lost,
