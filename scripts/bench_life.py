@@ -264,7 +264,7 @@ def show_leaks(life: Life, cycles: int) -> None:
     waitpoint, number, _ = life.question(-1)
     first: dict[str, int] = {}
     latencies: list[float] = []
-    for cycle in track(range(cycles), "sleeps and wakes", console, disable=not console.is_terminal, transient=True):
+    for cycle in track(range(cycles), "sleeps and wakes", console=console, disable=not console.is_terminal):
         asyncio.run(life.sleep())
         at_ns = asyncio.run(life.resolve(waitpoint))
         waitpoint, number, asked_ns = life.question(number)

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -286,8 +286,10 @@ async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
     return asdict(await owner.add_to_budget(add))
 
 
-async def _resolve(owner: "Owner", waitpoint: str, answer: str | None) -> dict[str, Any]:
-    point = await owner.resolve(WaitpointId(waitpoint), answer)
+async def _resolve(
+    owner: "Owner", waitpoint: str, answer: str | None, files: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
+    point = await owner.resolve(WaitpointId(waitpoint), answer, files)
     return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
 
 

@@ -82,7 +82,8 @@ def test_a_shell_script_asks_and_is_answered_through_torpor_guest(quick: Stage) 
     log = quick.follow("one")
     log.wait("waitpoint.created")
     quick.torpor("send", "one", "go to the west")
-    quick.torpor("resolve", "one", "yes")
+    (quick.project / "why.md").write_text("it is tested")
+    assert quick.torpor("resolve", "one", "yes", "--file", str(quick.project / "why.md")).returncode == 0
     assert node.wait(300) == 0
     log.close()
     events = quick.events("one")
@@ -90,6 +91,7 @@ def test_a_shell_script_asks_and_is_answered_through_torpor_guest(quick: Stage) 
     assert (session, incarnation) == (f"session: {quick.rows('show', 'one')[0]['session']}", "incarnation: 1")
     assert (answer, message) == ("yes", "go to the west")
     assert [row["text"] for row in quick.rows("tail", "one")] == ["deployed"]
+    assert "yes (why.md)" in quick.torpor("log", "one").stdout
     assert [event["text"] for event in events if event["kind"] == "note.added"] == ["written from a shell"]
     assert [str(point["number"]) for point in quick.rows("checkpoints", "one") if point["reason"] == "agent"] == [
         number

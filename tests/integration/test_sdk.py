@@ -18,6 +18,7 @@ import torpor.sdk.agent
 from torpor.core.events import Kind
 from torpor.core.ids import NodeId, SessionId
 from torpor.core.session import SessionStatus
+from torpor.core.waitpoint import told_file
 from torpor.db import sessions
 from torpor.db.database import Transaction
 from torpor.runtime.home import SDK_DIRECTORY, install_sdk
@@ -130,6 +131,17 @@ async def end_session(node: Node, child_id: SessionId) -> None:
         sessions.set_status(tx, **owner, status=SessionStatus.FAILED, exit_status=7, wall_ns=1)
 
     await node.database.write(work, durable=True)
+
+
+@pytest.mark.parametrize("python", [*OLDEST, sys.executable])
+async def test_files_that_come_with_an_answer_are_bytes_by_their_names(tmp_path: Path, python: str) -> None:
+    said = 'said = agent.ask("Good?", files=["report.pdf"])\nprint(said, said == "yes", sorted(said.files.items()))'
+    async with gateway_stage(tmp_path) as stage, stage.node() as node:
+        await run_session(node)
+        process = await start(stage, said, python)
+        await node.logged(Kind.WAITPOINT_CREATED)
+        await answer(node, "yes", told_file("b.png", b"\xff\0"), told_file("a.md", b"text"))
+        assert await end(process) == "yes True [('a.md', b'text'), ('b.png', b'\\xff\\x00')]\n"
 
 
 EFFECT = """

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torpor.core.errors import Conflict, InvalidInput, NotFound
 from torpor.core.events import Kind
 from torpor.core.ids import WaitpointId
 from torpor.core.session import SessionStatus
-from torpor.core.waitpoint import Waitpoint
-from torpor.db import messages, verify, waitpoints
+from torpor.core.waitpoint import Waitpoint, told_file
+from torpor.db import messages, questions, verify, waitpoints
 from torpor.db.blobs import BLOB_BYTES_MIN, prefix_of
 from torpor.db.messages import Box
 from torpor.runtime.records import Records
@@ -46,9 +46,9 @@ async def the_point(node: Node) -> Waitpoint:
     return point
 
 
-async def answer(node: Node, text: str | None) -> None:
+async def answer(node: Node, text: str | None, *files: Mapping[str, str]) -> None:
     """As the owner does for a person."""
-    await records(node).resolve((await the_point(node)).waitpoint_id, text)
+    await records(node).resolve((await the_point(node)).waitpoint_id, text, files)
     node.gateway.look_again()
 
 
@@ -101,6 +101,33 @@ async def test_only_a_choice_answers_and_only_the_first_answer_counts(tmp_path: 
         assert len(await node.events(Kind.WAITPOINT_RESOLVED)) == 1
 
 
+async def test_files_go_with_a_question_and_with_its_answer(tmp_path: Path) -> None:
+    plan, picture = told_file("plan.md", "erst \u00fcben\n".encode()), told_file("map.png", bytes(range(256)) * 9_000)
+    assert (plan["text"], sorted(picture)) == ("erst \u00fcben\n", ["base64", "name"])
+    told: list[str] = []
+    async with gateway_stage(tmp_path) as stage, stage.node(on_wait=told.append) as node:
+        request = ask("ask", question="Is it good?", choices=["yes", "no"], files=["out/report.pdf", "a b"])
+        async with client(stage, request) as (reader, _):
+            await node.logged(Kind.WAITPOINT_CREATED)
+            assert told == ["the agent asks: Is it good? (yes, no); see out/report.pdf, a b"]
+            point = await the_point(node)
+            asked = await node.database.read(lambda tx: questions.question_of(tx, point))
+            assert asked.files == ("out/report.pdf", "a b")
+            await answer(node, "No", plan, picture)
+            said = json_of(await reader.read(-1))
+            assert (said["answer"], said["files"]) == ("no", [plan, picture])
+            assert (await node.events(Kind.WAITPOINT_RESOLVED))[0].data["files"] == 2
+            await whole(node)
+
+
+async def test_a_timer_takes_no_files(tmp_path: Path) -> None:
+    async with gateway_stage(tmp_path) as stage, stage.node() as node, client(stage, ask("sleep", seconds=YEARS)):
+        await node.logged(Kind.WAITPOINT_CREATED)
+        with pytest.raises(InvalidInput) as refused:
+            await answer(node, None, told_file("a", b"a"))
+        assert refused.value.code == "answer_refused"
+
+
 async def test_a_question_outlives_its_node_and_is_answered_while_none_lives(tmp_path: Path) -> None:
     async with gateway_stage(tmp_path) as stage:
         async with stage.node() as node:
@@ -150,7 +177,10 @@ Wait = Callable[[Stage], Awaitable[bytes]]
     [
         (ask("sleep", seconds=YEARS), {"kind": "timer", "state": "resolved"}),
         (ask("sleep", until="2033-11-14T00:00:00+01:00"), {"kind": "timer", "state": "resolved"}),
-        (ask("ask", question="Anybody?", timeout_seconds=YEARS), {"kind": "ask", "state": "timed_out", "answer": None}),
+        (
+            ask("ask", question="Anybody?", timeout_seconds=YEARS),
+            {"kind": "ask", "state": "timed_out", "answer": None, "files": []},
+        ),
         (ask("receive", timeout_seconds=YEARS), NO_MESSAGE),
     ],
 )

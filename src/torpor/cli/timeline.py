@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +17,7 @@ from torpor.db import log as event_log
 from torpor.db import notes
 from torpor.db.database import Transaction
 from torpor.db.notes import Note
-from torpor.db.questions import question_from
+from torpor.db.questions import answer_from, question_from
 from torpor.db.verify import count_redacted, verify_chain
 from torpor.runtime.runtime import Runtime, open_runtime
 
@@ -140,10 +140,17 @@ def told(event: Event, calls: CallNumbers, note: Note | None = None) -> str:
 
 def _written(event: Event, text: str) -> str:
     """A text as people want it: of a question, which is kept with its choices, the words."""
+    if event.kind is Kind.WAITPOINT_RESOLVED:
+        answer = answer_from(text, has_files="files" in event.data)
+        return answer.text + _listed([file.get("name", "") for file in answer.files])
     if event.kind is not Kind.WAITPOINT_CREATED:
         return text
     question = question_from(text)
-    return question.text + (f" ({', '.join(question.choices)})" if question.choices else "")
+    return question.text + _listed(question.choices)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _shortened(text: str) -> str:

@@ -3,19 +3,20 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from torpor.cli.printer import human_age, notice, out, print_json, print_rows, printable
+from torpor.cli.printer import human_age, human_bytes, notice, out, print_json, print_rows, printable
 from torpor.cli.reading import with_runtime
 from torpor.cli.timeline import FOLLOW_SECONDS
 from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId, WaitpointId
 from torpor.core.session import ENDED, SessionStatus
-from torpor.core.waitpoint import Waitpoint, WaitpointKind
+from torpor.core.waitpoint import FILES_BYTES_MAX, Waitpoint, WaitpointKind, told_file
 from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.messages import Box, Message
@@ -50,7 +51,7 @@ def list_waitpoints(
 
         return await runtime.database.read(read)
 
-    columns = ("session", "kind", "question", "choices", "due", "age", "waitpoint")
+    columns = ("session", "kind", "question", "choices", "files", "due", "age", "waitpoint")
     print_rows(with_runtime(work), columns, as_json=json, empty="nothing to wait for")
 
 
@@ -60,12 +61,18 @@ def resolve(
     waitpoint: Annotated[
         str | None, typer.Option(metavar="ID", help="Which one, if it waits on several; see `torpor waitpoints`.")
     ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", exists=True, dir_okay=False, help="Send this file along; may be repeated."),
+    ] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Answer the question that a session asks, or let it go on before its time has come.
 
-    The first answer counts. The session need not run: it finds the answer when it does.
+    The first answer counts. The session need not run: it finds the answer when it does. Files go to the agent with the
+    answer, 32 MiB in all at most.
     """
+    files = _read_files(file or [])
     text = sys.stdin.read().rstrip("\n") if answer == "-" else answer
 
     async def work() -> dict[str, Any]:
@@ -74,10 +81,10 @@ def resolve(
             wanted = WaitpointId(waitpoint) if waitpoint else await _only(node.runtime, session_id)
 
             async def act(records: Records) -> dict[str, Any]:
-                point = await records.resolve(wanted, text)
+                point = await records.resolve(wanted, text, files)
                 return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
 
-            asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
+            asked: dict[str, Any] = {"waitpoint": wanted, "answer": text, "files": files}
             done = await node.ask_or_own(session_id, "resolve", act, **asked)
             await _say_who_wakes(node, session_id)
             return done
@@ -169,6 +176,20 @@ async def _say_who_wakes(node: Node, session_id: SessionId) -> None:
         notice(f"no node is there to wake it: torpor up, or torpor resume {name}")
 
 
+def _read_files(paths: list[Path]) -> list[Mapping[str, str]]:
+    """Raises:
+    InvalidInput: `answer_files_too_big`.
+    """
+    total = sum(path.stat().st_size for path in paths)
+    if total > FILES_BYTES_MAX:
+        raise InvalidInput(
+            "answer_files_too_big",
+            f"cannot send {human_bytes(total)} of files with an answer: {human_bytes(FILES_BYTES_MAX)} is the most",
+            hint="torpor cp PATH SESSION:PATH brings big files into the workspace of a session that runs.",
+        )
+    return [told_file(path.name, path.read_bytes()) for path in paths]
+
+
 async def _only(runtime: Runtime, session_id: SessionId) -> WaitpointId:
     """What a person means who names no waitpoint.
 
@@ -199,6 +220,7 @@ def _row(tx: Transaction, point: Waitpoint, now_ns: int) -> dict[str, Any]:
         "kind": point.kind.value,
         "question": question.text if question else None,
         "choices": ", ".join(question.choices) if question else None,
+        "files": ", ".join(question.files) if question else None,
         "due": due,
         "age": human_age((now_ns - point.created_ns) / 1e9),
         "waitpoint": point.waitpoint_id,

@@ -4,6 +4,7 @@ What is asked and what was answered are small JSON objects, whose fields go by t
 is in blocks that they name, so that it can be redacted.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,11 +70,13 @@ class Question:
     Attributes:
         choices: the answers that it offers; none: any text.
         free_text: any text will do although there are choices.
+        files: what to look at, paths in the workspace.
     """
 
     text: str
     choices: Sequence[str] = ()
     free_text: bool = False
+    files: Sequence[str] = ()
 
     def check_answer(self, answer: str) -> str:
         """The answer as the agent gets it: a choice in the agent's own spelling, or the text.
@@ -93,3 +96,27 @@ class Question:
                 hint=f"The choices: {', '.join(self.choices)}.",
             )
         return answer
+
+
+FILES_BYTES_MAX = 32 << 20
+"""Of an answer, in all: it goes to the agent in one piece, and into the log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a person says to a question.
+
+    Attributes:
+        files: as the agent gets them, see `told_file`.
+    """
+
+    text: str
+    files: Sequence[Mapping[str, str]] = ()
+
+
+def told_file(name: str, data: bytes) -> Mapping[str, str]:
+    """A file as JSON: `name` with its `text`, which a model can read, or with `base64` if it is none."""
+    try:
+        return {"name": name, "text": data.decode()}
+    except UnicodeDecodeError:
+        return {"name": name, "base64": base64.b64encode(data).decode()}

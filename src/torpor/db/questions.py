@@ -1,10 +1,11 @@
 """Questions of agents and their answers: waitpoints with texts, which are blocks, so that they can be redacted."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torpor.core.errors import Conflict, InvalidInput, NotFound
 from torpor.core.ids import CallId, SessionId, WaitpointId
-from torpor.core.waitpoint import Question, Waitpoint, WaitpointKind
+from torpor.core.waitpoint import Answer, Question, Waitpoint, WaitpointKind
 from torpor.db import blocks
 from torpor.db.database import Transaction
 from torpor.db.encoding import decode_json, encode_json
@@ -32,6 +33,8 @@ def ask(
     """Make the waitpoint of a question. Commit it durably."""
     owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
     asked = {"question": question.text, "choices": list(question.choices), "free_text": question.free_text}
+    if question.files:
+        asked["files"] = list(question.files)
     made: dict[str, Any] = {"kind": WaitpointKind.ASK, "call_id": call_id, "due_ns": due_ns, "wall_ns": wall_ns}
     return create(tx, **owner, **made, text=_put(tx, owner, encode_json(asked)))
 
@@ -49,19 +52,34 @@ def question_from(text: str) -> Question:
     """A question as `ask` keeps it, or what redaction left of it."""
     try:
         asked = decode_json(text)
-        return Question(text=asked["question"], choices=tuple(asked["choices"]), free_text=asked["free_text"])
+        return Question(
+            text=asked["question"],
+            choices=tuple(asked["choices"]),
+            free_text=asked["free_text"],
+            files=tuple(asked.get("files", ())),
+        )
     except (ValueError, KeyError, TypeError):
         return Question(text=text)
 
 
-def answer_of(tx: Transaction, point: Waitpoint) -> str | None:
-    """What a person said to a question; None: nothing yet.
+def answer_of(tx: Transaction, point: Waitpoint) -> Answer | None:
+    """What a person said to a question, or what redaction left of it; None: nothing yet.
 
     Raises:
         Damaged: `block_damaged`.
     """
-    digest = None if point.resolution is None else point.resolution.get("text")
-    return None if digest is None else _text(tx, point, digest)
+    if point.resolution is None or "text" not in point.resolution:
+        return None
+    return answer_from(_text(tx, point, point.resolution["text"]), has_files="files" in point.resolution)
+
+
+def answer_from(text: str, *, has_files: bool) -> Answer:
+    """An answer as `answer` keeps it: alone its text as it is, so that it is found and redacted as such."""
+    try:
+        said = decode_json(text) if has_files else {"answer": text}
+        return Answer(text=said["answer"], files=tuple(said.get("files", ())))
+    except (ValueError, KeyError, TypeError):
+        return Answer(text=text)
 
 
 def answer(
@@ -71,9 +89,13 @@ def answer(
     owner_token: int,
     waitpoint_id: WaitpointId,
     text: str | None,
+    files: Sequence[Mapping[str, str]] = (),
     wall_ns: int,
 ) -> Waitpoint:
     """Resolve a waitpoint as a person wants it: a question with an answer, a timer before its time. Commit it durably.
+
+    Args:
+        files: that go with the answer, each as `told_file` makes it.
 
     Raises:
         NotFound: `waitpoint_not_found`.
@@ -92,11 +114,13 @@ def answer(
         if text is None:
             raise InvalidInput("answer_missing", f"cannot resolve waitpoint {waitpoint_id}: a question wants an answer")
         text = question_of(tx, point).check_answer(text)
-    elif text is not None:
+    elif text is not None or files:
         raise InvalidInput("answer_refused", f"cannot resolve waitpoint {waitpoint_id}: a timer takes no answer")
     is_late = point.due_ns is not None and point.due_ns <= wall_ns
-    said = None if text is None else _put(tx, owner, text)
-    if is_late or not resolve(tx, **owner, point=point, resolution={}, text=said, wall_ns=wall_ns):
+    kept = encode_json({"answer": text, "files": list(files)}) if files else text
+    said = None if kept is None else _put(tx, owner, kept)
+    resolution = {"files": len(files)} if files else {}
+    if is_late or not resolve(tx, **owner, point=point, resolution=resolution, text=said, wall_ns=wall_ns):
         reason = f"cannot resolve waitpoint {waitpoint_id}: it was resolved before, or its time has come"
         raise Conflict("waitpoint_resolved", reason, hint=_HINT)
     return point

@@ -42,6 +42,7 @@ class EmptyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=NOTE_CHARACTERS_MAX)]
 _Choice = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Path = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
 
 
@@ -51,6 +52,7 @@ class AskBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         choices: the answers that there are; none: any text.
         free_text: any text will do although there are choices.
+        files: what the person should look at, paths in the workspace.
         timeout_seconds: how long the question is open; null: for good.
         wait: false answers at once with the waitpoint, for a later wait.
     """
@@ -58,6 +60,7 @@ class AskBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     question: _Text
     choices: Annotated[list[_Choice], msgspec.Meta(max_length=64)] = []
     free_text: bool = False
+    files: Annotated[list[_Path], msgspec.Meta(max_length=64)] = []
     timeout_seconds: _Seconds | None = None
     wait: bool = True
 

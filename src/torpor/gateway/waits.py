@@ -147,7 +147,8 @@ class Waits:
 
 def _told(asked: AskBody) -> str:
     choices = f" ({', '.join(asked.choices)})" if asked.choices else ""
-    return f"the agent asks: {asked.question}{choices}"
+    files = f"; see {', '.join(asked.files)}" if asked.files else ""
+    return f"the agent asks: {asked.question}{choices}{files}"
 
 
 def _make(tx: Transaction, fence: Any, call_id: CallId, wish: Wish, wall_ns: int) -> list[Waitpoint]:
@@ -156,7 +157,8 @@ def _make(tx: Transaction, fence: Any, call_id: CallId, wish: Wish, wall_ns: int
     make: dict[str, Any] = {**fence, "call_id": call_id, "wall_ns": wall_ns}
     match body:
         case AskBody():
-            question = Question(text=body.question, choices=tuple(body.choices), free_text=body.free_text)
+            offered = {"choices": tuple(body.choices), "free_text": body.free_text, "files": tuple(body.files)}
+            question = Question(text=body.question, **offered)
             return [questions.ask(tx, **make, question=question, due_ns=_due(body.timeout_seconds, wall_ns))]
         case SleepBody():
             until_ns = 0 if body.until is None else round(body.until.timestamp() * 1e9)
@@ -216,7 +218,8 @@ def _outcome(tx: Transaction, point: Waitpoint) -> dict[str, Any]:
     state = "open" if point.is_open else "timed_out" if point.timed_out and not is_timer else "resolved"
     seen: dict[str, Any] = {"waitpoint": point.waitpoint_id, "kind": point.kind.value, "state": state}
     if point.kind is WaitpointKind.ASK:
-        seen["answer"] = questions.answer_of(tx, point)
+        answer = questions.answer_of(tx, point)
+        seen |= {"answer": answer and answer.text, "files": list(answer.files) if answer else []}
     if point.kind is WaitpointKind.CHILD:
         ended = point.resolution or {}
         seen |= {"session": point.data["child"], "status": ended.get("status"), "exit_status": ended.get("exit_status")}

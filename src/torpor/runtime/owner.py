@@ -7,7 +7,7 @@ costs no second call. A node that was superseded writes nothing more and leaves 
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum
 
@@ -249,9 +249,11 @@ class Owner:
         await self._wait_at_crossroads()
         return account
 
-    async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
+    async def resolve(
+        self, waitpoint_id: WaitpointId, answer: str | None, files: Sequence[Mapping[str, str]] = ()
+    ) -> Waitpoint:
         """Resolve what the agent waits on, for a person, and let it go on."""
-        point = await self.records.resolve(waitpoint_id, answer)
+        point = await self.records.resolve(waitpoint_id, answer, files)
         self._gateway.look_again()
         return point
 

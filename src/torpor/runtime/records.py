@@ -343,12 +343,15 @@ class Records:
         crash_point("waitpoint.resolved")
         return account
 
-    async def resolve(self, waitpoint_id: WaitpointId, answer: str | None) -> Waitpoint:
+    async def resolve(
+        self, waitpoint_id: WaitpointId, answer: str | None, files: Sequence[Mapping[str, str]] = ()
+    ) -> Waitpoint:
         """Resolve a waitpoint for a person; see `questions.answer`."""
 
         def work(tx: Transaction) -> Waitpoint:
             wall_ns = self._clock.wall_ns()
-            return questions.answer(tx, **self._fence, waitpoint_id=waitpoint_id, text=answer, wall_ns=wall_ns)
+            said: dict[str, Any] = {"text": answer, "files": files}
+            return questions.answer(tx, **self._fence, waitpoint_id=waitpoint_id, **said, wall_ns=wall_ns)
 
         point = await self.database.write(work, durable=True)
         crash_point("waitpoint.resolved")

@@ -48,6 +48,18 @@ ATTEMPTS_MAX = 40
 PAUSE_SECONDS_MAX = 5.0
 
 
+class Answer(str):
+    """What a person said; `files` are those that came with it, by name."""
+
+    __slots__ = ("files",)
+    files: dict[str, bytes]
+
+    def __new__(cls, text: str) -> Answer:
+        made = super().__new__(cls, text)
+        made.files = {}
+        return made
+
+
 class Message(NamedTuple):
     """What `receive` gives: `number` counts from 1, `sent_at` is ISO 8601, UTC."""
 
@@ -90,18 +102,24 @@ class Unreachable(Exception):
 
 
 def ask(
-    question: str, choices: Sequence[str] = (), *, free_text: bool = False, timeout: float | None = None
-) -> str | None:
+    question: str,
+    choices: Sequence[str] = (),
+    *,
+    free_text: bool = False,
+    files: Sequence[str] = (),
+    timeout: float | None = None,
+) -> Answer | None:
     """Ask a person, and wait for the answer, for days if need be.
 
     Args:
         choices: the answers that there are; none: any text. With `free_text` any text will do although there are some.
+        files: what the person should look at, paths in the workspace.
         timeout: seconds, by the host's clock.
 
     Returns:
-        The answer, a choice in its own spelling; None when it timed out.
+        The answer, a choice in its own spelling, with the `files` that came with it; None when it timed out.
     """
-    return _call(_ask(question, choices, free_text, timeout))
+    return _call(_ask(question, choices, free_text, files, timeout))
 
 
 def sleep(seconds: float = 0.0, *, until: datetime | None = None) -> None:
@@ -181,9 +199,15 @@ class _Aio:
     """The same for asyncio: `await aio.ask(...)`."""
 
     async def ask(
-        self, question: str, choices: Sequence[str] = (), *, free_text: bool = False, timeout: float | None = None
-    ) -> str | None:
-        return await _call_async(_ask(question, choices, free_text, timeout))
+        self,
+        question: str,
+        choices: Sequence[str] = (),
+        *,
+        free_text: bool = False,
+        files: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Answer | None:
+        return await _call_async(_ask(question, choices, free_text, files, timeout))
 
     async def sleep(self, seconds: float = 0.0, *, until: datetime | None = None) -> None:
         return await _call_async(_sleep(seconds, until))
@@ -237,9 +261,24 @@ aio = _Aio()
 # Each operation is what it asks, and what its answer means: both ways to ask share them.
 
 
-def _ask(question: str, choices: Sequence[str], free_text: bool, timeout: float | None) -> Operation:
+def _ask(
+    question: str, choices: Sequence[str], free_text: bool, files: Sequence[str], timeout: float | None
+) -> Operation:
     body = {"question": question, "choices": list(choices), "free_text": free_text, "timeout_seconds": timeout}
-    return "POST", "ask", body, lambda answer: answer["answer"]
+    if files:
+        body["files"] = list(files)
+    return "POST", "ask", body, _answer
+
+
+def _answer(told: Any) -> Answer | None:
+    from binascii import a2b_base64
+
+    if told["answer"] is None:
+        return None
+    answer = Answer(told["answer"])
+    for file in told.get("files", ()):
+        answer.files[file["name"]] = file["text"].encode() if "text" in file else a2b_base64(file["base64"])
+    return answer
 
 
 def _sleep(seconds: float, until: datetime | None) -> Operation:
