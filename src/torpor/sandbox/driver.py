@@ -93,6 +93,16 @@ class Sandbox(Protocol):
         """
         ...
 
+    def allow_memory(self, more_bytes: int) -> bool:
+        """Let the kernel kill it when its programs take so much more than now; a save counts for nothing. False: such a
+        wall can't be had here.
+        """
+        ...
+
+    def was_killed_at_wall(self) -> bool:
+        """Whether the kernel did so. It may live, with some of its programs dead: it is of no use any more."""
+        ...
+
     def alive(self) -> bool:
         """Its kernel answers. Never blocks for long."""
         ...
