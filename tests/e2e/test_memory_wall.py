@@ -1,29 +1,32 @@
 """An agent that takes far too much at once is stopped by the kernel, is parked, and goes on with more."""
 
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from examples.demo.demo import Log
 from tests.crash.witness import check_nothing_left
 from tests.stage import Stage
 
-from torpor.sandbox.cgroups import cgroup_for
+from torpor.sandbox.cgroups import Cgroup, cgroup_at, cgroup_for
 
 pytestmark = [
     pytest.mark.runsc,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(cgroup_for("probe") is None, reason="no cgroup with a limit can be made here"),
 ]
 
 GREEDY = """
-import os, sys, time
+import os, time
 from torpor.agent import checkpoint, send
 send("before")
 checkpoint()
 send("after")
-while sys.argv[1:] and open("/run/torpor/incarnation").read() == "1\\n" and not os.path.exists("go"):
+while open("/run/torpor/incarnation").read() == "1\\n" and not os.path.exists("go"):
     time.sleep(0.05)
 taken = bytearray(512 << 20)
 for at in range(0, len(taken), 4096):
@@ -46,64 +49,84 @@ def data_of(stage: Stage, kind: str) -> list[dict[str, Any]]:
     return [event["data"] for event in stage.events("one") if event["kind"] == kind]
 
 
-def start(stage: Stage, agent: str, *arguments: str, **variables: str):
+def start(stage: Stage, agent: str, **variables: str) -> subprocess.Popen[str]:
     (stage.project / "agent.py").write_text(agent)
-    command = ("--memory", "128M", "--", sys.executable, "agent.py", *arguments)
-    return stage.node("run", "--name", "one", *command, **variables)
+    return stage.node("run", "--name", "one", "--memory", "128M", "--", sys.executable, "agent.py", **variables)
 
 
-def cgroups_of(stage: Stage) -> list[Path]:
-    return [Path(note.read_text()) for note in (stage.home / "runsc").glob("*.cgroup")]
+def until_it_may_take_all(stage: Stage) -> Log:
+    log = stage.follow("one")
+    log.wait("call.delivered", 3)
+    return log
 
 
-def check_parked_and_finish(stage: Stage, made: list[Path]) -> None:
+def cgroup_of_first(stage: Stage) -> Cgroup:
+    [note] = (stage.home / "runsc").glob("*-1.cgroup")
+    return cgroup_at(Path(note.read_text()))
+
+
+def take_all_at_once(stage: Stage, node: subprocess.Popen[str]) -> None:
+    """From when the node can't look until the kernel has stopped it."""
+    cgroup = cgroup_of_first(stage)
+    [workspace] = stage.home.glob("sessions/*/incarnations/1/workspace")
+    node.send_signal(signal.SIGSTOP)
+    (workspace / "go").touch()
+    while not cgroup.has_killed():
+        time.sleep(0.05)  # The kernel tells nobody.
+    node.send_signal(signal.SIGCONT)
+
+
+def check_parked_and_finish(stage: Stage, cgroup: Cgroup) -> None:
     """It sleeps and takes nothing; with more memory it ends as if nothing had been."""
-    [exceeded] = data_of(stage, "memory.exceeded")[-1:]
-    assert exceeded["killed"] is True
-    assert exceeded["limit_bytes"] == 128 << 20
-    assert 128 << 20 <= exceeded["used_bytes"] < 256 << 20
-    assert "parked at its last checkpoint: it took more than 128 MiB" in (stage.directory / "node.log").read_text()
     assert stage.rows("ls")[0]["status"] == "asleep"
     assert stage.sandbox_pids() == []
-    assert cgroups_of(stage) == []
-    assert not any(path.exists() for path in made)
+    assert not cgroup.path.exists()
     assert "memory_too_small" in stage.torpor("resume", "one", check=False).stderr
     assert stage.torpor("resume", "--memory", "2G", "one").stdout == "512\n"
     assert data_of(stage, "recovery.chosen")[-1]["mode"] == "restore"
-    assert [message["data"]["number"] for message in stage.events("one") if message["kind"] == "message.sent"] == [1, 2]
+    assert [message["number"] for message in data_of(stage, "message.sent")] == [1, 2]
     stage.torpor("log", "one", "--verify")
     check_nothing_left(stage)
-    assert cgroups_of(stage) == []
+    assert list((stage.home / "runsc").glob("*.cgroup")) == []
 
 
 def test_it_is_stopped_at_the_wall_and_goes_on_from_its_checkpoint_with_more(quick: Stage) -> None:
-    assert start(quick, GREEDY).wait(300) == PARKED
+    node = start(quick, GREEDY)
+    until_it_may_take_all(quick).close()
+    cgroup = cgroup_of_first(quick)
+    take_all_at_once(quick, node)
+    assert node.wait(300) == PARKED
     assert len(data_of(quick, "incarnation.started")) == 1
-    check_parked_and_finish(quick, [])
+    [exceeded] = data_of(quick, "memory.exceeded")
+    assert exceeded == {"used_bytes": 128 << 20, "limit_bytes": 128 << 20, "killed": True}
+    assert "parked at its last checkpoint: it took more than 128 MiB" in (quick.directory / "node.log").read_text()
+    check_parked_and_finish(quick, cgroup)
 
 
 def test_a_node_that_dies_when_it_was_stopped_leaves_a_session_that_is_parked_by_the_next(quick: Stage) -> None:
-    assert start(quick, GREEDY, TORPOR_CRASH_POINT="memory.exceeded").wait(300) == -signal.SIGKILL
-    made = cgroups_of(quick)
+    node = start(quick, GREEDY, TORPOR_CRASH_POINT="memory.exceeded")
+    until_it_may_take_all(quick).close()
+    cgroup = cgroup_of_first(quick)
+    take_all_at_once(quick, node)
+    assert node.wait(300) == -signal.SIGKILL
+    assert cgroup.path.exists()
     assert quick.node("resume", "one").wait(300) == PARKED
-    check_parked_and_finish(quick, made)
+    check_parked_and_finish(quick, cgroup)
 
 
-def test_the_wall_stands_around_a_sandbox_that_another_node_adopted(quick: Stage) -> None:
-    node = start(quick, GREEDY, "waits")
-    log = quick.follow("one")
-    log.wait("call.delivered", 3)
-    [made] = cgroups_of(quick)[:1]
-    node.kill()
-    node.wait()
+def test_the_wall_stands_while_no_node_is_there_and_around_what_another_one_adopts(quick: Stage) -> None:
+    first = start(quick, GREEDY)
+    log = until_it_may_take_all(quick)
+    cgroup = cgroup_of_first(quick)
+    first.kill()
+    first.wait()
     second = quick.node("resume", "one")
-    log.wait("recovery.chosen", 2)
-    [workspace] = quick.home.glob("sessions/*/incarnations/1/workspace")
-    (workspace / "go").touch()
-    assert second.wait(300) == PARKED
+    assert log.wait("recovery.chosen", 2)["data"]["mode"] == "adopt"
     log.close()
-    assert [chosen["mode"] for chosen in data_of(quick, "recovery.chosen")] == ["boot", "adopt"]
-    check_parked_and_finish(quick, [made])
+    take_all_at_once(quick, second)
+    assert second.wait(300) == PARKED
+    assert data_of(quick, "memory.exceeded")[0]["killed"] is True
+    check_parked_and_finish(quick, cgroup)
 
 
 def test_saves_of_one_that_is_nearly_full_are_not_stopped(quick: Stage) -> None:

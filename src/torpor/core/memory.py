@@ -33,12 +33,9 @@ def mark_of(limit_bytes: int) -> int:
     return limit_bytes * MARK_PERCENT // 100
 
 
-def more_of(limit_bytes: int, used_bytes: int) -> int:
-    """What a sandbox may take from now on before it is killed: the rest of its limit, and what its own kernel may need
-    meanwhile.
-    """
-    headroom = max(HEADROOM_BYTES_MIN, limit_bytes * HEADROOM_PERCENT // 100)
-    return max(limit_bytes - used_bytes, 0) + headroom
+def wall_of(limit_bytes: int) -> int:
+    """With more than that it is killed: behind the limit there is room for what its own kernel needs meanwhile."""
+    return limit_bytes + max(HEADROOM_BYTES_MIN, limit_bytes * HEADROOM_PERCENT // 100)
 
 
 def told(size_bytes: int) -> str:

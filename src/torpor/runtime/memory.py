@@ -22,7 +22,7 @@ from contextlib import AsyncExitStack
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind
-from torpor.core.memory import mark_of, more_of, told
+from torpor.core.memory import mark_of, told, wall_of
 from torpor.core.session import SessionStatus
 from torpor.db import log
 from torpor.db.database import Transaction
@@ -80,7 +80,7 @@ class Memory:
             self._used_bytes = used
             if used >= mark_of(limit):
                 return
-            await asyncio.to_thread(life.sandbox.allow_memory, more_of(limit, used))
+            await asyncio.to_thread(life.sandbox.allow_memory, wall_of(limit))
             # The kernel tells nobody how large a file in memory has become.
             await asyncio.sleep(LOOK_SECONDS)
         await asyncio.Event().wait()

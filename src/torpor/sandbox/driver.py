@@ -93,9 +93,9 @@ class Sandbox(Protocol):
         """
         ...
 
-    def allow_memory(self, more_bytes: int) -> bool:
-        """Let the kernel kill it when its programs take so much more than now; a save counts for nothing. False: such a
-        wall can't be had here.
+    def allow_memory(self, most_bytes: int) -> bool:
+        """Let the kernel kill it when it has more `memory_bytes` than that. To be said again now and then: the
+        kernel counts other things too. False: there is no such wall here.
         """
         ...
 

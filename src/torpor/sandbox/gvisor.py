@@ -31,6 +31,8 @@ from torpor.sandbox.driver import INIT_DIRECTORY, SandboxPlan
 logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 10
+ROOM_BYTES_MIN = 32 << 20
+"""Who has too much already is parked, not killed for a page more."""
 LEAVING_SECONDS = 2
 """After the sandbox's kernel its programs die by themselves, and leave their cgroup."""
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
@@ -178,7 +180,7 @@ class GvisorSandbox:
         self._wall = threading.Lock()
         """Held while the wall is moved, which is also done by threads."""
         self._saving = False
-        self._more_bytes: int | None = None
+        self._most_bytes: int | None = None
         self._killed_at_wall = False
 
     @property
@@ -268,13 +270,15 @@ class GvisorSandbox:
         pids = self.pids()
         return None if pids is None else process.bytes_of_open_file(pids[0], "/memfd:runsc-memory")
 
-    def allow_memory(self, more_bytes: int) -> bool:
+    def allow_memory(self, most_bytes: int) -> bool:
         with self._wall:
-            cgroup = self._cgroup()
-            if cgroup is not None and not self._saving:
-                cgroup.set_wall(cgroup.held_bytes() + more_bytes)
-            self._more_bytes = more_bytes
-        return cgroup is not None
+            self._most_bytes = most_bytes
+            cgroup, used = self._cgroup(), self.memory_bytes()
+            if cgroup is None or used is None:
+                return False
+            if not self._saving:
+                cgroup.set_wall(cgroup.held_bytes() + max(most_bytes - used, ROOM_BYTES_MIN))
+            return True
 
     @contextlib.contextmanager
     def _without_wall(self) -> Iterator[None]:
@@ -288,8 +292,8 @@ class GvisorSandbox:
             yield
         finally:
             self._saving = False
-            if self._more_bytes is not None:
-                self.allow_memory(self._more_bytes)
+            if self._most_bytes is not None:
+                self.allow_memory(self._most_bytes)
 
     def was_killed_at_wall(self) -> bool:
         cgroup = self._cgroup()
