@@ -14,7 +14,7 @@ import select
 import signal
 import stat
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ class GvisorSandbox:
             return True
 
     @contextlib.contextmanager
-    def _without_wall(self) -> Iterator[None]:
+    def _without_wall(self) -> Generator[None]:
         """While an image is saved: the pages of its files are the sandbox's, who writes them, until they are freed."""
         with self._wall:
             self._saving = True
