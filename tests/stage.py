@@ -21,6 +21,7 @@ from typing import Any
 from examples.demo.demo import Log
 
 from torpor.runtime.leasing import is_held
+from torpor.sandbox.cgroups import cgroup_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TORPOR = [sys.executable, "-m", "torpor"]
@@ -136,6 +137,7 @@ class Stage:
                 process.kill()
             process.wait()
         self.kill_sandbox()
+        self._remove_cgroups()
         # A test that failed has not closed them, and Python would complain of that in the middle of another one.
         for process in self.started:
             if process.stdout is not None:
@@ -143,6 +145,14 @@ class Stage:
             if process.stderr is not None:
                 process.stderr.close()
         shutil.rmtree(self.home, ignore_errors=True)
+
+    def _remove_cgroups(self) -> None:
+        """Those of sandboxes that nobody swept: with the home goes the note of where they are."""
+        deadline = time.monotonic() + 10
+        for note in (self.home / "runsc").glob("*.cgroup"):
+            cgroup = cgroup_at(Path(note.read_text()))
+            while not cgroup.remove() and time.monotonic() < deadline:
+                time.sleep(0.05)
 
 
 def _with_every_turn(command: Sequence[str]) -> list[str]:

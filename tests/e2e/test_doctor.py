@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.stage import TORPOR, Stage
 
+from torpor.sandbox.cgroups import CgroupV1, cgroup_for
+
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(300)]
 PRIVATE = ("unshare", "-m", "--propagation", "private", "sh", "-c")
 
@@ -87,6 +89,17 @@ def test_images_need_room(bare: Stage) -> None:
     assert status == 69
     assert "64 MiB free" in str(points["memory for images"]["detail"])
     assert "remount,size=" in str(points["memory for images"]["remedy"])
+
+
+@pytest.mark.skipif(not isinstance(cgroup_for("probe"), CgroupV1), reason="cgroups of version 1 can't be made here")
+def test_it_says_whether_a_cgroup_stops_what_takes_memory_too_fast(bare: Stage) -> None:
+    _, points = examine(bare)
+    assert "a cgroup (version 1) stops what an agent takes faster" in str(points["memory limits"]["detail"])
+    memory = "/sys/fs/cgroup/memory"
+    read_only = f"mount --bind {memory} {memory} && mount -o remount,bind,ro {memory}"
+    _, points = examine(in_private_mounts(bare, read_only))
+    assert "no cgroup holds what an agent takes faster" in str(points["memory limits"]["detail"])
+    assert points["memory limits"]["ok"] is True
 
 
 def test_swap_is_a_warning_and_no_obstacle(bare: Stage) -> None:

@@ -309,7 +309,8 @@ _TELLING: dict[Kind, Callable[[Any], str]] = {
     Kind.RECOVERY_CHOSEN: _recovered,
     Kind.RECOVERY_REJECTED: _rejected,
     Kind.MEMORY_EXCEEDED: lambda data: (
-        f"{data.get('used_bytes', 0) >> 20} MiB of {data.get('limit_bytes', 0) >> 20} MiB: the session is parked"
+        f"{data.get('used_bytes', 0) >> 20} MiB of {data.get('limit_bytes', 0) >> 20} MiB"
+        f"{' and more, killed' if data.get('killed') else ''}: the session is parked"
     ),
     Kind.MEMORY_CHANGED: lambda data: f"it may take {data.get('limit_bytes', 0) >> 20} MiB",
     Kind.AGENT_RESTARTED: lambda data: (

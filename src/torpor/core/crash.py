@@ -39,7 +39,7 @@ CRASH_POINTS: dict[str, str] = {
     "divergence.failed": "a session that failed by its policy, and its sandbox; the next sweep kills it",
     "child.created": "a session that nobody runs: the parent's call, carried out again, finds it by its id",
     "child.seeded": "the same, with its workspace",
-    "memory.exceeded": "a sandbox that is too large: the next node adopts it, and finds that again",
+    "memory.exceeded": "a sandbox that is too large, or was killed for it: adopted or restored, it comes to that again",
     "restart.decided": "a sandbox whose agent failed and is to begin again: the next node goes on with that",
     "exit.committed": "an ended session whose sandbox is still there; the next sweep kills it",
     "hibernate.begun": "a session on its way to sleep, whose sandbox runs: adopted",

@@ -73,7 +73,7 @@ class Kind(StrEnum):
     """The agent sent a message out; data: number, bytes; refs: the text."""
     BUDGET_CHANGED = "budget.changed"
     MEMORY_EXCEEDED = "memory.exceeded"
-    """The sandbox took so much that the session is parked; data: used_bytes, limit_bytes."""
+    """The sandbox took so much that the session is parked; data: used_bytes, limit_bytes, perhaps killed."""
     MEMORY_CHANGED = "memory.changed"
     """Its limit is another from its next life on; data: limit_bytes."""
     AGENT_EXITED = "agent.exited"

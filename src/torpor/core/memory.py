@@ -1,4 +1,4 @@
-"""How much memory a sandbox may take, and from where on it is parked. Pure."""
+"""How much memory a sandbox may take, from where on it is parked, and where the kernel kills it. Pure."""
 
 from torpor.core.errors import InvalidInput
 
@@ -7,6 +7,9 @@ BYTES_MIN = 64 << 20
 """Less than an interpreter and its libraries need is a mistake."""
 MARK_PERCENT = 90
 """Of the limit: what is left is for what the agent takes until it stands still."""
+
+HEADROOM_BYTES_MIN = 64 << 20
+HEADROOM_PERCENT = 12
 
 
 def parse_memory(text: str) -> int:
@@ -28,6 +31,11 @@ def parse_memory(text: str) -> int:
 def mark_of(limit_bytes: int) -> int:
     """From so many bytes on the session is parked."""
     return limit_bytes * MARK_PERCENT // 100
+
+
+def wall_of(limit_bytes: int) -> int:
+    """With more than that it is killed: behind the limit there is room for what its own kernel needs meanwhile."""
+    return limit_bytes + max(HEADROOM_BYTES_MIN, limit_bytes * HEADROOM_PERCENT // 100)
 
 
 def told(size_bytes: int) -> str:

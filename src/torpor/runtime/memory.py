@@ -1,9 +1,12 @@
 """Keeps a sandbox within its memory: at a high-water mark its session is checkpointed and parked until it gets more.
 
-The limit is enforced from outside, by measuring: nothing of the agent is asked, and no privilege is needed. Order, and
-what a kill -9 leaves:
+The limit is enforced from outside, by measuring: nothing of the agent is asked, and no privilege is needed. Where the
+machine lets us, a wall stands behind it (sandbox/cgroups.py): an agent that takes more than what is left of its limit
+between two looks is killed by the kernel, and its session is parked at the last checkpoint. Order, and what a kill -9
+leaves:
 
-    memory.exceeded (`memory.exceeded`)  a session to recover: its sandbox is adopted, and found too large again
+    memory.exceeded (`memory.exceeded`)  a session to recover: its sandbox is adopted, and found too large again; one
+                                         that was killed is restored, and comes to its wall again
     status `hibernating`, the last cut   as at every stop
     status `asleep` (`session.asleep`)   a paused sandbox; the next owner kills it
     the sandbox is destroyed             a session that sleeps, and is not woken without more memory
@@ -13,12 +16,13 @@ what was answered since comes from the log.
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
 from torpor.core.crash import crash_point
 from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind
-from torpor.core.memory import mark_of, told
+from torpor.core.memory import mark_of, told, wall_of
 from torpor.core.session import SessionStatus
 from torpor.db import log
 from torpor.db.database import Transaction
@@ -64,29 +68,31 @@ class Memory:
             )
 
     async def until_full(self, life: Incarnation) -> None:
-        """Wait until the sandbox takes so much that it has to be parked; for ever without a limit."""
+        """Wait until the sandbox takes so much that it has to be parked, or was killed; for ever without a limit."""
         limit, _ = await self._limit()
         while limit is not None:
+            if await asyncio.to_thread(life.sandbox.was_killed_at_wall):
+                return
             used = await asyncio.to_thread(life.sandbox.memory_bytes)
             if used is None:
                 self._watcher.notice("its memory cannot be measured here: --memory has no effect")
                 break
+            self._used_bytes = used
             if used >= mark_of(limit):
-                self._used_bytes = used
                 return
+            await asyncio.to_thread(life.sandbox.allow_memory, wall_of(limit))
             # The kernel tells nobody how large a file in memory has become.
             await asyncio.sleep(LOOK_SECONDS)
         await asyncio.Event().wait()
 
     async def park(self, life: Incarnation) -> None:
         """Checkpoint the session and let it sleep; its sandbox is the caller's to destroy."""
+        if await self.park_if_killed(life):
+            return
         limit, _ = await self._limit()
         assert limit is not None, "it was exceeded"
-        data = {"used_bytes": self._used_bytes, "limit_bytes": limit}
-        await self._records.append(EventDraft(kind=Kind.MEMORY_EXCEEDED, incarnation=life.number, data=data))
-        crash_point("memory.exceeded")
         reason = f"it takes {told(self._used_bytes)}, and may take {told(limit)}"
-        await self._records.set_status(SessionStatus.HIBERNATING, reason)
+        await self._exceeded(life, reason, {"used_bytes": self._used_bytes, "limit_bytes": limit})
         async with AsyncExitStack() as still:
             made = await self._checkpointer.take_last("memory", still)
             await self._records.park(reason)
@@ -94,6 +100,25 @@ class Memory:
             still.pop_all()
         since = "" if made is not None else ", at an earlier checkpoint, since none could be made"
         self._watcher.notice(f"parked{since}: {reason}; `torpor resume --memory SIZE` gives it more")
+
+    async def park_if_killed(self, life: Incarnation) -> bool:
+        """If the sandbox was killed at its wall, let the session sleep at its last checkpoint, and not try it again."""
+        limit, _ = await self._limit()
+        if limit is None or not await asyncio.to_thread(life.sandbox.was_killed_at_wall):
+            return False
+        await self._checkpointer.settle()
+        reason = f"it took more than {told(limit)} at once, and was killed"
+        used_bytes = max(limit, self._used_bytes)  # How much it wanted is not known.
+        await self._exceeded(life, reason, {"used_bytes": used_bytes, "limit_bytes": limit, "killed": True})
+        await self._records.park(reason)
+        crash_point("session.asleep")
+        self._watcher.notice(f"parked at its last checkpoint: {reason}; `torpor resume --memory SIZE` gives it more")
+        return True
+
+    async def _exceeded(self, life: Incarnation, reason: str, data: Mapping[str, object]) -> None:
+        await self._records.append(EventDraft(kind=Kind.MEMORY_EXCEEDED, incarnation=life.number, data=data))
+        crash_point("memory.exceeded")
+        await self._records.set_status(SessionStatus.HIBERNATING, reason)
 
     async def _limit(self) -> tuple[int | None, Event | None]:
         """The limit, and the event that says by how much it was exceeded, unless it was changed since."""

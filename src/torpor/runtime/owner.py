@@ -355,6 +355,8 @@ class Owner:
             ended = EventDraft(kind=Kind.INCARNATION_ENDED, incarnation=life.number, data={"reason": reason})
             await self.records.append(ended)
             self._watcher.notice(f"the sandbox died: {reason}")
+            if ending is Ending.LOST and await self._memory.park_if_killed(life):
+                ending = Ending.FULL
         finally:
             self._life = None
             self._checkpointer.end_life()

@@ -93,6 +93,16 @@ class Sandbox(Protocol):
         """
         ...
 
+    def allow_memory(self, most_bytes: int) -> bool:
+        """Let the kernel kill it when it has more `memory_bytes` than that. To be said again now and then: the
+        kernel counts other things too. False: there is no such wall here.
+        """
+        ...
+
+    def was_killed_at_wall(self) -> bool:
+        """Whether the kernel did so. It may live, with some of its programs dead: it is of no use any more."""
+        ...
+
     def alive(self) -> bool:
         """Its kernel answers. Never blocks for long."""
         ...

@@ -13,7 +13,8 @@ import platform
 import select
 import signal
 import stat
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torpor.core import pins
 from torpor.core.clock import Clock
 from torpor.core.errors import SandboxFailed
 from torpor.sandbox import control, process
+from torpor.sandbox.cgroups import Cgroup, cgroup_at, cgroup_for
 from torpor.sandbox.closed_watches import UnknownLayout, end_closed_watches
 from torpor.sandbox.cpu import cpu_features
 from torpor.sandbox.driver import INIT_DIRECTORY, SandboxPlan
@@ -29,6 +31,10 @@ from torpor.sandbox.driver import INIT_DIRECTORY, SandboxPlan
 logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 10
+ROOM_BYTES_MIN = 32 << 20
+"""Who has too much already is parked, not killed for a page more."""
+LEAVING_SECONDS = 2
+"""After the sandbox's kernel its programs die by themselves, and leave their cgroup."""
 IMAGE_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
 CAPABILITIES = (
     "CAP_CHOWN",
@@ -114,6 +120,8 @@ class GvisorDriver:
         bundle.mkdir(parents=True, exist_ok=True, mode=0o700)
         (bundle / "config.json").write_text(json.dumps(bundle_config(plan)))
         plan.made_by.write_text(self.runsc.sha256)
+        cgroup = self._make_cgroup(plan.sandbox_id)
+        entering = [] if cgroup is None else cgroup.entering()
         for fifo in (plan.to_guest, plan.from_guest):
             fifo.unlink(missing_ok=True)
             os.mkfifo(fifo, 0o600)
@@ -126,7 +134,7 @@ class GvisorDriver:
             stdout = os.open(plan.from_guest, os.O_WRONLY | os.O_CLOEXEC)
             ends.callback(os.close, stdout)
             creating = process.run_attached(
-                self.command("create", f"--bundle={bundle}", plan.sandbox_id, namespace=True),
+                [*entering, *self.command("create", f"--bundle={bundle}", plan.sandbox_id, namespace=True)],
                 stdin_fd=stdin,
                 stdout_fd=stdout,
                 stderr_path=plan.directory / "driver.log",
@@ -137,10 +145,27 @@ class GvisorDriver:
         return GvisorSandbox(driver=self, plan=plan)
 
     def find(self, plan: SandboxPlan) -> "GvisorSandbox | None":
-        return GvisorSandbox(driver=self, plan=plan) if self.state_file(plan.sandbox_id).exists() else None
+        known = (self.state_file(plan.sandbox_id), self.cgroup_note(plan.sandbox_id))
+        return GvisorSandbox(driver=self, plan=plan) if any(file.exists() for file in known) else None
 
     def sandbox_ids(self) -> Sequence[str]:
-        return sorted(file.name.partition("_sandbox:")[0] for file in self.state_directory.glob("*_sandbox:*.state"))
+        found = {file.name.partition("_sandbox:")[0] for file in self.state_directory.glob("*_sandbox:*.state")}
+        return sorted(found | {file.stem for file in self.state_directory.glob("*.cgroup")})
+
+    def _make_cgroup(self, sandbox_id: str) -> Cgroup | None:
+        """A cgroup for a new sandbox, if there can be one. It is noted before it is made, and the note goes last."""
+        cgroup = cgroup_for(sandbox_id)
+        if cgroup is None:
+            return None
+        self.cgroup_note(sandbox_id).write_text(str(cgroup.path))
+        if cgroup.make():
+            return cgroup
+        self.cgroup_note(sandbox_id).unlink()
+        return None
+
+    def cgroup_note(self, sandbox_id: str) -> Path:
+        """Says where the sandbox's cgroup is, for whoever adopts or kills it."""
+        return self.state_directory / f"{sandbox_id}.cgroup"
 
     def state_file(self, sandbox_id: str) -> Path:
         return self.state_directory / f"{sandbox_id}_sandbox:{sandbox_id}.state"
@@ -152,6 +177,11 @@ class GvisorSandbox:
     def __init__(self, *, driver: GvisorDriver, plan: SandboxPlan) -> None:
         self.driver = driver
         self._plan = plan
+        self._wall = threading.Lock()
+        """Held while the wall is moved, which is also done by threads."""
+        self._saving = False
+        self._most_bytes: int | None = None
+        self._killed_at_wall = False
 
     @property
     def plan(self) -> SandboxPlan:
@@ -198,6 +228,10 @@ class GvisorSandbox:
 
     async def save_image(self, image_directory: Path) -> None:
         image_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._without_wall():
+            await self._save_image(image_directory)
+
+    async def _save_image(self, image_directory: Path) -> None:
         if not self.driver.direct:
             await self._command(
                 "checkpoint",
@@ -236,20 +270,71 @@ class GvisorSandbox:
         pids = self.pids()
         return None if pids is None else process.bytes_of_open_file(pids[0], "/memfd:runsc-memory")
 
+    def allow_memory(self, most_bytes: int) -> bool:
+        with self._wall:
+            self._most_bytes = most_bytes
+            cgroup, used = self._cgroup(), self.memory_bytes()
+            if cgroup is None or used is None:
+                return False
+            if not self._saving:
+                cgroup.set_wall(cgroup.held_bytes() + max(most_bytes - used, ROOM_BYTES_MIN))
+            return True
+
+    @contextlib.contextmanager
+    def _without_wall(self) -> Generator[None]:
+        """While an image is saved: the pages of its files are the sandbox's, who writes them, until they are freed."""
+        with self._wall:
+            self._saving = True
+            cgroup = self._cgroup()
+            if cgroup is not None:
+                cgroup.set_wall(None)
+        try:
+            yield
+        finally:
+            self._saving = False
+            if self._most_bytes is not None:
+                self.allow_memory(self._most_bytes)
+
+    def was_killed_at_wall(self) -> bool:
+        cgroup = self._cgroup()
+        return self._killed_at_wall or (cgroup is not None and cgroup.has_killed())
+
+    def _cgroup(self) -> Cgroup | None:
+        try:
+            return cgroup_at(Path(self.driver.cgroup_note(self._plan.sandbox_id).read_text()))
+        except FileNotFoundError:
+            return None
+
     def alive(self) -> bool:
         state = self._state()
         return state is not None and control.answers(state["sandbox"]["controlSocketPath"])
 
     async def kill(self) -> None:
-        state = self._state()
-        if state is None:
-            return
-        for pid in (state["sandbox"]["pid"], state["goferPid"]):
-            await asyncio.to_thread(_kill_if_ours, pid, self._plan.sandbox_id)
+        sandbox_id = self._plan.sandbox_id
+        self._killed_at_wall = self.was_killed_at_wall()
+        for pid in self.pids() or ():
+            await asyncio.to_thread(_kill_if_ours, pid, sandbox_id)
         # Not `runsc delete`: it waits for zombies that whoever is PID 1 here may take seconds to reap. Nothing runs any
-        # more, and what is left of a container without cgroups and network is its state files.
-        for leftover in self.driver.state_directory.glob(f"*{self._plan.sandbox_id}*"):
-            leftover.unlink(missing_ok=True)
+        # more, and what is left of a container without network, and without cgroups of runsc's, is its state files.
+        note = self.driver.cgroup_note(sandbox_id)
+        for leftover in self.driver.state_directory.glob(f"*{sandbox_id}*"):
+            # The eleventh sandbox of a session has the name of the first one in its own.
+            if leftover != note and not leftover.name.partition(sandbox_id)[2][:1].isdigit():
+                leftover.unlink(missing_ok=True)
+        await self._remove_cgroup(note)
+
+    async def _remove_cgroup(self, note: Path) -> None:
+        cgroup = self._cgroup()
+        if cgroup is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVING_SECONDS):
+                # The kernel tells nobody under version 1 when the last process is gone.
+                while not cgroup.remove():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                note.unlink(missing_ok=True)
+                return
+        logger.warning("cgroup %s has processes that are not the sandbox's: the next sweep looks again", cgroup.path)
 
     def pids(self) -> tuple[int, int] | None:
         """Host pids of the sandbox's kernel and of its file server."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from torpor.core.clock import Clock
 from torpor.core.errors import TorporError, innermost
 from torpor.sandbox import process
+from torpor.sandbox.cgroups import CgroupV2, cgroup_for
 from torpor.sandbox.closed_watches import OLDEST_WITHOUT_CLOSED_WATCHES
 from torpor.sandbox.control import CONTROL_VERSIONS
 from torpor.sandbox.driver import Sandbox, SandboxPlan
@@ -64,7 +65,7 @@ class Finding:
 
 def look_around(clock: Clock) -> list[Finding]:
     """What can be said of the machine without running a sandbox."""
-    return [_privilege(clock), _staging(), _swap(), _limits()]
+    return [_privilege(clock), _staging(), _swap(), _limits(clock)]
 
 
 async def examine(home: Path, runsc: Runsc, init_directory: Path, clock: Clock) -> list[Finding]:
@@ -131,9 +132,18 @@ def _namespace_remedy() -> str:
     )
 
 
-def _limits() -> Finding:
-    """What `--memory` can hold, said before somebody counts upon more."""
+def _limits(clock: Clock) -> Finding:
+    """What `--memory` can hold, said before somebody counts upon more; a cgroup is made for real, and entered."""
     detail = "measured from outside, twice a second: no cgroup holds what an agent takes faster than that"
+    cgroup = cgroup_for(f"selftest-{os.getpid()}")
+    if cgroup is not None and cgroup.make():
+        within = [*cgroup.entering(), "cat", "/proc/self/cgroup"]
+        tried = process.run_blocking(within, deadline_seconds=20, clock=clock, check=False)
+        if cgroup.path.name.encode() in tried.stdout:
+            version = "2" if isinstance(cgroup, CgroupV2) else "1"
+            behind = f"a cgroup (version {version}) stops what an agent takes faster than that"
+            detail = f"measured from outside, twice a second; {behind}"
+        cgroup.remove()
     return Finding(check="memory limits", ok=True, detail=detail)
 
 

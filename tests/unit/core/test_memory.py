@@ -3,7 +3,7 @@
 import pytest
 
 from torpor.core.errors import InvalidInput
-from torpor.core.memory import mark_of, parse_memory, told
+from torpor.core.memory import mark_of, parse_memory, told, wall_of
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_mark_leaves_room_for_what_is_taken_until_the_agent_stands_still() -> None:
     assert mark_of(1000) == 900
     assert told(900 << 20) == "900 MiB"
+
+
+def test_the_wall_is_behind_the_limit_with_room_for_what_is_no_programs_memory() -> None:
+    assert wall_of(100 << 20) == 164 << 20
+    assert wall_of(100 << 30) == 112 << 30
