@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 SWITCH_SECONDS = 0.0005
-ANSWER_SECONDS = 120
-"""For what a node is asked by another process: to stop is to make a checkpoint."""
+ANSWER_SECONDS = 180
+"""For what a node is asked by another process: to stop is to wait for an answer and to make a checkpoint."""
 
 
 class Node:
@@ -291,8 +291,12 @@ async def _kill(owner: "Owner") -> dict[str, Any]:
     return {}
 
 
-async def _stop(owner: "Owner") -> dict[str, Any]:
-    """Put the session to sleep, and answer when it sleeps or can't."""
+async def _stop(owner: "Owner", now: bool) -> dict[str, Any]:
+    """Put the session to sleep, unless `now` when no answer is arriving; answer when it sleeps or can't."""
+    from torpor.runtime.owner import LEAVE_SECONDS
+
+    if not now:
+        await owner.leave(LEAVE_SECONDS)
     if not await owner.stop():
         raise SandboxFailed(
             "checkpoint_failed",

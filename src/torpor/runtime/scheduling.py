@@ -20,7 +20,7 @@ from torpor.runtime.home import Home
 from torpor.runtime.joining import Aside
 from torpor.runtime.leasing import is_held
 from torpor.runtime.memory import limit_of
-from torpor.runtime.owner import Owner
+from torpor.runtime.owner import LEAVE_SECONDS, Owner
 from torpor.runtime.staging import available_memory
 from torpor.sandbox.fifos import Pulse
 
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 RETRY_SECONDS_MAX = 300.0
-LEAVE_SECONDS = 60.0
-"""An answer that is torn is paid for twice."""
 SPARE_MEMORY_BYTES = 512 << 20
 """Left to the rest of the machine."""
 NEW_SESSION_BYTES = 256 << 20
