@@ -94,10 +94,11 @@ def measure(made: Stage, options: argparse.Namespace) -> None:
     console.print(f"up in {time.monotonic() - begin:.1f} s")
     pid = json.loads(made.torpor("status", "--json").stdout)["pid"]
     assert made.sandbox_pids() == []
-    listed = [timed(made, "ls") for _ in range(5)], [timed(made, "ls", "--json") for _ in range(5)]
+    listed = [[timed(made, *ls) for _ in range(5)] for ls in (("ls",), ("ls", "--all"), ("ls", "--json"))]
     console.print(
         f"{options.sleepers} sleepers: no sandbox, no process; daemon {memory(pid, 'VmRSS'):.0f} MB; "
-        f"torpor ls {statistics.median(listed[0]):.2f} s, all as JSON {statistics.median(listed[1]):.2f} s; "
+        f"torpor ls {statistics.median(listed[0]):.2f} s, all of them {statistics.median(listed[1]):.2f} s, "
+        f"as JSON {statistics.median(listed[2]):.2f} s; "
         f"event log {(made.home / 'torpor.db').stat().st_size / 1e6:.0f} MB, snapshots {store / 1e6:.0f} MB"
     )
     rows = []

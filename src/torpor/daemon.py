@@ -18,6 +18,7 @@ from torpor.core.errors import Conflict
 from torpor.core.ids import SessionId
 from torpor.node import Node, upstreams_digest
 from torpor.runtime import leasing
+from torpor.runtime.joining import Aside
 from torpor.runtime.owner import Owner
 from torpor.runtime.reaping import reap
 from torpor.runtime.runtime import Runtime, node_holder
@@ -87,9 +88,9 @@ def _verbs(runtime: Runtime, scheduler: Scheduler) -> dict[str, wire.Verb]:
     return {"status": status, "look": look, "start": start, "down": down}
 
 
-def _own(node: Node, session_id: SessionId, wish: Wish) -> contextlib.AbstractAsyncContextManager[Owner]:
+def _own(node: Node, session_id: SessionId, wish: Wish, aside: Aside) -> contextlib.AbstractAsyncContextManager[Owner]:
     watcher = DaemonWatcher(session_id)
-    return node.owning(session_id, watcher, attended=False, let_go=wish.let_go, boot=wish.boot)
+    return node.owning(session_id, watcher, attended=False, let_go=wish.let_go, boot=wish.boot, aside=aside)
 
 
 @contextlib.asynccontextmanager

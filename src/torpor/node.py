@@ -26,6 +26,7 @@ from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import Conflict, SandboxFailed
 from torpor.core.ids import SessionId, WaitpointId, new_node_id
 from torpor.db.roots import Move
+from torpor.runtime.joining import Aside
 from torpor.runtime.records import Records
 from torpor.runtime.request import Request
 from torpor.runtime.runtime import Runtime, node_holder, open_runtime
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 
 SWITCH_SECONDS = 0.0005
-ANSWER_SECONDS = 120
-"""For what a node is asked by another process: to stop is to make a checkpoint."""
+ANSWER_SECONDS = 180
+"""For what a node is asked by another process: to stop is to wait for an answer and to make a checkpoint."""
 
 
 class Node:
@@ -97,15 +98,16 @@ class Node:
         attended: bool = True,
         let_go: bool = False,
         boot: bool = False,
+        aside: Aside = contextlib.nullcontext,
     ) -> "AsyncGenerator[Owner]":
         """Acquire a session; other commands reach it through this node as long as the context lasts.
 
         Args: as `run`, and
-            attended: as `Runtime.own`.
+            attended, aside: as `Runtime.own`.
         """
         me = replace(self.holder, is_brief=False)
-        acquired = self.runtime.own(session_id, me, wire.answers, watcher, attended=attended, let_go=let_go, boot=boot)
-        async with acquired as owner:
+        how: dict[str, Any] = {"attended": attended, "let_go": let_go, "boot": boot, "aside": aside}
+        async with self.runtime.own(session_id, me, wire.answers, watcher, **how) as owner:
             self._owners[session_id] = owner
             try:
                 yield owner
@@ -304,8 +306,12 @@ async def _kill(owner: "Owner") -> dict[str, Any]:
     return {}
 
 
-async def _stop(owner: "Owner") -> dict[str, Any]:
-    """Put the session to sleep, and answer when it sleeps or can't."""
+async def _stop(owner: "Owner", now: bool) -> dict[str, Any]:
+    """Put the session to sleep, unless `now` when no answer is arriving; answer when it sleeps or can't."""
+    from torpor.runtime.owner import LEAVE_SECONDS
+
+    if not now:
+        await owner.leave(LEAVE_SECONDS)
     if not await owner.stop():
         raise SandboxFailed(
             "checkpoint_failed",

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,34 @@ def test_children_of_a_call_in_flight_join_its_answer_and_then_go_their_own_ways
         len({line["mine"] for line in lives}) == 1
     )  # What nobody reseeds is the same in all: docs/forking.md says so.
     assert len({told[name][-1]["said"] for name in told}) == 4
+    check_nothing_left(made)
+
+
+def test_children_that_wait_for_their_parents_answer_keep_nobody_from_beginning(quick_plain: Stage) -> None:
+    """A daemon that begins one session at a time, and an answer that does not come until its session is killed."""
+    made = quick_plain
+    made.home.mkdir()
+    (made.home / "config.toml").write_text("starts_max = 1\n")
+    silent = json.dumps({"fault": "silent", "times": 1}).encode()
+    urllib.request.urlopen(f"{made.control}/faults", data=silent).close()
+    (made.project / "agent.py").write_text(ASKING + 'print(ask("turn 1"))')
+    node = made.node("run", "--name", "one", "--", sys.executable, "agent.py")
+    log = made.follow("one")
+    log.wait("call.sent")
+    log.close()
+    made.torpor("up")
+    made.rows("fork", "one", "--count", "2", "--name", "kid")
+    resumed = [made.node("resume", "--detach", kid, log=f"{kid}.log") for kid in ("kid-1", "kid-2")]
+    while (made.home / "daemon.log").read_text().count("waiting for the answer") < 2:
+        continue
+    made.torpor("run", "--detach", "--name", "other", "--", "true")
+    assert made.torpor("wait", "other").returncode == 0
+    assert not any(event["kind"] == "call.completed" for event in made.events("one"))
+    made.torpor("kill", "one")
+    assert node.wait(PATIENCE_SECONDS) == 137
+    assert [kid.wait(PATIENCE_SECONDS) for kid in resumed] == [0, 0]
+    assert made.torpor("wait", "kid-1", "kid-2").returncode == 0
+    made.torpor("down")
     check_nothing_left(made)
 
 

@@ -104,6 +104,8 @@ def test_it_is_lost_until_somebody_mends_what_is_broken(quick: Stage) -> None:
     assert "session_lost" in refused.stderr + refused.stdout
     assert quick.rows("ls")[0]["status"] == "lost"
     assert quick.sandbox_pids() == []
+    waited = quick.torpor("wait", "one", "--json", check=False)
+    assert (waited.returncode, json.loads(waited.stdout)["error"]["code"]) == (71, "session_lost")
     shutil.copy(quick.directory / "mended", pack)
     quick.torpor("resolve", "one", "yes")
     assert quick.node("resume", "one").wait(300) == 0

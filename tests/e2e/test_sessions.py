@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ def test_an_agent_that_ended_while_no_node_lived_is_found_with_its_output(quick:
 
 
 def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
+    """The answer that was arriving has arrived: nothing is asked twice."""
     node = lasting.node(*RUN_AGENT)
     log = lasting.follow("one")
     log.wait("call.delivered")
@@ -98,7 +100,23 @@ def test_stop_frees_the_sandbox_and_resume_goes_on(lasting: Stage) -> None:
     resumed = lasting.node("resume", "one")
     assert resumed.wait(300) == 0
     log.close()
+    assert log.count("call.torn") == 0
     assert report_of(lasting) == {**dict.fromkeys(COUNTERS, 10), "background": {"ticker": None}}
+
+
+def test_stop_now_waits_for_no_answer(quick: Stage) -> None:
+    """Here one that never comes; it is asked for anew."""
+    silent = json.dumps({"fault": "silent", "times": 1}).encode()
+    urllib.request.urlopen(f"{quick.control}/faults", data=silent).close()
+    node = quick.node(*RUN_AGENT)
+    log = quick.follow("one")
+    log.wait("call.sent")
+    quick.torpor("stop", "--now", "one")
+    assert node.wait(300) == 79
+    assert quick.rows("ls")[0]["status"] == "asleep"
+    assert quick.node("resume", "one").wait(300) == 0
+    log.close()
+    assert (log.count("call.torn"), report_of(quick)["memory"]) == (1, 5)
 
 
 COUNTING = "for ((i = 1; ; i++)); do echo $i >> count; echo $i; sleep 0.005; done"

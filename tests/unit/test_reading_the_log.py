@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conformance.test_children import begin
 from tests.unit.db.scene import NOW, Scene, acquire, new_scene
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ from torpor.core.errors import Conflict, Damaged, InvalidInput, NotFound
 from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import CallId, SessionId, new_session_id
 from torpor.core.money import Bill
-from torpor.db import budgets, calls, checkpoints, log, notes, redaction, requests, sessions, verify
+from torpor.db import budgets, calls, checkpoints, children, log, notes, redaction, requests, sessions, verify
 from torpor.db.database import Database, Transaction, open_database
 from torpor.runtime import heads, spans, transfer, turns
 from torpor.runtime.home import Home
@@ -110,6 +111,27 @@ async def test_a_fork_comes_back_from_its_export_with_its_parent(scene: Scene, t
     forged = [lines[0].replace('"forked_at_seq": 2', '"forked_at_seq": 1'), *lines[1:]]
     with pytest.raises(InvalidInput, match="its log does not hold"):
         await imported(tmp_path / "forged", forged)
+
+
+async def test_a_parent_comes_alone_and_finds_its_child_forgotten(scene: Scene, tmp_path: Path) -> None:
+    child, point = await begin(scene)
+    lines = await exported(scene)
+    assert not any(json.loads(line).get("row") == "child" for line in lines)
+    other, _ = await imported(tmp_path / "other", lines)
+    there = Scene(other, scene.session_id, 0)
+    assert await there.read(lambda tx: children.list_of(tx, scene.session_id)) == []
+    assert await there.read(lambda tx: children.has_ended(tx, point))
+    settled = await there.write(lambda tx: children.settle(tx, **there.owner, point=point, wall_ns=NOW))
+    assert settled.resolution == {"status": "forgotten", "exit_status": None}
+    await imported_as_well(scene, child, there)
+    await other.close()
+
+
+async def imported_as_well(scene: Scene, child: SessionId, there: Scene) -> None:
+    """The child is a session by itself there."""
+    lines = await scene.read(lambda tx: [json.dumps(line) for line in transfer.export_lines(tx, child)])
+    assert await there.write(lambda tx: transfer.import_lines(tx, lines)) == child
+    assert await there.read(lambda tx: children.parent_of(tx, child)) is None
 
 
 async def test_turns_tell_standing_still_from_not_living(scene: Scene) -> None:

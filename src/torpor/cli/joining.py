@@ -8,7 +8,7 @@ import typer
 
 from torpor.cli.printer import notice, print_json
 from torpor.core.clock import SystemClock
-from torpor.core.errors import MachineUnfit
+from torpor.core.errors import MachineUnfit, SandboxFailed
 from torpor.core.session import ENDED, SessionStatus
 from torpor.db.sessions import Session
 from torpor.runtime.runtime import open_runtime
@@ -35,7 +35,7 @@ def wait(
     """Wait until sessions have ended, whoever runs them, or nobody does.
 
     Exits with the exit status of the first of them, in the order given, that did not end with 0; with --any, with that
-    of the one that ended. One that was killed counts as 137.
+    of the one that ended. One that was killed counts as 137. Fails when a session is gone (66) or lost (71).
     """
     ended = asyncio.run(_wait(sessions, wants_all=not any_, timeout=timeout))
     for session in ended:
@@ -52,9 +52,13 @@ async def _wait(texts: list[str], *, wants_all: bool, timeout: float | None) -> 
     async with open_runtime(os.environ, clock) as runtime:
         ids = [(await runtime.session(text)).session_id for text in texts]
         while True:
-            ended = [found for each in ids if (found := await runtime.session(each)).status in ENDED]
+            found = [await runtime.session(each) for each in ids]
+            ended = [session for session in found if session.status in ENDED]
             if len(ended) == len(ids) or (ended and not wants_all):
                 return ended if wants_all else ended[:1]
+            lost = [session for session in found if session.status is SessionStatus.LOST]
+            if lost and (wants_all or len(lost) == len(found)):
+                raise _never_ends(lost[0])
             if timeout is not None and clock.monotonic() - began >= timeout:
                 raise MachineUnfit(
                     "wait_timed_out",
@@ -63,6 +67,14 @@ async def _wait(texts: list[str], *, wants_all: bool, timeout: float | None) -> 
                 )
             # A session may be run by another process, or by none, which has no way to call us: look again.
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def _never_ends(session: Session) -> SandboxFailed:
+    return SandboxFailed(
+        "session_lost",
+        f"cannot wait for session {session.session_id} to end: none of its checkpoints restores, it is lost",
+        hint="`torpor log SESSION` says why for each. Mend the store and `torpor resume` it, or `torpor kill` it.",
+    )
 
 
 def _exit_status(session: Session) -> int:

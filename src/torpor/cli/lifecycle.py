@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from torpor import wire
-from torpor.cli.printer import human_bytes, milliseconds, notice, out, print_json
+from torpor.cli.printer import err, human_bytes, milliseconds, notice, out, print_json
 from torpor.core.errors import Conflict
 from torpor.core.ids import SessionId
 from torpor.core.session import ENDED, SessionStatus
@@ -87,18 +87,29 @@ async def _kill_children(node: Node, session_id: SessionId) -> list[str]:
     return killed
 
 
-def stop(session: Annotated[str, SESSION], json: Annotated[bool, JSON] = False) -> None:
-    """Checkpoint a running session, free its sandbox and end its node; `torpor resume` goes on from there."""
+def stop(
+    session: Annotated[str, SESSION],
+    at_once: Annotated[
+        bool, typer.Option("--now", help="Do not wait for an answer that is arriving: it is asked for, and paid, anew.")
+    ] = False,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Checkpoint a running session, free its sandbox and end its node; `torpor resume` goes on from there.
+
+    An answer of a model that is arriving is waited for, at most a minute.
+    """
 
     async def work() -> tuple[Session, int]:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            await ask_running(node, found, "stop")
+            await ask_running(node, found, "stop", now=at_once)
             await wait_until_free(node.runtime.home.lock(found.session_id))
             newest = await node.runtime.newest_checkpoint(found.session_id)
             return await node.runtime.session(found.session_id), newest.number
 
-    now, checkpoint = asyncio.run(work())
+    told = "putting it to sleep" if at_once else "waiting for an answer that is arriving, and putting it to sleep"
+    with err.status(told):
+        now, checkpoint = asyncio.run(work())
     if now.status is SessionStatus.ASLEEP:
         notice(f"{now.session_id} stopped at checkpoint #{checkpoint}; `torpor resume` goes on from there")
     else:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 
 from torpor.core.errors import TorporError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 TABLE_WIDTH = 200
-"""Wide enough for every listing."""
+"""Wide enough for every listing, but for one with a column as long as people like."""
+COLUMN_WIDTH_MIN = 32
+"""No column is cut below it: ids are there to be copied."""
 
 
 def print_json(value: object) -> None:
@@ -34,14 +36,37 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_jso
     if not rows:
         err.print(empty)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.upper().replace("_", " "), no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row.get(column)) for column in columns))
-    # Ids are there to be copied: a narrow or no terminal cuts no line in two.
-    out.width = max(out.width, TABLE_WIDTH)
-    out.print(table)
+    # Not rich's table, which looks for markup in every cell and measures each of them several times.
+    table = [[cell(row.get(column)) for column in columns] for row in rows]
+    header = [column.upper().replace("_", " ") for column in columns]
+    # A narrow or no terminal cuts no line in two.
+    widths = _widths([header, *table], max(out.width, TABLE_WIDTH))
+    out.print(_line(header, widths), style="bold", markup=False)
+    out.file.write("".join(f"{_line(cells, widths)}\n" for cells in table))
+
+
+def _widths(table: Sequence[Sequence[str]], width_max: int) -> list[int]:
+    """How wide each column is; the widest ones are cut until a line, with two spaces between columns, fits."""
+    widths = [max(_width(text) for text in column) for column in zip(*table, strict=True)]
+    while (excess := sum(widths) + 2 * (len(widths) - 1) - width_max) > 0 and max(widths) > COLUMN_WIDTH_MIN:
+        widest = widths.index(max(widths))
+        widths[widest] = max(COLUMN_WIDTH_MIN, widths[widest] - excess)
+    return widths
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(_fitted(text, width) for text, width in zip(cells, widths, strict=True))
+
+
+def _fitted(text: str, width: int) -> str:
+    """Exactly so many columns of a terminal."""
+    missing = width - _width(text)
+    return text + " " * missing if missing >= 0 else f"{set_cell_size(text, width - 1)}…"
+
+
+def _width(text: str) -> int:
+    """In columns of a terminal, of which some characters take two."""
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def notice(text: str) -> None:
@@ -62,6 +87,8 @@ def print_error(error: TorporError, *, as_json: bool = False) -> None:
 
 def printable(text: str) -> str:
     """Text that may come out of a sandbox, on one line and without anything that a terminal would obey."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

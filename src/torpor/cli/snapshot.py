@@ -56,6 +56,8 @@ def export(
         return
     how = "sealed" if done.sealed else "not sealed: who has the file has the session"
     notice(f"checkpoint {done.checkpoint} of {done.session_id}: {human_bytes(done.file_bytes)}, {how}")
+    if done.children:
+        notice(f"the sessions that it began are not in it; there it finds them forgotten: {', '.join(done.children)}")
 
 
 def import_(

@@ -21,8 +21,12 @@ class Home:
     root: Path
 
     @property
+    def database_file(self) -> Path:
+        return self.root / "torpor.db"
+
+    @property
     def database_url(self) -> str:
-        return f"sqlite:///{self.root / 'torpor.db'}"
+        return f"sqlite:///{self.database_file}"
 
     @property
     def search_index(self) -> Path:

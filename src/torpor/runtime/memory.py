@@ -24,8 +24,9 @@ from torpor.core.errors import Conflict
 from torpor.core.events import Event, EventDraft, Kind
 from torpor.core.memory import mark_of, told, wall_of
 from torpor.core.session import SessionStatus
-from torpor.db import log
+from torpor.db import log, sessions
 from torpor.db.database import Transaction
+from torpor.db.sessions import Session
 from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.incarnation import Incarnation
 from torpor.runtime.records import Records
@@ -35,18 +36,11 @@ LOOK_SECONDS = 0.5
 
 
 class Memory:
-    """One session's limit.
+    """One session's limit."""
 
-    Args:
-        given_bytes: what it was made with; None: no limit, unless it was given one since.
-    """
-
-    def __init__(
-        self, *, records: Records, checkpointer: Checkpointer, given_bytes: int | None, watcher: Watcher
-    ) -> None:
+    def __init__(self, *, records: Records, checkpointer: Checkpointer, watcher: Watcher) -> None:
         self._records = records
         self._checkpointer = checkpointer
-        self._given_bytes = given_bytes
         self._watcher = watcher
         self._used_bytes = 0
 
@@ -123,12 +117,15 @@ class Memory:
     async def _limit(self) -> tuple[int | None, Event | None]:
         """The limit, and the event that says by how much it was exceeded, unless it was changed since."""
 
-        def work(tx: Transaction) -> tuple[Event | None, Event | None]:
+        def work(tx: Transaction) -> tuple[int | None, Event | None]:
             session_id = self._records.session_id
-            return (
-                log.last_of_kind(tx, session_id, Kind.MEMORY_CHANGED),
-                log.last_of_kind(tx, session_id, Kind.MEMORY_EXCEEDED),
-            )
+            return limit_of(tx, sessions.get(tx, session_id)), log.last_of_kind(tx, session_id, Kind.MEMORY_EXCEEDED)
 
-        changed, exceeded = await self._records.database.read(work)
-        return (self._given_bytes if changed is None else changed.data["limit_bytes"]), exceeded
+        return await self._records.database.read(work)
+
+
+def limit_of(tx: Transaction, session: Session) -> int | None:
+    """What the session's sandbox may take, in bytes, as it was made or as it was given since; None: no limit."""
+    changed = log.last_of_kind(tx, session.session_id, Kind.MEMORY_CHANGED)
+    limit: int | None = session.spec.get("memory_bytes_max") if changed is None else changed.data["limit_bytes"]
+    return limit

@@ -41,6 +41,8 @@ from torpor.sandbox.streams import Stream, StreamGone
 CHECKPOINT_AGE_SECONDS = 300
 LOSSES_WITHOUT_PROGRESS_MAX = 5
 OUTPUT_DRAIN_SECONDS = 10
+LEAVE_SECONDS = 60.0
+"""An answer that is torn is paid for twice."""
 
 
 class Ending(Enum):

@@ -101,7 +101,7 @@ def make_owner(
         watcher=watcher,
         beginning=beginning,
         hibernation=hibernation,
-        memory=Memory(records=records, checkpointer=checkpointer, given_bytes=spec.memory_bytes_max, watcher=watcher),
+        memory=Memory(records=records, checkpointer=checkpointer, watcher=watcher),
     )
 
 

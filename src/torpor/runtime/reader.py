@@ -5,9 +5,11 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
 
 from torpor.config import torpor_home
 from torpor.core.clock import Clock
+from torpor.core.errors import MachineUnfit
 from torpor.db import sessions
 from torpor.db.database import Database, open_database
 from torpor.runtime.home import Home
@@ -20,10 +22,32 @@ class Reader:
         self.home = home
         self.database = database
         self.clock = clock
+        self._opened = _identity(home.database_file)
 
     async def session(self, text: str) -> sessions.Session:
-        """Find a session by id, unique beginning of an id, or name."""
+        """Find a session by id, unique beginning of an id, or name.
+
+        Raises:
+            NotFound: `session_not_found`.
+            InvalidInput: `session_ambiguous`.
+            MachineUnfit: `home_gone`: what would be read is a file that was deleted, and that nobody will write again.
+        """
+        if _identity(self.home.database_file) != self._opened:
+            raise MachineUnfit(
+                "home_gone",
+                f"cannot find session {text!r}: {self.home.root} was removed or replaced meanwhile",
+                hint="The same command again looks into the one that is there now.",
+            )
         return await self.database.read(lambda tx: sessions.find(tx, text))
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file has the name; None: there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextlib.asynccontextmanager

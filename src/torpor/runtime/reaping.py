@@ -15,7 +15,7 @@ import msgspec
 
 from torpor.core.errors import NotFound
 from torpor.core.ids import SessionId
-from torpor.core.session import MAY_HOLD_SANDBOX
+from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.db import sessions
 from torpor.db.sessions import Session
 from torpor.runtime import leasing
@@ -43,7 +43,7 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
             if session is not None and session.status not in MAY_HOLD_SANDBOX:
                 spec = msgspec.convert(session.spec, SessionSpec)
                 await sweep(runtime.home, session_id, spec, driver, keep=None)
-            if session is None or session.exit_status is not None:
+            if session is None or session.status in ENDED:
                 await asyncio.to_thread(Staging(runtime.home.root, session_id).clear)
         finally:
             lock.release()

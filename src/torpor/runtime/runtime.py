@@ -37,7 +37,7 @@ from torpor.runtime import leasing, redacting, seeding, transfer, workspaces
 from torpor.runtime.holding import Ask, Holding
 from torpor.runtime.home import Home
 from torpor.runtime.image_cache import open_image_cache
-from torpor.runtime.joining import take_answers
+from torpor.runtime.joining import Aside, take_answers
 from torpor.runtime.master_key import MasterKeys
 from torpor.runtime.reader import Reader
 from torpor.runtime.records import Records
@@ -155,6 +155,7 @@ class Runtime(Reader):
         attended: bool = True,
         let_go: bool = False,
         boot: bool = False,
+        aside: Aside = contextlib.nullcontext,
     ) -> AsyncGenerator["Owner"]:
         """Acquire the session: lock first, then the token. Let go of both at the end.
 
@@ -162,6 +163,7 @@ class Runtime(Reader):
             attended: a person's process is its node; else a node daemon is to run it whenever none does.
             let_go: a person lets the agent take another path than the log's.
             boot: a person gives up the agent's memory, if its sandbox does not live.
+            aside: the session is in there as long as it waits for another one, before this yields.
 
         Raises:
             Conflict: `session_running`, `session_ended`.
@@ -198,7 +200,7 @@ class Runtime(Reader):
                 await ahead.sweep(self.database, session_id)
             records = Records(database=self.database, session_id=session_id, owner_token=token, clock=self.clock)
             if seen.parent is not None:
-                await take_answers(records, self.home, watcher.notice)
+                await take_answers(records, self.home, watcher.notice, aside)
             yield make_owner(self, records, seen, store, runsc, watcher, attended=attended, let_go=let_go, boot=boot)
             await records.release()
         finally:

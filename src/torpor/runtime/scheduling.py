@@ -7,18 +7,20 @@ long as memory lasts. One that can't begin, or whose owner fails, is tried again
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from torpor.core.clock import Clock
 from torpor.core.errors import Conflict, NotFound, Superseded, TorporError, innermost
 from torpor.core.ids import SessionId
-from torpor.db import checkpoints, sleeping
-from torpor.db.database import Database
+from torpor.db import checkpoints, sessions, sleeping
+from torpor.db.database import Database, Transaction
 from torpor.runtime.home import Home
+from torpor.runtime.joining import Aside
 from torpor.runtime.leasing import is_held
-from torpor.runtime.owner import Owner
+from torpor.runtime.memory import limit_of
+from torpor.runtime.owner import LEAVE_SECONDS, Owner
 from torpor.runtime.staging import available_memory
 from torpor.sandbox.fifos import Pulse
 
@@ -27,14 +29,14 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 RETRY_SECONDS_MAX = 300.0
-LEAVE_SECONDS = 60.0
-"""An answer that is torn is paid for twice."""
 SPARE_MEMORY_BYTES = 512 << 20
 """Left to the rest of the machine."""
 NEW_SESSION_BYTES = 256 << 20
 """What a session is taken to need before its first image tells."""
+KERNEL_BYTES = 40 << 20
+"""What a sandbox takes beside what a session's limit counts."""
 
-Own = Callable[[SessionId, "Wish"], AbstractAsyncContextManager[Owner]]
+Own = Callable[[SessionId, "Wish", Aside], AbstractAsyncContextManager[Owner]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,8 @@ class Scheduler:
     """See the module.
 
     Args:
-        own: acquires a session, and lets go of it at the end.
+        own: acquires a session, and lets go of it at the end. If it has to wait for another session before, it stands
+            aside: that one may be waiting for its place.
         starts_max: how many sessions begin at a time.
         idle_seconds_max: after so long with nothing to run, now or later, it stops; None: it does not.
     """
@@ -203,12 +206,24 @@ class Scheduler:
             await self._wait_for_memory(session_id, run)
             if self._stopping:
                 return
-            async with self._own(session_id, self._how.pop(session_id, Wish())) as owner, asyncio.TaskGroup() as tasks:
+            wish = self._how.pop(session_id, Wish())
+            own = self._own(session_id, wish, lambda: self._aside(session_id, run, place))
+            async with own as owner, asyncio.TaskGroup() as tasks:
                 if self._stopping:
                     return  # Who put the others to sleep did not see this one; the next daemon begins it.
                 run.owner = owner
                 tasks.create_task(self._settle(run, owner, place))
                 await owner.run()
+
+    @asynccontextmanager
+    async def _aside(self, session_id: SessionId, run: Run, place: AsyncExitStack) -> AsyncGenerator[None]:
+        """Give its place among those that begin, and the memory that it was promised, to others for as long."""
+        run.needs_bytes = 0
+        await place.aclose()
+        self._freed.fire()
+        yield
+        await place.enter_async_context(self._starts)
+        await self._wait_for_memory(session_id, run)
 
     async def _settle(self, run: Run, owner: Owner, place: AsyncExitStack) -> None:
         """Let the next one begin when this one lives."""
@@ -220,9 +235,7 @@ class Scheduler:
 
     async def _wait_for_memory(self, session_id: SessionId, run: Run) -> None:
         """Until the machine has what the session will need, or nothing is left that could make room for it."""
-        newest = await self._database.read(lambda tx: checkpoints.newest(tx, session_id))
-        # The image is staged in memory, and what it holds is in the sandbox as well.
-        needs = NEW_SESSION_BYTES if newest is None or not newest.raw_bytes else 2 * newest.raw_bytes
+        needs = await self._database.read(lambda tx: _needed_bytes(tx, session_id))
         while not self._stopping and any(other.needs_bytes or other.owner for other in self.runs.values()):
             promised = sum(other.needs_bytes for other in self.runs.values())
             if available_memory() - promised >= needs + SPARE_MEMORY_BYTES:
@@ -249,3 +262,14 @@ class Scheduler:
         self.failures[session_id] = Failure(code=code, reason=str(error), times=times, not_before=at)
         trace = None if isinstance(error, TorporError) else error
         logger.error("session %s: %s; tried again in %.0f s", session_id, error, seconds, exc_info=trace)
+
+
+def _needed_bytes(tx: Transaction, session_id: SessionId) -> int:
+    """How much memory a session takes when it begins, as far as that is known."""
+    newest = checkpoints.newest(tx, session_id)
+    if newest is not None and newest.raw_bytes:
+        # The image is staged in memory, and what it holds is in the sandbox as well.
+        return 2 * newest.raw_bytes
+    # A limit says what it may take at most, not that it will.
+    limit = limit_of(tx, sessions.get(tx, session_id))
+    return NEW_SESSION_BYTES if limit is None else min(NEW_SESSION_BYTES, limit + KERNEL_BYTES)

@@ -16,7 +16,7 @@ import msgspec
 from torpor.core.checkpoint import Checkpoint
 from torpor.core.errors import NotFound
 from torpor.core.ids import SessionId, new_snapshot_id
-from torpor.db import checkpoints
+from torpor.db import checkpoints, children
 from torpor.db.sessions import Session
 from torpor.runtime import transfer
 from torpor.runtime.portable import FORMAT, Description, scratch_directory
@@ -38,10 +38,15 @@ _LINES_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
+    """Attributes:
+    children: the sessions that it began and that have not ended; the file has nothing of them.
+    """
+
     session_id: SessionId
     checkpoint: int
     file_bytes: int
     sealed: bool
+    children: tuple[SessionId, ...]
 
 
 async def export_snapshot(
@@ -69,11 +74,13 @@ async def export_snapshot(
             await asyncio.to_thread(writer.finish)
         finally:
             await asyncio.to_thread(writer.abandon)
+    begun = await runtime.database.read(lambda tx: children.list_of(tx, session.session_id))
     return Exported(
         session_id=session.session_id,
         checkpoint=point.number,
         file_bytes=file.stat().st_size,
         sealed=passphrase is not None,
+        children=tuple(child.session.session_id for child in begun if not child.has_ended),
     )
 
 

@@ -193,12 +193,12 @@ def wrapped_key(whose: str, master: str = "key_m") -> WrappedKey:
     return WrappedKey(whose=whose, key_id=KeyId(f"key_of_{whose}"), master_id=KeyId(master), wrapped=sealed)
 
 
-async def new_scene(database: Database, name: str | None = None) -> Scene:
+async def new_scene(database: Database, name: str | None = None, **spec: object) -> Scene:
     """A new session, acquired."""
     session_id = new_session_id(NOW)
 
     def work(tx: Transaction) -> int:
-        sessions.create(tx, session_id=session_id, name=name, spec={"argv": ["a\udcff"]}, wall_ns=NOW)
+        sessions.create(tx, session_id=session_id, name=name, spec={"argv": ["a\udcff"], **spec}, wall_ns=NOW)
         return acquire(tx, session_id, seen_token=0)
 
     return Scene(database, session_id, await database.write(work, durable=True))

@@ -20,9 +20,11 @@ from torpor.db import sessions, sleeping
 from torpor.db.database import Database, open_database
 from torpor.runtime import scheduling
 from torpor.runtime.home import Home
+from torpor.runtime.joining import Aside
 from torpor.runtime.leasing import Holder, acquire_free_lock
 from torpor.runtime.owner import Owner
 from torpor.runtime.scheduling import (
+    KERNEL_BYTES,
     LOOK_SECONDS,
     NEW_SESSION_BYTES,
     RETRY_SECONDS,
@@ -75,6 +77,7 @@ class Stage:
         self.may_own.set()
         self.refuse: Exception | None = None
         self.wishes: list[Wish] = []
+        self.waits_for: dict[SessionId, asyncio.Event] = {}
         self.owned: dict[SessionId, Session] = {}
         self.changed = asyncio.Event()
         self.scheduler = Scheduler(
@@ -82,17 +85,20 @@ class Stage:
         )
 
     @contextlib.asynccontextmanager
-    async def _own(self, session_id: SessionId, wish: Wish) -> AsyncGenerator[Owner]:
+    async def _own(self, session_id: SessionId, wish: Wish, aside: Aside) -> AsyncGenerator[Owner]:
         self.wishes.append(wish)
         if self.refuse is not None:
             raise self.refuse
+        if session_id in self.waits_for:
+            async with aside():
+                await self.waits_for[session_id].wait()
         await self.may_own.wait()
         self.owned[session_id] = Session(self, session_id)
         self.changed.set()
         yield cast("Owner", self.owned[session_id])
 
-    async def session(self, wake_ns: int | None) -> SessionId:
-        scene = await new_scene(self.database)
+    async def session(self, wake_ns: int | None, **spec: object) -> SessionId:
+        scene = await new_scene(self.database, **spec)
         await scene.write(lambda tx: sleeping.set_wake(tx, **scene.owner, wake_ns=wake_ns))
         self.home.session(scene.session_id).mkdir(parents=True)
         return scene.session_id
@@ -173,6 +179,27 @@ async def test_so_many_begin_at_a_time_and_the_next_when_one_lives(scratch: Path
         await made.until(lambda: len(made.owned) == 3)
 
 
+async def test_who_waits_for_another_session_takes_nobodys_place_and_gets_one_again(scratch: Path) -> None:
+    """Two may begin at a time: the two that wait let a third begin, and then wait for its place."""
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        made.begin_at_once = False
+        answered = asyncio.Event()
+        children = {await made.session(sleeping.NOW) for _ in range(3)}
+        made.waits_for = dict.fromkeys(children, answered)
+        made.scheduler.look()
+        await made.until(lambda: len(made.wishes) == 3)
+        others = [await made.session(sleeping.NOW) for _ in range(2)]
+        made.scheduler.look()
+        await made.until(lambda: set(made.owned) == set(others))
+        answered.set()
+        await asyncio.sleep(0)
+        assert children.isdisjoint(made.owned)
+        for number in (3, 4, 5):
+            next(one for one in made.owned.values() if not one.begun.is_set()).begun.set()
+            await made.until(lambda number=number: len(made.owned) >= number)
+        assert children < set(made.owned)
+
+
 class Memory:
     """What the machine has to spare, and how often somebody asked."""
 
@@ -201,6 +228,26 @@ async def test_a_session_begins_only_with_memory_to_spare_beside_those_that_run(
             list(made.owned.values())[-1].over.set()
             await made.until(lambda number=number: len(made.owned) > number)
         assert len(made.owned) == 3
+
+
+async def test_a_new_session_needs_no_more_than_it_may_take(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one begins where others wait; a large limit is not taken for a need."""
+    small = 64 << 20
+    memory = Memory(SPARE_MEMORY_BYTES + small + KERNEL_BYTES)
+    monkeypatch.setattr(scheduling, "available_memory", memory)
+    async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
+        first = await made.session(sleeping.NOW)
+        await made.scheduler.start(first, Wish())
+        large = await made.session(sleeping.NOW, memory_bytes_max=1 << 40)
+        made.scheduler.look()
+        await made.until(lambda: memory.asked >= 1)
+        little = await made.session(sleeping.NOW, memory_bytes_max=small)
+        made.scheduler.look()
+        await made.until(lambda: little in made.owned)
+        assert large not in made.owned
+        memory.spare_bytes = SPARE_MEMORY_BYTES + NEW_SESSION_BYTES
+        made.owned[little].over.set()
+        await made.until(lambda: large in made.owned)
 
 
 async def test_what_a_session_will_need_that_begins_is_not_promised_twice(
