@@ -29,7 +29,7 @@ from tests.stage import PATIENCE_SECONDS
 pytestmark = [pytest.mark.runsc, pytest.mark.timeout(14_400)]
 
 SESSIONS = 3
-SCHEDULES_A_HOME = 25
+SCHEDULES_A_HOME = 40
 
 
 def test_no_kill_costs_a_life_an_answer_or_a_message(

@@ -149,8 +149,8 @@ def _check_account(home: Home, told: Mapping[str, Told], session_id: str, said: 
     by_path: dict[str, list[tuple[Any, str]]] = {}
     for path, body, answer in account["memory"]:
         by_path.setdefault(path.rpartition("/")[2], []).append((json.loads(body), answer))
-    sent = [json.loads(answer)["number"] for _, answer in by_path["send"]]
-    assert len(by_path["completions"]) == len(sent)
+    sent = [json.loads(answer)["number"] for _, answer in by_path.get("send", [])]
+    assert len(by_path.get("completions", [])) == len(sent)
     if "ask" in by_path:
         _check_rounds(told, session_id, by_path, said)
         assert sent == sorted(set(sent)), session_id
@@ -160,28 +160,28 @@ def _check_account(home: Home, told: Mapping[str, Told], session_id: str, said: 
 def _check_rounds(
     told: Mapping[str, Told], session_id: str, by_path: Mapping[str, list[tuple[Any, str]]], said: Said
 ) -> None:
-    rounds = len(by_path["ask"])
+    rounds = len(by_path["ask"]) - 1
     numbers = [int(body["question"].split()[1]) for body, _ in by_path["ask"]]
-    assert numbers == list(range(1, rounds + 1)), session_id
+    assert numbers == list(range(1, rounds + 2)), session_id
     for path in ("receive", "completions", "send", "sleep"):
-        assert len(by_path[path]) == rounds, (session_id, path)
+        assert len(by_path.get(path, [])) == rounds, (session_id, path)
     taken = [json.loads(answer)["answer"] for _, answer in by_path["ask"]]
-    assert len(set(taken)) == rounds, (session_id, taken)
+    assert len(set(taken)) == rounds + 1, (session_id, taken)
     assert set(taken) <= said.tried
-    assert [text.split()[0] for text in taken] == ["on"] * (rounds - 1) + ["enough"], (session_id, taken)
-    received = [json.loads(answer) for _, answer in by_path["receive"]]
+    assert [text.split()[0] for text in taken] == ["on"] * rounds + ["enough"], (session_id, taken)
+    received = [json.loads(answer) for _, answer in by_path.get("receive", [])]
     # Each message once, in their order, from the first one on: a fork's numbers go on where its parent's were.
     assert [one["number"] for one in received] == list(range(1, rounds + 1)), session_id
     texts = {**_inboxes(told, session_id)}
     assert [one["text"] for one in received] == [texts[number] for number in range(1, rounds + 1)], session_id
-    slept = [json.loads(answer)["state"] for _, answer in by_path["sleep"]]
-    assert set(slept) == {"resolved"}
+    slept = [json.loads(answer)["state"] for _, answer in by_path.get("sleep", [])]
+    assert set(slept) <= {"resolved"}
     for _, answer in by_path.get("wait", []):
         [ended] = json.loads(answer)["waitpoints"]
         assert (ended["kind"], ended["status"], ended["exit_status"]) == ("child", "succeeded", 0), answer
     begun = [json.loads(answer)["session"] for _, answer in by_path.get("spawn", [])]
     assert set(begun) <= set(told), "a child is lost"
-    assert len(begun) == len([number for number in numbers if number % 4 == 2])
+    assert len(begun) == len([number for number in numbers[:-1] if number % 4 == 2])
 
 
 def _inboxes(told: Mapping[str, Told], session_id: str) -> dict[int, str]:

@@ -8,6 +8,7 @@ its answer, byte for byte, and no two requests of one life are equal: every one 
 """
 
 import http.client
+import itertools
 import json
 import os
 import sys
@@ -51,10 +52,10 @@ def ask_model(name: str, number: int) -> None:
 
 
 def live(name: str) -> None:
-    number, said = 0, ""
-    while not said.startswith("enough"):
-        number += 1
+    for number in itertools.count(1):
         said = json.loads(call("torpor/v1/ask", question=f"{name} {number}"))["answer"]
+        if said.startswith("enough"):
+            return
         call("torpor/v1/receive", timeout_seconds=1_000_000 + number)
         ask_model(name, number)
         call("torpor/v1/send", text=f"{name} {number}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from tests.crash.lives.home import Home, Row
 from tests.crash.lives.warm import Command
 
-LIVING_MAX = 6
+LIVING_MAX = 5
 LIVING_MIN = 3
 REACH_SECONDS = 8.0
 """So long a crash point is waited for that may never be reached."""
@@ -34,7 +34,7 @@ COMMAND_POINTS = {
         *("collect.swept", "repack.stored", "repack.moved"),
     ],
 }
-ACTS = [*["fork"] * 4, *["rewind"] * 4, *["collect"] * 3, "hibernate", "checkpoint", "stop", "none", "none"]
+ACTS = [*["fork"] * 4, *["rewind"] * 3, *["collect"] * 3, "hibernate", "checkpoint", "stop", "none", "none"]
 FAULTS = [*["in the command"] * 3, "command", "daemon", "sandboxes", "both", *["in the daemon"] * 3, "down", "replace"]
 
 
@@ -149,7 +149,7 @@ class Disturber:
         mine = [row for row in self._home.living() if row.name is not None]
         kind = chance.choice(ACTS)
         if kind == "fork" and len(mine) >= LIVING_MAX:
-            kind = "rewind"
+            kind = "collect"
         if kind in ("none", "collect") or not mine:
             argv = ("collect", "--grace", chance.choice(["0", "0", "2"]), "--json") if kind == "collect" else ()
             return Act(kind="collect" if argv else "none", argv=argv)
@@ -213,5 +213,6 @@ class Disturber:
     def resume(self) -> None:
         """Go on with whoever sleeps until a person says so."""
         for row in self._home.living():
-            if row.status in ("asleep", "lost") and row.wake_ns is None:
+            assert row.status != "lost", row
+            if row.status == "asleep" and row.wake_ns is None:
                 self._home.torpor("resume", "-d", row.session, check=False)
