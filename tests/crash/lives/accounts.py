@@ -63,6 +63,7 @@ def check_home(home: Home, said: Said, done: Done) -> Counter[str]:
         _check_order(one)
         counted.update(_check_acknowledged(one, said))
         counted.update(_check_attempts(one))
+        counted.update(_check_once(one))
         counted.update(_check_outbox(one))
         counted.update(_check_rewinds(home, one, done))
         counted.update(_check_account(home, told, session_id, said))
@@ -240,6 +241,15 @@ def _check_attempts(one: Told) -> Counter[str]:
         assert completed[call_id] <= 1, (one.session.session_id, call_id)
         assert attempts <= 1 + torn[call_id], (one.session.session_id, call_id, attempts, torn[call_id])
     return Counter(calls=len(one.made), calls_torn=sum(torn.values()))
+
+
+def _check_once(one: Told) -> Counter[str]:
+    """What was answered is answered once: a restored agent's request finds that answer, unless somebody went back."""
+    rewound = [event.seq for event in one.events if event.kind is Kind.SESSION_REWOUND]
+    stretches = [(made.key, sum(seq < made.call.intended_seq for seq in rewound)) for made in one.made if made.answer]
+    again = [found for found in Counter(stretches).items() if found[1] > 1]
+    assert again == [], (one.session.session_id, again)
+    return Counter(requests_answered_once=len(stretches))
 
 
 def _check_outbox(one: Told) -> Counter[str]:
