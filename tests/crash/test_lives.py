@@ -76,8 +76,10 @@ def disturb(home: Home, chance: random.Random, schedules: int) -> Counter[str]:
         disturber.begin()
     person = Person(home, random.Random(chance.random()))
     with Witness(home.stage.home / "sessions") as witness, person:
-        for _ in range(schedules):
+        for number in range(1, schedules + 1):
             disturber.disturb()
+            if number % 10 == 0:
+                print(f"{number} of {schedules} schedules of {home.stage.directory.name}", flush=True)
             assert person.failure is None, person.failure
         person.enough.set()
         come_to_the_end(home, disturber, person)

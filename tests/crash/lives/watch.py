@@ -5,7 +5,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.25
+"""Longer than a beat of the agent's takes, so that who runs has beaten between two looks."""
 
 
 class Witness:
@@ -38,7 +39,7 @@ class Witness:
             self.seen.update(running.keys())
             self.twice += [name for name, count in running.items() if count > 1]
             # In a look that took long one may have died before the other was looked at.
-            seen, before = now, moved if time.monotonic() - began < LOOK_SECONDS else set()
+            seen, before = now, moved if time.monotonic() - began < LOOK_SECONDS / 2 else set()
             self.looks += 1
 
 
