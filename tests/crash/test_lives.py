@@ -11,6 +11,7 @@ Home number n of a run has the seed of the run plus n; one that fails is kept, a
 dies in the middle of what is not repeated: the same acts and faults are drawn, but the machine is as quick as it is.
 """
 
+import json
 import random
 import sys
 import tempfile
@@ -50,7 +51,8 @@ def test_no_kill_costs_a_life_an_answer_or_a_message(
             failed.append(f"home {seed}: {traceback.format_exc(limit=-4)}")
             print(failed[-1], flush=True)
         begun, seed = begun + schedules, seed + 1
-        print(f"home {seed - 1} took {time.monotonic() - at:.0f} s; {begun} schedules of {wanted}", flush=True)
+        took = f"home {seed - 1} took {time.monotonic() - at:.0f} s"
+        print(f"{took}; {begun} schedules of {wanted}; so far {json.dumps(counted)}", flush=True)
     print(table(counted), flush=True)
     assert failed == []
 
