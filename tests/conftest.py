@@ -19,6 +19,7 @@ from torpor.sandbox.tools import find_runsc
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crash-kills", type=int, default=12, help="how many times the crash test kills")
     parser.addoption("--crash-seed", type=int, default=1, help="of the crash test's random choices")
+    parser.addoption("--crash-minutes", type=float, default=600, help="after so many the lives test begins no home")
     parser.addoption("--matrix", action="store_true", help="run all of tests/matrix instead of a sample")
     parser.addoption("--matrix-table", help="file for the table of clients and faults")
 

@@ -83,10 +83,17 @@ async def story(scene: Scene) -> Story:
     return made
 
 
-def fork(tx: Transaction, story: Story, *, resample: bool = False, message: str | None = None) -> Scene:
-    """A child of the cut, acquired by nobody."""
+def fork(
+    tx: Transaction,
+    story: Story,
+    *,
+    resample: bool = False,
+    message: str | None = None,
+    point: Checkpoint | None = None,
+) -> Scene:
+    """A child of the cut, or of another point, acquired by nobody."""
     made = {call.call_id: call for call in calls.load_calls(tx, story.session_id)}
-    origin = at_checkpoint(checkpoints.get(tx, story.point.checkpoint_id))
+    origin = at_checkpoint(checkpoints.get(tx, (point or story.point).checkpoint_id))
     planned = plan(origin, made, rewinds.past_of(tx, story.session_id).timeline, resample=resample)
     past = forks.read_past(tx, story.session_id, origin, planned)
     session_id = new_session_id(NOW)
@@ -261,6 +268,21 @@ async def test_rewinding_twice_asks_anew_what_stands_for_the_call_by_then(story:
     left = await story.read(lambda tx: checkpoints.list_left(tx, story.session_id))
     assert sorted(left) == [story.tip.number, first.number]
     await check_logs(story)
+
+
+async def test_a_fork_of_what_a_rewind_left_has_handled_what_was_handled_there(story: Story) -> None:
+    await story.write(story.go_on)
+    await rewind(story)
+
+    def take_again(tx: Transaction) -> None:
+        messages.take(tx, **story.owner, call_id=story.intend(tx, is_llm=False).call_id)
+
+    await story.write(take_again)
+    inboxes = []
+    for point in (story.tip, story.point):
+        child = await story.write(lambda tx, point=point: fork(tx, story, point=point))
+        inboxes.append(await child.read(lambda tx, child=child: messages.list_after(tx, child.session_id, Box.IN)))
+    assert [[message.text for message in inbox] for inbox in inboxes] == [[], ["waiting"]]
 
 
 async def test_an_ended_session_is_not_rewound(story: Story) -> None:

@@ -1,4 +1,4 @@
-"""A warm slot that dies beside the sandbox: its checkpoint goes into a new one, and no older one is restored."""
+"""A sandbox that dies while it is filled: its checkpoint goes into a new one, and no memory is lost by that."""
 
 import json
 import os
@@ -59,5 +59,29 @@ def test_a_slot_that_dies_while_it_is_filled_costs_no_checkpoint(quick: Stage) -
     assert node.wait(PATIENCE_SECONDS) == 4
     log.close()
     assert [event for event in quick.events("one") if event["kind"] == "recovery.rejected"] == []
-    assert "the warm slot died" in (quick.directory / "node.log").read_text()
+    assert "a sandbox died while it was filled" in (quick.directory / "node.log").read_text()
     assert quick.sandbox_pids() == []
+
+
+def test_a_sandbox_that_dies_while_it_is_restored_costs_no_memory(quick: Stage) -> None:
+    node = quick.node(
+        "run", "--name", "one", "--", "bash", "-c", f"held=here; {WAITING.replace('exit 4', 'echo $held')}"
+    )
+    log = quick.follow("one")
+    log.wait("recovery.chosen")
+    incarnations = next((quick.home / "sessions").glob("*/incarnations"))
+    wait_until((incarnations / "1/workspace/begun").exists, "the agent")
+    quick.torpor("stop", "one")
+    assert node.wait(PATIENCE_SECONDS) == 79
+
+    # It stands still before anything is in it, so it dies in the middle of its restore, with nothing of it alive.
+    resumed = quick.node("--verbose", "resume", "one", log="resumed.log")
+    wait_until(lambda: bool(kernels(quick, 2)), "the sandbox")
+    os.kill(kernels(quick, 2)[0], signal.SIGKILL)
+    log.wait("recovery.chosen", 2)
+    (incarnations / "2/workspace/gate").touch()
+    assert resumed.wait(PATIENCE_SECONDS) == 0
+    log.close()
+    assert [event for event in quick.events("one") if event["kind"] == "recovery.rejected"] == []
+    assert quick.torpor("output", "one").stdout == "here\n"
+    assert "a sandbox died while it was filled" in (quick.directory / "resumed.log").read_text()

@@ -101,7 +101,7 @@ def read_past(tx: Transaction, session_id: SessionId, origin: Origin, plan: Plan
         plan=plan,
         calls=copied,
         waitpoints=_waitpoints_then(tx, session_id, past, answered),
-        inbox=_inbox_then(tx, session_id, made, origin, answered),
+        inbox=_inbox_then(tx, session_id, made, origin, answered, _handlers_then(events, origin.past_seq)),
         last={box: _last_number(tx, session_id, past, box) for box in Box},
     )
 
@@ -244,14 +244,30 @@ def _waitpoints_then(
     return found
 
 
+def _handlers_then(events: Sequence[Event], past_seq: int) -> dict[int, CallId]:
+    """Who handled the messages, by number, that rewinds since then took from their calls: the first one says it."""
+    handlers: dict[int, CallId] = {}
+    for event in events:
+        if event.kind is Kind.SESSION_REWOUND and event.seq > past_seq:
+            for number, call_id in event.data.get("unhandled", []):
+                handlers.setdefault(number, CallId(call_id))
+    return handlers
+
+
 def _inbox_then(
-    tx: Transaction, session_id: SessionId, made: Mapping[CallId, calls.Call], origin: Origin, answered: set[CallId]
+    tx: Transaction,
+    session_id: SessionId,
+    made: Mapping[CallId, calls.Call],
+    origin: Origin,
+    answered: set[CallId],
+    handlers: Mapping[int, CallId],
 ) -> list[Message]:
     found: list[Message] = []
     for message in messages.list_after(tx, session_id, Box.IN):
-        handler = made.get(message.call_id) if message.call_id is not None else None
-        if message.call_id in answered:
-            found.append(message)
+        call_id = handlers.get(message.number, message.call_id)
+        handler = made.get(call_id) if call_id is not None else None
+        if call_id in answered:
+            found.append(replace(message, call_id=call_id))
         elif message.seq <= origin.past_seq and _is_unhandled(handler, origin):
             found.append(replace(message, call_id=None))
     return found

@@ -109,6 +109,12 @@ def begun_from(tx: Transaction, session_id: SessionId, box: Box) -> int:
     return 0 if row is None else row[f"{box}box_from"] or 0
 
 
+def list_handled(tx: Transaction, session_id: SessionId, call_ids: Collection[CallId]) -> list[tuple[int, CallId]]:
+    """The numbers of the messages that these calls handle now, each with its call."""
+    rows = tx.all("message/list_handled", session_id=session_id)
+    return [(row["number"], CallId(row["call_id"])) for row in rows if row["call_id"] in call_ids]
+
+
 def unhandle(tx: Transaction, *, session_id: SessionId, owner_token: int, call_ids: Collection[CallId]) -> None:
     """The calls that handled these messages were undone: some other call handles them."""
     held_row(tx, session_id, owner_token)

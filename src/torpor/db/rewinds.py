@@ -86,7 +86,7 @@ def rewind(
     made = {call.call_id: call for call in calls.load_calls(tx, session_id)}
     left = undone(origin, made.values(), past_of(tx, session_id).timeline, plan.kept)
     _sleep(tx, owner, status, wall_ns)
-    event = _log_it(tx, owner, origin, wall_ns)
+    event = _log_it(tx, owner, origin, messages.list_handled(tx, session_id, {call.call_id for call in left}), wall_ns)
     _leave(tx, owner, origin, event.seq, wall_ns)
     anew = [made[call_id] for call_id in plan.anew]
     _forget_what_was_done(tx, owner, [*left, *anew], wall_ns)
@@ -104,11 +104,16 @@ def _sleep(tx: Transaction, owner: dict[str, Any], status: SessionStatus, wall_n
         sessions.set_status(tx, **step, status=SessionStatus.ASLEEP)
 
 
-def _log_it(tx: Transaction, owner: dict[str, Any], origin: Origin, wall_ns: int) -> Event:
+def _log_it(
+    tx: Transaction, owner: dict[str, Any], origin: Origin, unhandled: Sequence[tuple[int, CallId]], wall_ns: int
+) -> Event:
     row = sessions.get(tx, owner["session_id"])
     made = calls.load_calls(tx, owner["session_id"])
     turn = sum(call.is_llm and call.intended_seq <= origin.past_seq for call in made) + (origin.turn is not None)
-    data = {"to_seq": origin.past_seq, "checkpoint": origin.checkpoint.number, "turn": turn}
+    data: dict[str, Any] = {"to_seq": origin.past_seq, "checkpoint": origin.checkpoint.number, "turn": turn}
+    if unhandled:
+        # A fork of what is left has to know: in the row it is another call's by then, or nobody's.
+        data["unhandled"] = [[number, call_id] for number, call_id in unhandled]
     draft = EventDraft(kind=Kind.SESSION_REWOUND, incarnation=row.incarnation, data=data)
     return log.append(tx, **owner, drafts=[draft], wall_ns=wall_ns)[0]
 

@@ -105,6 +105,13 @@ def trim(directory: Path, limits: CacheLimits, wall_ns: int) -> int:
     return freed
 
 
+def free(session_directory: Path) -> None:
+    """Free all images of a session, unless somebody holds them."""
+    with _taken(session_directory) as is_taken:
+        if is_taken:
+            shutil.rmtree(session_directory, ignore_errors=True)
+
+
 def memory_is_short() -> bool:
     """Whether processes of this machine wait for memory, as far as its kernel counts that."""
     try:

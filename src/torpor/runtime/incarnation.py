@@ -33,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 HELLO_DEADLINE_SECONDS = 30
 PAUSED_HELLO_DEADLINE_SECONDS = 3
+UNBORN_HELLO_DEADLINE_SECONDS = 3
+SANDBOXES_TRIED_MAX = 3
+"""So many sandboxes may die of one checkpoint before it is held to be at fault."""
+
+
+class _Died(Exception):
+    """A sandbox is gone that was being made or filled, which shows as some failure or other."""
+
+    def __init__(self, failure: SandboxFailed) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +147,13 @@ class Incarnations:
         check_pins(f"checkpoint {checkpoint.number}", pinned, {**driver.pins, IMAGE: self._spec.image.digest})
         return driver
 
-    async def adopt(self, number: int) -> Incarnation | None:
-        """The living sandbox of that number with a new link; None when there is none to speak to."""
+    async def adopt(self, number: int, *, has_lived: bool) -> Incarnation | None:
+        """The living sandbox of that number with a new link; None when there is none to speak to.
+
+        Args:
+            has_lived: a node had begun to run it. Of another one there may be processes and nobody in them who
+                answers, ever; and it has done nothing that is not done again.
+        """
         plan = sandbox_plan(self._home, self._session_id, self._spec, number)
         sandbox = self._drivers.of_sandbox(plan).find(plan)
         if sandbox is None or not await asyncio.to_thread(sandbox.alive):
@@ -146,7 +162,8 @@ class Incarnations:
         watch = open_watch()
         try:
             if not mark.exists():
-                return await self._connect(number, sandbox, None, watch)
+                seconds = HELLO_DEADLINE_SECONDS if has_lived else UNBORN_HELLO_DEADLINE_SECONDS
+                return await self._connect(number, sandbox, None, watch, seconds)
             # The last node died around a pause. Resuming a kernel that is not paused would crash it, so ask first.
             with contextlib.suppress(SandboxFailed):
                 found = await self._connect(number, sandbox, None, watch, PAUSED_HELLO_DEADLINE_SECONDS)
@@ -188,21 +205,39 @@ class Incarnations:
     ) -> Incarnation:
         """Bring a checkpoint to life in an empty sandbox: the warm slot if there is one, else a new one.
 
-        What kills a sandbox often kills the slot beside it, a moment after it was found alive. That is no fault of the
-        checkpoint, so a slot that died is replaced by a new sandbox, once.
+        A sandbox that dies meanwhile is no fault of the checkpoint's: what killed it was meant for a process. So the
+        same goes into a new one. An image that kills whatever it is loaded into has a fault, hence not for ever.
+
+        Raises:
+            SandboxFailed: it lives and refuses, or it died again and again.
         """
-        slot = await self._take_slot(number, driver)
-        if slot is not None:
-            async with self._undone_on_failure(slot):
-                try:
-                    return await bring_to_life(slot)
-                except SandboxFailed as failed:
-                    if await asyncio.to_thread(slot.alive):
-                        raise
-                    logger.warning("the warm slot died, its checkpoint goes into a new sandbox: %s", failed)
-        sandbox = await self._create(number, driver)
+        for _ in range(SANDBOXES_TRIED_MAX - 1):
+            try:
+                return await self._fill_one(number, driver, bring_to_life)
+            except _Died as died:
+                logger.warning("a sandbox died while it was filled, another one is taken: %s", died.failure)
+        try:
+            return await self._fill_one(number, driver, bring_to_life)
+        except _Died as died:
+            raise died.failure from died
+
+    async def _fill_one(
+        self, number: int, driver: Driver, bring_to_life: Callable[[Sandbox], Awaitable[Incarnation]]
+    ) -> Incarnation:
+        """Raises:
+        _Died: the sandbox died.
+        """
+        try:
+            sandbox = await self._take_slot(number, driver) or await self._create(number, driver)
+        except SandboxFailed as failure:
+            raise _Died(failure) from failure
         async with self._undone_on_failure(sandbox):
-            return await bring_to_life(sandbox)
+            try:
+                return await bring_to_life(sandbox)
+            except SandboxFailed as failure:
+                if await asyncio.to_thread(sandbox.alive):
+                    raise
+                raise _Died(failure) from failure
 
     async def _create(self, number: int, driver: Driver) -> Sandbox:
         plan = sandbox_plan(self._home, self._session_id, self._spec, number)
@@ -260,7 +295,7 @@ class Incarnations:
     async def _undone_on_failure(self, sandbox: Sandbox):
         try:
             yield
-        except (TorporError, OSError, asyncio.CancelledError):
+        except (TorporError, OSError, asyncio.CancelledError, _Died):
             await _kill(sandbox)
             raise
 

@@ -18,12 +18,11 @@ from torpor.core.ids import SessionId
 from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.db import sessions
 from torpor.db.sessions import Session
-from torpor.runtime import leasing
+from torpor.runtime import image_cache, leasing
 from torpor.runtime.image_cache import staging_directory
 from torpor.runtime.incarnation import sweep
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.spec import SessionSpec, session_of_sandbox
-from torpor.runtime.staging import Staging
 from torpor.sandbox.tools import find_runsc
 
 
@@ -44,7 +43,7 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
                 spec = msgspec.convert(session.spec, SessionSpec)
                 await sweep(runtime.home, session_id, spec, driver, keep=None)
             if session is None or session.status in ENDED:
-                await asyncio.to_thread(Staging(runtime.home.root, session_id).clear)
+                await asyncio.to_thread(image_cache.free, staged / session_id)
         finally:
             lock.release()
     await asyncio.to_thread(_remove_dead_sockets, runtime.home.root / "run")

@@ -29,6 +29,9 @@ from torpor.runtime.records import Records
 from torpor.runtime.restarting import load_restarts
 from torpor.sandbox.frames import Phase
 
+_NOT_YET_ALIVE = frozenset({SessionStatus.CREATED, SessionStatus.WAKING, SessionStatus.RECOVERING})
+"""A node that died in one of these had not begun to run what its last incarnation's number was given to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
@@ -81,7 +84,7 @@ class Ladder:
         if session.incarnation == 0 or not checkpoints or gone:
             return None
         started_at = self._clock.monotonic()
-        life = await self._incarnations.adopt(session.incarnation)
+        life = await self._incarnations.adopt(session.incarnation, has_lived=session.status not in _NOT_YET_ALIVE)
         if life is None:
             return None
         refusal, rung = await self._consider(life, checkpoints, started_at)

@@ -99,11 +99,13 @@ class Repacking:
     def _room(self, raw_bytes: int) -> Generator[Path]:
         """A memory-backed directory, as every image has that is on its way to or from the store."""
         staging, name = Staging(self._home.root, SessionId("repack")), SnapshotId("image")
+        staging.hold()  # Of a session that is gone, as this one seems to be, a node daemon that starts frees it.
         try:
             staging.begin(name, raw_bytes)
             yield staging.image(name)
         finally:
             staging.clear()
+            staging.let_go()
 
     async def _in_use(self, found: Sequence[Root]) -> set[SnapshotId]:
         """What nodes compare their next snapshots with; of a node that does not say, everything."""

@@ -87,6 +87,17 @@ def test_what_is_held_is_neither_taken_nor_counted(sessions: Sessions) -> None:
     assert sessions.left == ["ses_other"]
 
 
+def test_what_is_held_is_not_freed_either(sessions: Sessions) -> None:
+    """A collector's room for images is of no session, as what a dead node left of one that is gone."""
+    held = sessions.asleep("held", age_seconds=0, whole=False)
+    held.hold()
+    image_cache.free(held.root)
+    assert sessions.left == ["ses_held"]
+    held.let_go()
+    image_cache.free(held.root)
+    assert sessions.left == []
+
+
 def test_two_processes_may_hold_one_session(sessions: Sessions) -> None:
     """Who looks at a session's images does not shut out its node."""
     one, other = sessions.asleep("a", age_seconds=0), sessions.staging("a")
