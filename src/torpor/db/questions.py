@@ -76,7 +76,7 @@ def answer_of(tx: Transaction, point: Waitpoint) -> Answer | None:
 def answer_from(text: str, *, has_files: bool) -> Answer:
     """An answer as `answer` keeps it: alone its text as it is, so that it is found and redacted as such."""
     try:
-        said = decode_json(text) if has_files else {"answer": text}
+        said: Any = decode_json(text) if has_files else {"answer": text}
         return Answer(text=said["answer"], files=tuple(said.get("files", ())))
     except (ValueError, KeyError, TypeError):
         return Answer(text=text)

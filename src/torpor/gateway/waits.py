@@ -157,7 +157,11 @@ def _make(tx: Transaction, fence: Any, call_id: CallId, wish: Wish, wall_ns: int
     make: dict[str, Any] = {**fence, "call_id": call_id, "wall_ns": wall_ns}
     match body:
         case AskBody():
-            offered = {"choices": tuple(body.choices), "free_text": body.free_text, "files": tuple(body.files)}
+            offered: dict[str, Any] = {
+                "choices": tuple(body.choices),
+                "free_text": body.free_text,
+                "files": tuple(body.files),
+            }
             question = Question(text=body.question, **offered)
             return [questions.ask(tx, **make, question=question, due_ns=_due(body.timeout_seconds, wall_ns))]
         case SleepBody():
