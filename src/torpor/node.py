@@ -25,6 +25,7 @@ from torpor import wire
 from torpor.core.clock import Clock, SystemClock
 from torpor.core.errors import Conflict, SandboxFailed
 from torpor.core.ids import SessionId, WaitpointId, new_node_id
+from torpor.core.waitpoint import ToldFile
 from torpor.db.roots import Move
 from torpor.runtime.joining import Aside
 from torpor.runtime.records import Records
@@ -289,7 +290,7 @@ async def _budget(owner: "Owner", add: int) -> dict[str, Any]:
 
 
 async def _resolve(
-    owner: "Owner", waitpoint: str, answer: str | None, files: Sequence[Mapping[str, str]] = ()
+    owner: "Owner", waitpoint: str, answer: str | None, files: Sequence[ToldFile] = ()
 ) -> dict[str, Any]:
     point = await owner.resolve(WaitpointId(waitpoint), answer, files)
     return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}

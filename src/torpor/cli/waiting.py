@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from torpor.core.clock import SystemClock
 from torpor.core.errors import Conflict, InvalidInput
 from torpor.core.ids import SessionId, WaitpointId
 from torpor.core.session import ENDED, SessionStatus
-from torpor.core.waitpoint import FILES_BYTES_MAX, Waitpoint, WaitpointKind, told_file
+from torpor.core.waitpoint import FILES_BYTES_MAX, ToldFile, Waitpoint, WaitpointKind, told_file
 from torpor.db import messages, questions, waitpoints
 from torpor.db.database import Transaction
 from torpor.db.messages import Box, Message
@@ -176,7 +176,7 @@ async def _say_who_wakes(node: Node, session_id: SessionId) -> None:
         notice(f"no node is there to wake it: torpor up, or torpor resume {name}")
 
 
-def _read_files(paths: list[Path]) -> list[Mapping[str, str]]:
+def _read_files(paths: list[Path]) -> list[ToldFile]:
     """Raises:
     InvalidInput: `answer_files_too_big`.
     """

@@ -8,7 +8,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 from torpor.core.errors import InvalidInput
 from torpor.core.ids import CallId, SessionId, WaitpointId
@@ -98,6 +98,9 @@ class Question:
         return answer
 
 
+ToldFile: TypeAlias = Mapping[str, str]
+"""A file that goes with an answer, as the agent gets it: see `told_file`."""
+
 FILES_BYTES_MAX = 32 << 20
 """Of an answer, in all: it goes to the agent in one piece, and into the log."""
 
@@ -107,14 +110,14 @@ class Answer:
     """What a person says to a question.
 
     Attributes:
-        files: as the agent gets them, see `told_file`.
+        files: those that come along.
     """
 
     text: str
-    files: Sequence[Mapping[str, str]] = ()
+    files: Sequence[ToldFile] = ()
 
 
-def told_file(name: str, data: bytes) -> Mapping[str, str]:
+def told_file(name: str, data: bytes) -> ToldFile:
     """A file as JSON: `name` with its `text`, which a model can read, or with `base64` if it is none."""
     try:
         return {"name": name, "text": data.decode()}

@@ -1,11 +1,11 @@
 """Questions of agents and their answers: waitpoints with texts, which are blocks, so that they can be redacted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torpor.core.errors import Conflict, InvalidInput, NotFound
 from torpor.core.ids import CallId, SessionId, WaitpointId
-from torpor.core.waitpoint import Answer, Question, Waitpoint, WaitpointKind
+from torpor.core.waitpoint import Answer, Question, ToldFile, Waitpoint, WaitpointKind
 from torpor.db import blocks
 from torpor.db.database import Transaction
 from torpor.db.encoding import decode_json, encode_json
@@ -89,13 +89,13 @@ def answer(
     owner_token: int,
     waitpoint_id: WaitpointId,
     text: str | None,
-    files: Sequence[Mapping[str, str]] = (),
+    files: Sequence[ToldFile] = (),
     wall_ns: int,
 ) -> Waitpoint:
     """Resolve a waitpoint as a person wants it: a question with an answer, a timer before its time. Commit it durably.
 
     Args:
-        files: that go with the answer, each as `told_file` makes it.
+        files: that go with the answer.
 
     Raises:
         NotFound: `waitpoint_not_found`.

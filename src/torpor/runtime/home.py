@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -112,12 +111,24 @@ class Home:
         target = directory / "torpor-init"
         if not target.exists():
             directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-            staged = directory / "torpor-init.new"
-            shutil.copyfile(program, staged)
-            staged.chmod(0o755)
-            staged.rename(target)
+            put(target, program.read_bytes(), mode=0o755)
         install_sdk(directory)
         return directory
+
+    def sweep_unfinished(self) -> None:
+        """Remove what `put` left below `tools` in processes that died."""
+        for staged in (*self.tools.glob("init-*/torpor-init.*"), *self.tools.glob(f"init-*/{SDK_DIRECTORY}/*/agent.*")):
+            pid = staged.suffix.removeprefix(".")
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                staged.unlink(missing_ok=True)
+
+
+def put(target: Path, data: bytes, *, mode: int) -> None:
+    """Write a program that is there whole or not at all, under a name that says who does until it has its own."""
+    staged = target.with_name(f"{target.name}.{os.getpid()}")
+    staged.write_bytes(data)
+    staged.chmod(mode)
+    staged.rename(target)
 
 
 def install_sdk(init_directory: Path) -> None:
@@ -131,7 +142,4 @@ def install_sdk(init_directory: Path) -> None:
     if target.is_file() and target.read_bytes() == source:
         return
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    staged = target.with_name(f"agent.{os.getpid()}")
-    staged.write_bytes(source)
-    staged.chmod(0o644)
-    staged.rename(target)
+    put(target, source, mode=0o644)

@@ -23,6 +23,8 @@ from torpor.core.clock import Clock
 MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - private subdirectories, mode 0700, checked to be ours
 COMPLETE = "complete"
 """The mark of an image that is whole; its time is the image's."""
+HOME_MARK = "home"
+"""A link in a TORPOR_HOME's directory to that TORPOR_HOME."""
 TEND_SECONDS = 15
 PRESSURE_FILE = Path("/proc/pressure/memory")
 PRESSURE_PERCENT_MAX = 10.0
@@ -90,7 +92,7 @@ def trim(directory: Path, limits: CacheLimits, wall_ns: int) -> int:
     if not _is_ours(directory):
         return 0
     with contextlib.ExitStack() as locks:
-        sessions = [path for path in _directories(directory) if locks.enter_context(_taken(path))]
+        sessions = [path for path in directories(directory) if locks.enter_context(_taken(path))]
         found = [idle for session in sessions for idle in _images(session)]
         for idle in sorted(found, key=lambda idle: idle.made_ns, reverse=True):
             is_young = wall_ns - idle.made_ns < limits.seconds_max * 1_000_000_000
@@ -99,9 +101,10 @@ def trim(directory: Path, limits: CacheLimits, wall_ns: int) -> int:
             else:
                 shutil.rmtree(idle.path, ignore_errors=True)
                 freed += idle.bytes
-        for path in (*sessions, directory):
+        for path in sessions:
             with contextlib.suppress(OSError):  # Somebody's image is in it, or it went already.
                 path.rmdir()
+        remove_if_empty(directory)
     return freed
 
 
@@ -110,6 +113,43 @@ def free(session_directory: Path) -> None:
     with _taken(session_directory) as is_taken:
         if is_taken:
             shutil.rmtree(session_directory, ignore_errors=True)
+
+
+def mark(directory: Path, home: Path) -> None:
+    """Say in a TORPOR_HOME's directory whose it is."""
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # It is gone: who makes it again marks it.
+        (directory / HOME_MARK).symlink_to(home.resolve())
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Remove a TORPOR_HOME's directory if no session has anything in it."""
+    link = directory / HOME_MARK
+    with contextlib.suppress(OSError):  # It went already.
+        if {path.name for path in directory.iterdir()} != {HOME_MARK}:
+            directory.rmdir()
+            return
+        home = link.readlink()
+        link.unlink()
+        try:
+            directory.rmdir()
+        except OSError:  # A session has begun meanwhile.
+            mark(directory, home)
+
+
+def free_orphans(memory_directory: Path = MEMORY_DIRECTORY) -> None:
+    """Free what this user's TORPOR_HOMEs that are gone keep in memory, but for what somebody holds.
+
+    A directory that says nothing of its TORPOR_HOME may be anybody's, and is left alone.
+    """
+    for directory in memory_directory.glob(f"torpor-{os.geteuid()}-*"):
+        if not _is_ours(directory) or not (directory / HOME_MARK).is_symlink():
+            continue
+        try:
+            (directory / HOME_MARK).stat()
+        except FileNotFoundError:
+            trim(directory, NOTHING, 0)
+        except OSError:
+            continue  # Perhaps it is there.
 
 
 def memory_is_short() -> bool:
@@ -156,7 +196,7 @@ def _taken(session_directory: Path) -> Generator[bool]:
 
 
 def _images(session_directory: Path) -> Iterator[_Idle]:
-    for path in _directories(session_directory):
+    for path in directories(session_directory):
         mark = path / COMPLETE
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         is_whole = mark.exists()
@@ -172,5 +212,7 @@ def _is_ours(directory: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
-def _directories(parent: Path) -> list[Path]:
-    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+def directories(parent: Path) -> list[Path]:
+    """The directories in it; none if it is not there."""
+    found = parent.iterdir() if parent.is_dir() else ()
+    return [path for path in found if path.is_dir() and not path.is_symlink()]

@@ -7,7 +7,7 @@ costs no second call. A node that was superseded writes nothing more and leaves 
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum
 
@@ -20,7 +20,7 @@ from torpor.core.events import EventDraft, Kind
 from torpor.core.ids import SnapshotId, WaitpointId
 from torpor.core.money import Account
 from torpor.core.session import ENDED, SessionStatus
-from torpor.core.waitpoint import Waitpoint
+from torpor.core.waitpoint import ToldFile, Waitpoint
 from torpor.db import sleeping
 from torpor.db.roots import Move
 from torpor.gateway.crossroads import Crossroads
@@ -251,11 +251,9 @@ class Owner:
         await self._wait_at_crossroads()
         return account
 
-    async def resolve(
-        self, waitpoint_id: WaitpointId, answer: str | None, files: Sequence[Mapping[str, str]] = ()
-    ) -> Waitpoint:
+    async def resolve(self, point_id: WaitpointId, answer: str | None, files: Sequence[ToldFile] = ()) -> Waitpoint:
         """Resolve what the agent waits on, for a person, and let it go on."""
-        point = await self.records.resolve(waitpoint_id, answer, files)
+        point = await self.records.resolve(point_id, answer, files)
         self._gateway.look_again()
         return point
 

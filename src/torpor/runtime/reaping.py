@@ -1,8 +1,8 @@
 """What nodes that died have left on this machine and nobody will come back for; a node daemon frees it when it starts.
 
 Sandboxes, with their FIFOs, directories and warm slots, of sessions that sleep or have ended; staged images of sessions
-that have ended or are gone; sockets that nobody answers on. A session that a node has is left alone, and so is the
-sandbox of one that may still be adopted.
+that have ended or are gone, and of TORPOR_HOMEs that are gone; programs that were being installed; sockets that nobody
+answers on. A session that a node has is left alone, and so is the sandbox of one that may still be adopted.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.db import sessions
 from torpor.db.sessions import Session
 from torpor.runtime import image_cache, leasing
-from torpor.runtime.image_cache import staging_directory
+from torpor.runtime.image_cache import directories, free_orphans, staging_directory
 from torpor.runtime.incarnation import sweep
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.spec import SessionSpec, session_of_sandbox
@@ -32,7 +32,7 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
     driver = runtime.drivers(runsc).present
     staged = staging_directory(runtime.home.root)
     found = {session_of_sandbox(name) for name in driver.sandbox_ids()}
-    found |= {SessionId(path.name) for path in (staged.iterdir() if staged.is_dir() else ()) if path.is_dir()}
+    found |= {SessionId(path.name) for path in directories(staged)}
     for session_id in sorted(found):
         lock = leasing.acquire_free_lock(runtime.home.lock(session_id), me)
         if lock is None:
@@ -47,6 +47,8 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
         finally:
             lock.release()
     await asyncio.to_thread(_remove_dead_sockets, runtime.home.root / "run")
+    await asyncio.to_thread(runtime.home.sweep_unfinished)
+    await asyncio.to_thread(free_orphans)
 
 
 async def _find(runtime: Runtime, session_id: SessionId) -> Session | None:

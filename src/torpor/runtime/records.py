@@ -18,7 +18,7 @@ from torpor.core.money import Account
 from torpor.core.origin import Origin, Past, Plan
 from torpor.core.retention import RetentionPolicy
 from torpor.core.session import ENDED, SessionStatus
-from torpor.core.waitpoint import Waitpoint
+from torpor.core.waitpoint import ToldFile, Waitpoint
 from torpor.db import (
     budgets,
     calls,
@@ -343,9 +343,7 @@ class Records:
         crash_point("waitpoint.resolved")
         return account
 
-    async def resolve(
-        self, waitpoint_id: WaitpointId, answer: str | None, files: Sequence[Mapping[str, str]] = ()
-    ) -> Waitpoint:
+    async def resolve(self, waitpoint_id: WaitpointId, answer: str | None, files: Sequence[ToldFile] = ()) -> Waitpoint:
         """Resolve a waitpoint for a person; see `questions.answer`."""
 
         def work(tx: Transaction) -> Waitpoint:

@@ -121,6 +121,7 @@ class _Making:
         pins = dict(self._store.pins(point))
         try:
             self._progress("restoring", 0, 2)
+            self._staging.hold()  # A node that looks after images would take it for one that a dead node left.
             self._staging.begin(point.snapshot_id, point.raw_bytes)
             image = self._staging.image(point.snapshot_id)
             self._store.restore_image(point, image)
@@ -139,6 +140,7 @@ class _Making:
             self._progress("restoring", 2, 2)
         finally:
             self._staging.clear()
+            self._staging.let_go()
         return Description(
             format=FORMAT,
             session=self._session.session_id,

@@ -26,7 +26,7 @@ from torpor.db import checkpoints, keys, roots
 from torpor.db.database import Transaction
 from torpor.db.encoding import encode_json
 from torpor.runtime import leasing, transfer
-from torpor.runtime.home import install_sdk
+from torpor.runtime.home import install_sdk, put
 from torpor.runtime.portable import Description, read_description, scratch_directory, unreadable
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.session_store import SessionStore
@@ -207,6 +207,7 @@ class _Bringing:
             directory.mkdir(mode=0o700)
         try:
             self._progress("storing", 0, 2)
+            self._staging.hold()  # As in an export.
             self._staging.begin(ref.id, found.raw_bytes)
             source.restore_image(ref, self._staging.image(ref.id))
             source.restore_workspace(ref, workspace)
@@ -223,6 +224,7 @@ class _Bringing:
             return saved
         finally:
             self._staging.clear()
+            self._staging.let_go()
 
     @contextlib.contextmanager
     def lines(self) -> Generator[Iterator[str]]:
@@ -252,10 +254,7 @@ class _Bringing:
         if target.exists() and target.read_bytes() == program:
             return
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        staged = directory / f"torpor-init.{os.getpid()}"
-        staged.write_bytes(program)
-        staged.chmod(0o755)
-        staged.rename(target)
+        put(target, program, mode=0o755)
 
 
 def replace_spec(description: Description, image: RootImage, init_directory: Path) -> SessionSpec:

@@ -26,6 +26,7 @@ class Staging:
     """The staging directory of one session of one TORPOR_HOME."""
 
     def __init__(self, home: Path, session_id: SessionId, memory_directory: Path = MEMORY_DIRECTORY) -> None:
+        self._home = home
         self._memory = memory_directory
         self._held: int | None = None
         self.root = staging_directory(home, memory_directory) / session_id
@@ -44,9 +45,9 @@ class Staging:
         if self._held is not None:
             os.close(self._held)
             self._held = None
-        for directory in (self.root, self.root.parent):
-            with contextlib.suppress(OSError):  # There are images in it, or it is gone.
-                directory.rmdir()
+        with contextlib.suppress(OSError):  # There are images in it, or it is gone.
+            self.root.rmdir()
+        image_cache.remove_if_empty(self.root.parent)
 
     def image(self, snapshot_id: SnapshotId) -> Path:
         return self.root / snapshot_id / "image"
@@ -124,8 +125,7 @@ class Staging:
     def clear(self) -> None:
         """Free everything of this session, and the directory of its TORPOR_HOME if it was the last one there."""
         shutil.rmtree(self.root, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.root.parent.rmdir()
+        image_cache.remove_if_empty(self.root.parent)
 
     def _make_root(self) -> None:
         """Make this session's directory. Another session's `clear` may remove the empty one above it meanwhile."""
@@ -133,6 +133,7 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):
                 self._make_private(self.root.parent)
                 self._make_private(self.root)
+                image_cache.mark(self.root.parent, self._home)
 
     def _make_private(self, directory: Path) -> None:
         """Others may write to the memory directory: a directory of ours that is not ours is refused."""

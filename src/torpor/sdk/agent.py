@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
 
+    Seconds = float | None
+    Words = Sequence[str]
     Operation = tuple[str, str, "dict[str, Any] | None", Callable[[Any], Any]]
 
 __all__ = [
@@ -52,12 +54,9 @@ class Answer(str):
     """What a person said; `files` are those that came with it, by name."""
 
     __slots__ = ("files",)
-    files: dict[str, bytes]
 
-    def __new__(cls, text: str) -> Answer:
-        made = super().__new__(cls, text)
-        made.files = {}
-        return made
+    def __init__(self, _text: str) -> None:
+        self.files: dict[str, bytes] = {}
 
 
 class Message(NamedTuple):
@@ -102,12 +101,7 @@ class Unreachable(Exception):
 
 
 def ask(
-    question: str,
-    choices: Sequence[str] = (),
-    *,
-    free_text: bool = False,
-    files: Sequence[str] = (),
-    timeout: float | None = None,
+    question: str, choices: Words = (), *, free_text: bool = False, files: Words = (), timeout: Seconds = None
 ) -> Answer | None:
     """Ask a person, and wait for the answer, for days if need be.
 
@@ -127,7 +121,7 @@ def sleep(seconds: float = 0.0, *, until: datetime | None = None) -> None:
     return _call(_sleep(seconds, until))
 
 
-def receive(*, timeout: float | None = None) -> Message | None:
+def receive(*, timeout: Seconds = None) -> Message | None:
     """Take the next message to the session (`torpor send`), waiting for it. None when none came within `timeout`."""
     return _call(_receive(timeout))
 
@@ -139,17 +133,17 @@ def send(text: str) -> int:
 
 def checkpoint() -> int:
     """Save memory, files and connections; returns when that is durable, with the checkpoint's number."""
-    return _call(_checkpoint())
+    return _call(_CHECKPOINT)
 
 
 def session() -> dict[str, Any]:
     """Who this is: the answer of `GET /torpor/v1/session`, a dict."""
-    return _call(_session())
+    return _call(_SESSION)
 
 
 def context() -> dict[str, Any]:
     """What the model saw last, and said: the answer of `GET /torpor/v1/context`, for a program without its memory."""
-    return _call(_context())
+    return _call(_CONTEXT)
 
 
 def spawn(
@@ -170,7 +164,7 @@ def spawn(
     return _call(_spawn(command, name, workspace, environment, detach))
 
 
-def wait(child: Child, *, timeout: float | None = None) -> Ended | None:
+def wait(child: Child, *, timeout: Seconds = None) -> Ended | None:
     """Wait until a child has ended. None when it has not within `timeout`."""
     return _call(_wait(child, timeout))
 
@@ -199,33 +193,27 @@ class _Aio:
     """The same for asyncio: `await aio.ask(...)`."""
 
     async def ask(
-        self,
-        question: str,
-        choices: Sequence[str] = (),
-        *,
-        free_text: bool = False,
-        files: Sequence[str] = (),
-        timeout: float | None = None,
+        self, question: str, choices: Words = (), *, free_text: bool = False, files: Words = (), timeout: Seconds = None
     ) -> Answer | None:
         return await _call_async(_ask(question, choices, free_text, files, timeout))
 
     async def sleep(self, seconds: float = 0.0, *, until: datetime | None = None) -> None:
         return await _call_async(_sleep(seconds, until))
 
-    async def receive(self, *, timeout: float | None = None) -> Message | None:
+    async def receive(self, *, timeout: Seconds = None) -> Message | None:
         return await _call_async(_receive(timeout))
 
     async def send(self, text: str) -> int:
         return await _call_async(_send(text))
 
     async def checkpoint(self) -> int:
-        return await _call_async(_checkpoint())
+        return await _call_async(_CHECKPOINT)
 
     async def session(self) -> dict[str, Any]:
-        return await _call_async(_session())
+        return await _call_async(_SESSION)
 
     async def context(self) -> dict[str, Any]:
-        return await _call_async(_context())
+        return await _call_async(_CONTEXT)
 
     async def spawn(
         self,
@@ -238,7 +226,7 @@ class _Aio:
     ) -> Child:
         return await _call_async(_spawn(command, name, workspace, environment, detach))
 
-    async def wait(self, child: Child, *, timeout: float | None = None) -> Ended | None:
+    async def wait(self, child: Child, *, timeout: Seconds = None) -> Ended | None:
         return await _call_async(_wait(child, timeout))
 
     async def effect(self, name: str, step: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
@@ -260,14 +248,14 @@ aio = _Aio()
 
 # Each operation is what it asks, and what its answer means: both ways to ask share them.
 
+_CHECKPOINT: Operation = "POST", "checkpoint", {}, lambda answer: answer["checkpoint"]
+_SESSION: Operation = "GET", "session", None, lambda answer: answer
+_CONTEXT: Operation = "GET", "context", None, lambda answer: answer
 
-def _ask(
-    question: str, choices: Sequence[str], free_text: bool, files: Sequence[str], timeout: float | None
-) -> Operation:
-    body = {"question": question, "choices": list(choices), "free_text": free_text, "timeout_seconds": timeout}
-    if files:
-        body["files"] = list(files)
-    return "POST", "ask", body, _answer
+
+def _ask(question: str, choices: Words, free_text: bool, files: Words, timeout: Seconds) -> Operation:
+    asked = {"question": question, "choices": list(choices), "free_text": free_text, "files": list(files)}
+    return "POST", "ask", {**asked, "timeout_seconds": timeout}, _answer
 
 
 def _answer(told: Any) -> Answer | None:
@@ -286,7 +274,7 @@ def _sleep(seconds: float, until: datetime | None) -> Operation:
     return "POST", "sleep", body, lambda _: None
 
 
-def _receive(timeout: float | None) -> Operation:
+def _receive(timeout: Seconds) -> Operation:
     def message(answer: Any) -> Message | None:
         return None if answer["number"] is None else Message(answer["number"], answer["text"], answer["sent_at"])
 
@@ -295,18 +283,6 @@ def _receive(timeout: float | None) -> Operation:
 
 def _send(text: str) -> Operation:
     return "POST", "send", {"text": text}, lambda answer: answer["number"]
-
-
-def _checkpoint() -> Operation:
-    return "POST", "checkpoint", {}, lambda answer: answer["checkpoint"]
-
-
-def _session() -> Operation:
-    return "GET", "session", None, lambda answer: answer
-
-
-def _context() -> Operation:
-    return "GET", "context", None, lambda answer: answer
 
 
 def _spawn(
@@ -322,7 +298,7 @@ def _spawn(
     return "POST", "spawn", body, lambda answer: Child(answer["session"], answer["waitpoint"])
 
 
-def _wait(child: Child, timeout: float | None) -> Operation:
+def _wait(child: Child, timeout: Seconds) -> Operation:
     def ended(answer: Any) -> Ended | None:
         [point] = answer["waitpoints"]
         return Ended(point["status"], point["exit_status"]) if answer["done"] else None
@@ -389,12 +365,7 @@ def _exchange(address: tuple[str, int], request: bytes) -> bytes:
     try:
         with socket.create_connection(address) as connection:
             connection.sendall(request)
-            pieces: list[bytes] = []
-            while True:
-                piece = connection.recv(65536)
-                if not piece:
-                    return b"".join(pieces)
-                pieces.append(piece)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
     except ConnectionRefusedError as error:
         raise _unreachable(address) from error
     except OSError as error:
