@@ -13,6 +13,7 @@ from tests.crash.witness import check_attempts, check_nothing_left
 from tests.stage import REAL_KEY, Stage
 
 from torpor.core.clock import SystemClock
+from torpor.runtime.losses import IN_A_ROW_MAX
 from torpor.sandbox.driver import SandboxPlan
 from torpor.sandbox.gvisor import GvisorDriver
 from torpor.sandbox.rootfs import directory_image
@@ -325,3 +326,21 @@ def test_a_root_file_system_can_be_the_image(quick: Stage) -> None:
     (root / "usr/lib64/ld-linux-x86-64.so.2").chmod(0o755)
     shown = quick.torpor("run", "--image", str(root), "--", "/bin/dash", "-c", "echo /usr/bin/*").stdout
     assert shown == "/usr/bin/dash\n"
+
+
+def test_a_sandbox_that_dies_again_and_again_is_given_up_and_tried_again_by_hand(quick: Stage) -> None:
+    (quick.project / "asking.sh").write_text('torpor-guest ask "Go on?"\n')
+    node = quick.node("run", "--name", "one", "--", "bash", "asking.sh")
+    log = quick.follow("one")
+    log.wait("waitpoint.created")
+    for life in range(IN_A_ROW_MAX):
+        log.wait("recovery.chosen", life + 1)
+        quick.kill_sandbox()
+    assert node.wait(300) != 0
+    assert "session_crash_loop" in (quick.directory / "node.log").read_text()
+    log.close()
+    assert sum(event["kind"] == "recovery.chosen" for event in quick.events("one")) == IN_A_ROW_MAX
+    quick.torpor("resolve", "one", "yes")
+    assert quick.torpor("resume", "one").returncode == 0
+    assert quick.torpor("output", "one").stdout == "yes\n"
+    check_nothing_left(quick)

@@ -30,6 +30,7 @@ from torpor.runtime.checkpointing import Checkpointer
 from torpor.runtime.hibernation import Hibernation, Tier
 from torpor.runtime.image_cache import ImageCache
 from torpor.runtime.incarnation import Incarnation, Incarnations
+from torpor.runtime.losses import Losses
 from torpor.runtime.memory import Memory
 from torpor.runtime.records import Records
 from torpor.runtime.recovery import Ladder, Rung
@@ -39,7 +40,6 @@ from torpor.runtime.watcher import Outcome, Watcher
 from torpor.sandbox.streams import Stream, StreamGone
 
 CHECKPOINT_AGE_SECONDS = 300
-LOSSES_WITHOUT_PROGRESS_MAX = 5
 OUTPUT_DRAIN_SECONDS = 10
 LEAVE_SECONDS = 60.0
 """An answer that is torn is paid for twice."""
@@ -269,7 +269,7 @@ class Owner:
         rung = await self._ladder.adopt()
         await self._incarnations.sweep(keep=rung.life.number if rung else None)
         is_new = (await self.records.session()).status is SessionStatus.CREATED
-        reason, losses, progress = "started" if is_new else "resumed", 0, -1
+        reason, losses = "started" if is_new else "resumed", Losses(self.records, self._clock)
         while True:
             if rung is None:
                 rung = await self._climb(reason)
@@ -283,15 +283,10 @@ class Owner:
             if ending not in {Ending.LOST, Ending.RESTARTED}:
                 return await self._end(ending, rung.life)
             reason = "the sandbox died" if ending is Ending.LOST else "the agent failed"
-            at = (await self.records.position())[0]
-            losses = 0 if at > progress + 3 or ending is Ending.RESTARTED else losses + 1
-            progress = at
-            if losses >= LOSSES_WITHOUT_PROGRESS_MAX:
-                raise SandboxFailed(
-                    "session_crash_loop",
-                    f"cannot keep session {self.records.session_id} running: its sandbox dies again and again",
-                    hint="`torpor log SESSION` has the reasons; `torpor resume SESSION` tries again.",
-                )
+            if ending is Ending.LOST:
+                await losses.add(rung.requested_at)
+            else:
+                losses.forget()
             await self.records.set_status(SessionStatus.RECOVERING, reason)
             await rung.life.sandbox.kill()
             # What was cut before the death is committed first: it is the newest point to go back to, and a commit amid
