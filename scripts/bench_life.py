@@ -32,6 +32,7 @@ from tests.stage import Stage, stage  # noqa: E402
 from torpor import wire  # noqa: E402
 from torpor.config import torpor_home  # noqa: E402
 from torpor.core.clock import SystemClock  # noqa: E402
+from torpor.core.errors import Conflict  # noqa: E402
 from torpor.db import questions, waitpoints  # noqa: E402
 from torpor.db.database import Transaction  # noqa: E402
 from torpor.runtime.home import Home  # noqa: E402
@@ -139,7 +140,14 @@ class Life:
     async def sleep(self) -> float:
         """Put it to sleep, and wait until it is in the tier; processor seconds that the node used for it."""
         before = processor_seconds(self.daemon.pid)
-        await self.ask("hibernate", session=self.session)
+        while True:
+            try:
+                await self.ask("hibernate", session=self.session)
+                break
+            except Conflict as refused:  # On a busy machine the agent may not yet do nothing but wait.
+                if refused.code != "session_busy":
+                    raise
+                await asyncio.sleep(0.1)
         await self.until("paused" if self.tier == "paused" else "ready" if self.tier == "ready" else "stored")
         return processor_seconds(self.daemon.pid) - before
 

@@ -12,20 +12,20 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from tests.crash.lives.home import Home, Row
+from tests.crash.lives.home import LIVING_MAX, Home, Row
 from tests.crash.lives.warm import Command
 
-LIVING_MAX = 5
 LIVING_MIN = 3
 REACH_SECONDS = 8.0
 """So long a crash point is waited for that may never be reached."""
-DAEMON_POINTS = [
-    *("hibernate.begun", "session.asleep", "hibernate.freed", "wake.begun", "waitpoint.created", "waitpoint.resolved"),
-    *("message.received", "call.intended", "call.sent", "call.received", "call.completed", "call.delivered"),
-    *("checkpoint.cut", "checkpoint.paused", "checkpoint.imaged", "checkpoint.resumed", "checkpoint.stored"),
-    *("checkpoint.committed", "snapshot.pack_written", "snapshot.packs_durable", "snapshot.manifest_written"),
-    *("retention.forgotten", "child.created", "child.seeded", "fork.joined", "exit.committed"),
-]
+DAEMON_POINTS = (
+    ("hibernate.begun", "session.asleep", "hibernate.freed", "wake.begun"),
+    ("waitpoint.created", "waitpoint.resolved", "message.received", "child.created", "child.seeded", "fork.joined"),
+    ("call.intended", "call.sent", "call.received", "call.completed", "call.delivered", "exit.committed"),
+    ("checkpoint.cut", "checkpoint.paused", "checkpoint.imaged", "checkpoint.resumed", "checkpoint.stored"),
+    ("checkpoint.committed", "snapshot.pack_written", "snapshot.packs_durable", "snapshot.manifest_written"),
+)
+"""First a kind is drawn, then one of it."""
 COMMAND_POINTS = {
     "fork": ["fork.stored", "fork.committed", "snapshot.manifest_written"],
     "rewind": ["rewind.freed", "rewind.committed"],
@@ -107,7 +107,7 @@ class Disturber:
         self.counted["schedules"] += 1
         self.counted[f"fault: {fault}"] += 1
         self.counted[f"act: {act.kind}"] += 1
-        points = COMMAND_POINTS.get(act.kind, []) if fault == "in the command" else DAEMON_POINTS
+        points = COMMAND_POINTS.get(act.kind, []) if fault == "in the command" else chance.choice(DAEMON_POINTS)
         point = f"{chance.choice(points)}:{chance.choice([1, 1, 2])}"
         if fault == "in the daemon":
             home.stage.kill_daemon()
@@ -149,7 +149,7 @@ class Disturber:
         mine = [row for row in self._home.living() if row.name is not None]
         kind = chance.choice(ACTS)
         if kind == "fork" and len(mine) >= LIVING_MAX:
-            kind = "collect"
+            kind = chance.choice(["hibernate", "none"])
         if kind in ("none", "collect") or not mine:
             argv = ("collect", "--grace", chance.choice(["0", "0", "2"]), "--json") if kind == "collect" else ()
             return Act(kind="collect" if argv else "none", argv=argv)

@@ -33,6 +33,8 @@ keep_hourly = 0
 keep_daily = 0
 """
 LOOK_SECONDS = 0.02
+LIVING_MAX = 6
+"""Sessions with a name: who asks when there are so many is soon told that it is enough."""
 ENDED = ("succeeded", "failed", "cancelled")
 
 

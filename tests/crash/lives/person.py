@@ -7,18 +7,20 @@ failed may have done its work or not; one that said yes has.
 import json
 import random
 import threading
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from tests.crash.lives.home import LOOK_SECONDS, Home
+from tests.crash.lives.home import LIVING_MAX, LOOK_SECONDS, Home
 
 WAITING = """
-SELECT waitpoint.session_id, waitpoint.waitpoint_id, waitpoint.kind, session.head_seq
+SELECT waitpoint.session_id, waitpoint.waitpoint_id, waitpoint.kind, session.head_seq, waitpoint.created_ns
 FROM waitpoint JOIN session USING (session_id)
 WHERE waitpoint.resolved_ns IS NULL AND waitpoint.kind IN ('ask', 'message')
 AND session.status NOT IN ('succeeded', 'failed', 'cancelled')
 ORDER BY waitpoint.created_ns
 """
+LEFT_SECONDS = 1.5
 OWN_POINTS = {"ask": "waitpoint.resolved", "message": "message.received"}
 
 
@@ -47,6 +49,7 @@ class Person:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._attend, daemon=True)
         self._sent_for: set[str] = set()
+        self._patience: dict[str, float] = {}
         self.said = Said()
         self.enough = threading.Event()
         self.counted: Counter[str] = Counter()
@@ -63,11 +66,17 @@ class Person:
     def _attend(self) -> None:
         try:
             while not self._over.is_set():
-                done = [self._tend(*waiting) for waiting in self._home.look(WAITING) if not self._over.is_set()]
+                waiting = [one for one in self._home.look(WAITING) if self._attends(one[1], one[4])]
+                done = [self._tend(*one[:4]) for one in waiting if not self._over.is_set()]
                 if not any(done):
                     self._over.wait(5 * LOOK_SECONDS)
         except BaseException as failure:
             self.failure = failure
+
+    def _attends(self, waitpoint: str, created_ns: int) -> bool:
+        """Every other one is left for a while, so that who waits goes to sleep."""
+        is_left = self._patience.setdefault(waitpoint, self._random.choice([0, LEFT_SECONDS]))
+        return self.enough.is_set() or time.time_ns() > created_ns + is_left * 1e9
 
     def _tend(self, session: str, waitpoint: str, kind: str, head_seq: int) -> bool:
         """Do what is waited for, once; False: that is done already."""
@@ -75,7 +84,8 @@ class Person:
         point = f"{OWN_POINTS[kind]}:1" if self._random.random() < 0.05 else ""
         variables = {"TORPOR_CRASH_POINT": point} if point else {}
         if kind == "ask":
-            ends = self.enough.is_set() or (head_seq > 120 and self._random.random() < 0.02)
+            is_full = len([row for row in self._home.living() if row.name is not None]) >= LIVING_MAX
+            ends = self.enough.is_set() or (head_seq > 120 and self._random.random() < (0.3 if is_full else 0.02))
             text = f"{'enough' if ends else 'on'} {self._number}"
             self.said.tried.add(text)
             argv = ("resolve", session, text, "--waitpoint", waitpoint, "--json")
