@@ -307,7 +307,7 @@ async def _kill(owner: "Owner") -> dict[str, Any]:
     return {}
 
 
-async def _stop(owner: "Owner", now: bool) -> dict[str, Any]:
+async def _stop(owner: "Owner", now: bool = False) -> dict[str, Any]:
     """Put the session to sleep, unless `now` when no answer is arriving; answer when it sleeps or can't."""
     from torpor.runtime.owner import LEAVE_SECONDS
 

@@ -138,10 +138,13 @@ def rewind(
 
 
 async def _stop(node: Node, session_id: SessionId) -> None:
-    """Let the node that runs a session put it to sleep: where it stops is the tip of what is left."""
+    """Let the node that runs a session put it to sleep: where it stops is the tip of what is left.
+
+    At once: were an answer waited for that is left anyway, the agent might come to its end meanwhile.
+    """
     from torpor.runtime.leasing import wait_until_free
 
-    if await node.ask(session_id, "stop") is not None:
+    if await node.ask(session_id, "stop", now=True) is not None:
         await wait_until_free(node.runtime.home.lock(session_id))
 
 

@@ -102,7 +102,7 @@ def stop(
     async def work() -> tuple[Session, int]:
         async with open_node() as node:
             found = await node.runtime.session(session)
-            await ask_running(node, found, "stop", now=at_once)
+            await ask_running(node, found, "stop", **({"now": True} if at_once else {}))
             await wait_until_free(node.runtime.home.lock(found.session_id))
             newest = await node.runtime.newest_checkpoint(found.session_id)
             return await node.runtime.session(found.session_id), newest.number

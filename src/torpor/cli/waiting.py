@@ -84,7 +84,9 @@ def resolve(
                 point = await records.resolve(wanted, text, files)
                 return {"waitpoint": point.waitpoint_id, "kind": point.kind.value}
 
-            asked: dict[str, Any] = {"waitpoint": wanted, "answer": text, "files": files}
+            asked: dict[str, Any] = {"waitpoint": wanted, "answer": text}
+            if files:
+                asked["files"] = files
             done = await node.ask_or_own(session_id, "resolve", act, **asked)
             await _say_who_wakes(node, session_id)
             return done

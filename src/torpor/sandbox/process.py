@@ -167,8 +167,8 @@ def cpu_seconds_below(pid: int) -> float | None:
 
 def bytes_of_open_file(pid: int, name: str) -> int | None:
     """What an open file of a process takes, by the beginning of its name; None: there is none, or it is not ours."""
-    with suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+    with suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
             if Path(entry.path).readlink().as_posix().startswith(name):
                 return Path(entry.path).stat().st_blocks * 512
     return None
