@@ -26,7 +26,7 @@ for turn in range(1, 5):
 @pytest.fixture
 def asking(scratch: Path, runsc: Path) -> Iterator[Stage]:
     """An agent of four turns."""
-    with stage(scratch, runsc, ["--script", "plain", "--first-byte-seconds", "1.5"]) as made:
+    with stage(scratch, runsc, ["--script", "plain", "--first-byte-seconds", "2.5"]) as made:
         (made.project / "agent.py").write_text(AGENT)
         yield made
 

@@ -33,7 +33,7 @@ for turn in range(1, 4):
     drawn = {"urandom": os.urandom(8).hex(), "random": random.random(), "openssl": ssl.RAND_bytes(8).hex()}
     print(json.dumps({"turn": turn, "said": said, **drawn, "mine": mine.random()}), flush=True)
 """
-SLOW = ["--script", "plain", "--first-byte-seconds", f"{3 * SLOWER:.1f}"]
+SLOW = ["--script", "plain", "--first-byte-seconds", f"{6 * SLOWER:.1f}"]
 
 
 def snippet(language: str) -> str:
