@@ -19,7 +19,6 @@ from torpor.core.session import ENDED, MAY_HOLD_SANDBOX
 from torpor.db import sessions
 from torpor.db.sessions import Session
 from torpor.runtime import image_cache, leasing
-from torpor.runtime.image_cache import directories, free_orphans, staging_directory
 from torpor.runtime.incarnation import sweep
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.spec import SessionSpec, session_of_sandbox
@@ -30,9 +29,9 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
     """Free it, for as many sessions as nobody has."""
     runsc = await asyncio.to_thread(find_runsc, runtime.home.tools, os.environ, runtime.clock)
     driver = runtime.drivers(runsc).present
-    staged = staging_directory(runtime.home.root)
+    staged = image_cache.staging_directory(runtime.home.root)
     found = {session_of_sandbox(name) for name in driver.sandbox_ids()}
-    found |= {SessionId(path.name) for path in directories(staged)}
+    found |= {SessionId(path.name) for path in image_cache.directories(staged)}
     for session_id in sorted(found):
         lock = leasing.acquire_free_lock(runtime.home.lock(session_id), me)
         if lock is None:
@@ -48,7 +47,7 @@ async def reap(runtime: Runtime, me: leasing.Holder) -> None:
             lock.release()
     await asyncio.to_thread(_remove_dead_sockets, runtime.home.root / "run")
     await asyncio.to_thread(runtime.home.sweep_unfinished)
-    await asyncio.to_thread(free_orphans)
+    await asyncio.to_thread(image_cache.free_orphans)
 
 
 async def _find(runtime: Runtime, session_id: SessionId) -> Session | None:

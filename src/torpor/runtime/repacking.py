@@ -7,7 +7,7 @@ repacked, and everything else of a collection goes on.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,17 +95,9 @@ class Repacking:
             stored_bytes=repacker.stored_bytes,
         )
 
-    @contextlib.contextmanager
-    def _room(self, raw_bytes: int) -> Generator[Path]:
+    def _room(self, raw_bytes: int) -> contextlib.AbstractContextManager[Path]:
         """A memory-backed directory, as every image has that is on its way to or from the store."""
-        staging, name = Staging(self._home.root, SessionId("repack")), SnapshotId("image")
-        staging.hold()  # Of a session that is gone, as this one seems to be, a node daemon that starts frees it.
-        try:
-            staging.begin(name, raw_bytes)
-            yield staging.image(name)
-        finally:
-            staging.clear()
-            staging.let_go()
+        return Staging(self._home.root, SessionId("repack")).room(SnapshotId("image"), raw_bytes)
 
     async def _in_use(self, found: Sequence[Root]) -> set[SnapshotId]:
         """What nodes compare their next snapshots with; of a node that does not say, everything."""

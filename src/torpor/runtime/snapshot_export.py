@@ -119,11 +119,8 @@ class _Making:
         for directory in (workspace, changes):
             directory.mkdir(mode=0o700)
         pins = dict(self._store.pins(point))
-        try:
-            self._progress("restoring", 0, 2)
-            self._staging.hold()  # A node that looks after images would take it for one that a dead node left.
-            self._staging.begin(point.snapshot_id, point.raw_bytes)
-            image = self._staging.image(point.snapshot_id)
+        self._progress("restoring", 0, 2)
+        with self._staging.room(point.snapshot_id, point.raw_bytes) as image:
             self._store.restore_image(point, image)
             self._store.restore_workspace(point, workspace)
             self._progress("restoring", 1, 2)
@@ -138,9 +135,6 @@ class _Making:
                     lease=lease,
                 )
             self._progress("restoring", 2, 2)
-        finally:
-            self._staging.clear()
-            self._staging.let_go()
         return Description(
             format=FORMAT,
             session=self._session.session_id,

@@ -205,15 +205,13 @@ class _Bringing:
         workspace, changes = self._scratch / "workspace", self._scratch / "changes"
         for directory in (workspace, changes):
             directory.mkdir(mode=0o700)
-        try:
-            self._progress("storing", 0, 2)
-            self._staging.hold()  # As in an export.
-            self._staging.begin(ref.id, found.raw_bytes)
-            source.restore_image(ref, self._staging.image(ref.id))
+        self._progress("storing", 0, 2)
+        with self._staging.room(ref.id, found.raw_bytes) as image:
+            source.restore_image(ref, image)
             source.restore_workspace(ref, workspace)
             self._progress("storing", 1, 2)
             saved = store.save(
-                image_dir=self._staging.image(ref.id),
+                image_dir=image,
                 workspace=capture(workspace, changes, clock=self._clock),
                 parent=None,
                 pins=self._pins,
@@ -222,9 +220,6 @@ class _Bringing:
             )
             self._progress("storing", 2, 2)
             return saved
-        finally:
-            self._staging.clear()
-            self._staging.let_go()
 
     @contextlib.contextmanager
     def lines(self) -> Generator[Iterator[str]]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from pathlib import Path
 
 from torpor.core.errors import MachineUnfit
@@ -48,6 +48,23 @@ class Staging:
         with contextlib.suppress(OSError):  # There are images in it, or it is gone.
             self.root.rmdir()
         image_cache.remove_if_empty(self.root.parent)
+
+    @contextlib.contextmanager
+    def room(self, snapshot_id: SnapshotId, raw_bytes: int) -> Generator[Path]:
+        """Where an image is laid that is on its way from one store to another; nothing of this session stays.
+
+        Held meanwhile: a node that looks after images would take it for one that a dead node left.
+
+        Raises:
+            As `begin`.
+        """
+        try:
+            self.hold()
+            self.begin(snapshot_id, raw_bytes)
+            yield self.image(snapshot_id)
+        finally:
+            self.clear()
+            self.let_go()
 
     def image(self, snapshot_id: SnapshotId) -> Path:
         return self.root / snapshot_id / "image"
