@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,16 +108,26 @@ class Stage:
 
     def sandbox_pids(self) -> list[int]:
         """Every process of every sandbox of this home."""
-        pattern = f"runsc-(sandbox|gofer) .*{self.home}/"
-        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in found.stdout.split()]
+        return self._pids_of("runsc-(sandbox|gofer) ")
 
     def kill_sandbox(self) -> None:
-        for pid in self.sandbox_pids():
-            try:
+        self._kill(self.sandbox_pids())
+
+    def kill_what_a_node_left(self) -> None:
+        """All sandboxes, also one that a `runsc` command of a node that is dead was just about to begin."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while pids := self._pids_of("runsc.* --root="):
+            assert time.monotonic() < deadline, f"they do not die: {pids}"
+            self._kill(pids)
+
+    def _pids_of(self, what: str) -> list[int]:
+        found = subprocess.run(["pgrep", "-f", f"{what}.*{self.home}/"], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def _kill(self, pids: list[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
 
     def kill_daemon(self) -> None:
         """As `kill -9`, if there is one."""
@@ -136,7 +146,7 @@ class Stage:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        self.kill_sandbox()
+        self.kill_what_a_node_left()
         self._remove_cgroups()
         # A test that failed has not closed them, and Python would complain of that in the middle of another one.
         for process in self.started:

@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "hooks.h"
 #include "link.h"
 #include "spec.h"
 #include "stream.h"
@@ -15,8 +16,6 @@ enum {
     PROTOCOL_VERSION = 2,
     LISTENERS_MAX = 8,
     ENTROPY_BYTES = 64,
-    HOOKS_MAX = 64,
-    HOOK_MS_MAX = 5000,
     LOG_HELD_BYTES_MAX = 8192,
     SETTLE_RETRY_MS = 250, /* a belt for the braces of epoll */
     LACK_RETRY_MS = 50,

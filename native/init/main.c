@@ -210,7 +210,8 @@ static bool has_duty(int argc, char **argv, int *status) {
         const char *name;
         int (*run)(int argc, char **argv);
     } duties[] = {{"torpor-exec", exec_main}, {"torpor-guest", guest_main},
-                  {"torpor-copy-out", copy_out_main}, {"torpor-copy-in", copy_in_main}};
+                  {"torpor-copy-out", copy_out_main}, {"torpor-copy-in", copy_in_main},
+                  {"torpor-prepare", prepare_main}};
     const char *name = argv[0], *slash = name ? strrchr(name, '/') : NULL;
     if (slash) name = slash + 1;
     for (size_t i = 0; name && i < sizeof duties / sizeof *duties; i++) {

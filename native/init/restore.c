@@ -1,6 +1,5 @@
 /* Incarnations: what init does when the host says that a new life of the sandbox has begun. The files lie where the
  * agent can reach them, so they are opened as things that might be anything. */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -8,15 +7,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "bytes.h"
+#include "hooks.h"
 #include "init.h"
 
 enum { RUN_PATH_MAX = 4096, RESTORED_HEAD_BYTES = 16 + ENTROPY_BYTES };
-static const char hooks_name[] = "after-restore.d";
 
 static bool run_path(const struct init *init, const char *name, char path[RUN_PATH_MAX]) {
     int len = snprintf(path, RUN_PATH_MAX, "%s/%s", init->options.run_dir, name);
@@ -25,13 +23,14 @@ static bool run_path(const struct init *init, const char *name, char path[RUN_PA
 
 static void make_run_dir(const struct init *init) {
     char path[RUN_PATH_MAX];
-    if (!run_path(init, hooks_name, path)) return;
+    if (!run_path(init, HOOKS_AFTER_RESTORE, path)) return;
     for (char *slash = path + 1; (slash = strchr(slash, '/')); slash++) {
         *slash = 0;
         mkdir(path, 0755);
         *slash = '/';
     }
     mkdir(path, 0755);
+    if (run_path(init, HOOKS_BEFORE_CHECKPOINT, path)) mkdir(path, 0755);
 }
 
 /* A command for the agent: this very program, which goes by the name that it is called by. */
@@ -93,10 +92,6 @@ void restore_begin(struct init *init, uint64_t incarnation, const uint8_t *entro
     replace_file(init, "entropy", 0600, entropy, ENTROPY_BYTES);
 }
 
-static int by_name(const void *one, const void *other) {
-    return strcmp(*(char *const *)one, *(char *const *)other);
-}
-
 static void drop_hooks(struct restore *restore) {
     if (restore->hook_pid > 0) kill(-restore->hook_pid, SIGKILL);
     for (unsigned i = 0; i < restore->hook_count; i++) free(restore->hooks[i]);
@@ -105,47 +100,21 @@ static void drop_hooks(struct restore *restore) {
 }
 
 static void list_hooks(struct init *init) {
-    struct restore *restore = &init->restore;
     char path[RUN_PATH_MAX];
-    DIR *dir = run_path(init, hooks_name, path) ? opendir(path) : NULL;
-    if (!dir) return;
-    struct dirent *entry;
-    while (restore->hook_count < HOOKS_MAX && (entry = readdir(dir))) {
-        if (entry->d_name[0] == '.') continue;
-        char *name = strdup(entry->d_name);
-        if (name) restore->hooks[restore->hook_count++] = name;
-    }
-    closedir(dir);
-    qsort(restore->hooks, restore->hook_count, sizeof *restore->hooks, by_name);
-}
-
-static _Noreturn void become_hook(const struct restore *restore, const char *path) {
-    char incarnation[64], slept[64];
-    snprintf(incarnation, sizeof incarnation, "TORPOR_INCARNATION=%" PRIu64, restore->incarnation);
-    snprintf(slept, sizeof slept, "TORPOR_SLEPT_NS=%" PRIu64, restore->slept_ns);
-    char *args[] = {(char *)path, NULL};
-    char *environment[] = {incarnation, slept, "PATH=/usr/local/bin:/usr/bin:/bin:/run/torpor/bin", NULL};
-    child_reset_signals();
-    int fd = open("/dev/null", O_RDWR);
-    if (setsid() < 0 || fd < 0 || dup2(fd, 0) < 0 || dup2(fd, 1) < 0 || dup2(fd, 2) < 0) _exit(126);
-    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-    execve(path, args, environment);
-    _exit(127);
+    if (run_path(init, HOOKS_AFTER_RESTORE, path))
+        init->restore.hook_count = hooks_list(path, init->restore.hooks);
 }
 
 static bool start_hook(struct init *init, const char *name) {
     struct restore *restore = &init->restore;
-    char path[RUN_PATH_MAX], in_dir[512];
-    struct stat info;
-    snprintf(in_dir, sizeof in_dir, "%s/%s", hooks_name, name);
-    if (!run_path(init, in_dir, path) || stat(path, &info) < 0) return false;
-    if (!S_ISREG(info.st_mode) || access(path, X_OK) < 0) return false;
-    pid_t pid = fork();
-    if (pid == 0) become_hook(restore, path);
-    if (pid < 0) {
-        log_line(init, "cannot run hook %.100s: %s", name, strerror(errno));
-        return false;
-    }
+    char path[RUN_PATH_MAX], in_dir[512], incarnation[64], slept[64];
+    snprintf(in_dir, sizeof in_dir, HOOKS_AFTER_RESTORE "/%s", name);
+    snprintf(incarnation, sizeof incarnation, "TORPOR_INCARNATION=%" PRIu64, restore->incarnation);
+    snprintf(slept, sizeof slept, "TORPOR_SLEPT_NS=%" PRIu64, restore->slept_ns);
+    char *environment[] = {incarnation, slept, HOOKS_PATH, NULL};
+    pid_t pid = run_path(init, in_dir, path) ? hooks_start(path, environment) : 0;
+    if (pid < 0) log_line(init, "cannot run hook %.100s: %s", name, strerror(errno));
+    if (pid <= 0) return false;
     restore->hook_pid = pid;
     restore->hook_deadline_ms = now_ms() + HOOK_MS_MAX;
     return true;

@@ -11,7 +11,7 @@
 #include "init.h"
 #include "record.h"
 
-static const char *const workers[] = {"torpor-exec", "torpor-copy-out", "torpor-copy-in"};
+static const char *const workers[] = {"torpor-exec", "torpor-copy-out", "torpor-copy-in", "torpor-prepare"};
 
 static const char *find_worker(const uint8_t *name, size_t len) {
     for (size_t i = 0; i < sizeof workers / sizeof *workers; i++)
@@ -26,8 +26,8 @@ static bool was_asked_before(struct work *work, uint64_t request_id) {
     return false;
 }
 
-static _Noreturn void become_worker(const char *name, int socket_fd) {
-    char *args[] = {(char *)name, NULL}, *environment[] = {NULL};
+static _Noreturn void become_worker(const char *name, const char *run_dir, int socket_fd) {
+    char *args[] = {(char *)name, (char *)run_dir, NULL}, *environment[] = {NULL};
     child_reset_signals();
     int null_fd = open("/dev/null", O_RDWR);
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -38,11 +38,11 @@ static _Noreturn void become_worker(const char *name, int socket_fd) {
 }
 
 /* The worker's socket, or -1 and errno. */
-static int start_worker(const char *name) {
+static int start_worker(const char *name, const char *run_dir) {
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) return -1;
     pid_t pid = fcntl(ends[0], F_SETFL, O_NONBLOCK) < 0 ? -1 : fork();
-    if (pid == 0) become_worker(name, ends[1]);
+    if (pid == 0) become_worker(name, run_dir, ends[1]);
     int error = errno;
     close(ends[1]);
     if (pid > 0) return ends[0];
@@ -73,7 +73,7 @@ void work_open(struct init *init, uint32_t stream_id, uint64_t request_id, const
         refuse(init, stream, ESRCH, "the agent does not run");
     else if (was_asked_before(&init->work, request_id))
         refuse(init, stream, EALREADY, "this was asked before");
-    else if ((stream->fd = start_worker(worker)) < 0)
+    else if ((stream->fd = start_worker(worker, init->options.run_dir)) < 0)
         refuse(init, stream, errno, "cannot start a process");
 }
 

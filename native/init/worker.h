@@ -11,4 +11,7 @@ int exec_main(int argc, char **argv);
 int copy_out_main(int argc, char **argv);
 int copy_in_main(int argc, char **argv);
 
+/* prepare.c: runs the agent's programs that want to know of a checkpoint before it is made; argv[1] is RUN_DIR */
+int prepare_main(int argc, char **argv);
+
 #endif

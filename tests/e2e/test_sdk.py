@@ -1,5 +1,6 @@
 """An agent that uses `torpor.agent` in a real sandbox, which is killed in the middle of its waits."""
 
+import json
 import signal
 import sys
 
@@ -62,4 +63,67 @@ def test_a_kill_in_the_middle_of_a_wait_changes_nothing_and_hooks_run_first(quic
     assert "call.diverged" not in kinds
     assert kinds.count("waitpoint.created") == 2
     quick.torpor("log", "one", "--verify")
+    check_nothing_left(quick)
+
+
+PREPARING = """
+import asyncio, json, os, urllib.request
+from torpor import agent
+
+phase, ran = "", []
+
+def ask_a_model():
+    asked = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Well?"}]}).encode()
+    fields = {"content-type": "application/json", "authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+    with urllib.request.urlopen(
+        urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", asked, fields)
+    ) as answer:
+        answer.read()
+
+@agent.before_checkpoint
+def fails():
+    raise ValueError("this hook fails")
+
+@agent.before_checkpoint
+def note():
+    ran.append(phase)
+
+async def main():
+    global phase
+
+    @agent.aio.before_checkpoint
+    async def note_too():
+        await asyncio.sleep(0)
+        ran.append("on the loop")
+
+    phase = "asked for"
+    await agent.aio.checkpoint()
+    phase = "a turn"
+    await asyncio.to_thread(ask_a_model)
+    phase = "waiting"
+    await agent.aio.ask("Deploy?")
+    print(json.dumps(ran))
+
+asyncio.run(main())
+"""
+
+
+def test_hooks_run_before_what_somebody_asks_for_and_not_before_a_turns_checkpoint(quick: Stage) -> None:
+    (quick.project / "agent.py").write_text(PREPARING)
+    quick.torpor("run", "-d", "--name", "one", "--", sys.executable, "agent.py")
+    log = quick.follow("one")
+    log.wait("waitpoint.created")
+    quick.torpor("checkpoint", "one")
+    quick.torpor("hibernate", "one")
+    quick.torpor("resolve", "one", "yes")
+    log.wait("agent.exited")
+    log.close()
+    told = quick.torpor("output", "one")
+    asked_for, *waiting = [phase for phase in json.loads(told.stdout) if phase != "on the loop"]
+    assert (asked_for, waiting) == ("asked for", ["waiting", "waiting"])
+    assert json.loads(told.stdout).count("on the loop") == 3
+    assert "this hook fails" in quick.torpor("output", "one", "--stderr").stdout
+    reasons = [event["data"]["reason"] for event in quick.events("one") if event["kind"] == "checkpoint.committed"]
+    assert sorted(reasons) == ["agent", "call", "exit", "hibernate", "manual", "start"]
+    quick.torpor("down")
     check_nothing_left(quick)

@@ -27,7 +27,7 @@ def cut(made: Stage, calls: int) -> int:
     log.wait("checkpoint.committed", calls)
     node.kill()
     node.wait()
-    made.kill_sandbox()
+    made.kill_what_a_node_left()
     log.close()
     return max(row["number"] for row in made.rows("checkpoints", "one"))
 
@@ -181,7 +181,7 @@ def test_machine_with_another_root_image_refuses_it_and_one_with_an_equal_one_re
     log.wait("checkpoint.committed", 3)
     node.kill()
     node.wait()
-    slow.kill_sandbox()
+    slow.kill_what_a_node_left()
     log.close()
     file = slow.directory / "one.snapshot"
     slow.torpor("snapshot", "export", "one", str(file))

@@ -103,6 +103,20 @@ def test_a_program_has_its_streams_and_its_end_is_told(pair: Pair) -> None:
     assert told[b"W"] == number(11)
 
 
+def test_what_the_agent_wants_to_run_before_a_checkpoint_has_run_when_its_worker_ends(pair: Pair) -> None:
+    guest, host = pair
+    assert Worker(host, FIRST, 1, b"torpor-prepare").end() == {}
+    hooks, noted = guest.run_dir / "before-checkpoint.d", guest.directory / "noted"
+    for name, does in [("10-hangs", "sleep 1000 & wait"), ("20-fails", "exit 1"), ("30-good", f"echo $0 >> {noted}")]:
+        (hooks / name).write_text(f"#!/bin/sh\n{does}\n")
+        (hooks / name).chmod(0o755)
+    (hooks / "40-no-program").write_text(f"#!/bin/sh\necho never >> {noted}\n")
+    (hooks / "50-directory").mkdir()
+    (hooks / "60-nowhere").symlink_to("/no/such")
+    assert Worker(host, FIRST + 1, 2, b"torpor-prepare").end() == {}
+    assert noted.read_text() == f"{hooks}/30-good\n"
+
+
 def test_a_request_that_comes_twice_is_started_once(pair: Pair, tmp_path: Path) -> None:
     first = Worker(pair[1], FIRST, 5)
     first.run(f"echo x >> {tmp_path}/count")

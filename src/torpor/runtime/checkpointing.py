@@ -45,6 +45,7 @@ from torpor.gateway.server import Gateway
 from torpor.runtime.commit_queue import CommitQueue
 from torpor.runtime.cutting import Base, Cut, Cutter, files_checkpoint
 from torpor.runtime.incarnation import Incarnation
+from torpor.runtime.preparing import prepare
 from torpor.runtime.records import Records
 from torpor.runtime.session_store import SessionStore
 from torpor.runtime.staging import Staging
@@ -132,6 +133,11 @@ class Checkpointer:
     def end_life(self) -> None:
         self._life = None
 
+    async def prepare(self) -> None:
+        """Let the agent's hooks run, for whom a checkpoint is made that can wait for them."""
+        if self._life is not None:
+            await prepare(self._life.link, self._clock.wall_ns())
+
     async def take_turn(self, call_id: CallId, first_byte_at: FirstByteAt) -> None:
         """Checkpoint the turn that begins with this call, unless the session still owes for the last ones.
 
@@ -186,6 +192,7 @@ class Checkpointer:
             if holds_barrier(found, call.call_id):
                 return found
         life = self._life
+        await self.prepare()
         made = await self.take_and_commit("agent")
         if made is not None and made.seq >= call.intended_seq:
             return made

@@ -153,6 +153,7 @@ class Hibernation:
 
         True leaves the sandbox paused, for `sleep` to destroy.
         """
+        await self._checkpointer.prepare()
         self._waiting = waiting = self._gateway.waiting()
         if waiting is None:
             self._tell_hurrying(slept=False)

@@ -225,6 +225,7 @@ class Owner:
         if self.tier is not None:
             made = max(await self.records.checkpoints(), key=cut_order)
         else:
+            await self._checkpointer.prepare()
             made = await self._checkpointer.take_and_commit("manual")
         if made is not None and is_pinned:
             await self.records.pin(made.number, is_pinned=True)
@@ -397,6 +398,7 @@ class Owner:
 
     async def _stop(self) -> bool:
         """Make the last checkpoint; False when there is none, and the session runs on."""
+        await self._checkpointer.prepare()
         await self.records.set_status(SessionStatus.HIBERNATING, "stopped by a person")
         async with AsyncExitStack() as still:
             if await self._checkpointer.take_last("stop", still) is not None:

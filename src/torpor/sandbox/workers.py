@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torpor.core.errors import Conflict
 from torpor.sandbox.frames import PAYLOAD_BYTES_MAX, WORKERS_MAX, WORKERS_SINCE, AgentSpec, pack_spec, violation
 
-EXEC, COPY_OUT, COPY_IN = "torpor-exec", "torpor-copy-out", "torpor-copy-in"
+EXEC, COPY_OUT, COPY_IN, PREPARE = "torpor-exec", "torpor-copy-out", "torpor-copy-in", "torpor-prepare"
 STDIN_WINDOW_BYTES = 65_536
 """Bytes of stdin that may be on their way: what the program takes is granted anew."""
 

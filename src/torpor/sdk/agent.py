@@ -25,25 +25,9 @@ if TYPE_CHECKING:
     Operation = tuple[str, str, "dict[str, Any] | None", Callable[[Any], Any]]
 
 __all__ = [
-    "Child",
-    "Ended",
-    "Message",
-    "Refused",
-    "Restored",
-    "Unreachable",
-    "after_restore",
-    "aio",
-    "ask",
-    "checkpoint",
-    "context",
-    "effect",
-    "receive",
-    "send",
-    "session",
-    "sleep",
-    "spawn",
-    "wait",
-]
+    "Answer", "Child", "Ended", "Message", "Refused", "Restored", "Unreachable", "after_restore", "aio", "ask",
+    "before_checkpoint", "checkpoint", "context", "effect", "receive", "send", "session", "sleep", "spawn", "wait",
+]  # fmt: skip
 
 RUN_DIRECTORY = "/run/torpor"
 ATTEMPTS_MAX = 40
@@ -185,7 +169,13 @@ def after_restore(hook: Callable[[Restored], Any]) -> Callable[[Restored], Any]:
 
     It runs in a thread of its own; all hooks together have about 5 seconds. Usable as a decorator.
     """
-    _restores.add(hook)
+    _restores.add(lambda incarnation, slept_ns: hook(Restored(incarnation, slept_ns / 1e9)))
+    return hook
+
+
+def before_checkpoint(hook: Callable[[], Any]) -> Callable[[], Any]:
+    """Have `hook()` run before a sleep, a stop or a checkpoint that somebody asks for; else as `after_restore`."""
+    _checkpoints.add(lambda _incarnation, _slept_ns: hook())
     return hook
 
 
@@ -237,11 +227,20 @@ class _Aio:
 
     def after_restore(self, hook: Callable[[Restored], Any]) -> Callable[[Restored], Any]:
         """As `after_restore`, of a coroutine function, which runs on the loop that runs now."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        _restores.add(lambda restored: asyncio.run_coroutine_threadsafe(hook(restored), loop).result(4))
+        after_restore(_on_this_loop(hook))
         return hook
+
+    def before_checkpoint(self, hook: Callable[[], Any]) -> Callable[[], Any]:
+        """As `before_checkpoint`, of a coroutine function, which runs on the loop that runs now."""
+        before_checkpoint(_on_this_loop(hook))
+        return hook
+
+
+def _on_this_loop(hook: Callable[..., Any]) -> Callable[..., Any]:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    return lambda *arguments: asyncio.run_coroutine_threadsafe(hook(*arguments), loop).result(4)
 
 
 aio = _Aio()
@@ -428,43 +427,42 @@ def _unchunk(body: bytes) -> bytes:
 
 
 _SCRIPT = """#!/bin/sh
-# Init runs this after a restore: it tells process {pid}, and waits until its hooks are through.
+# Init runs this: it tells process {pid}, and waits until its hooks are through.
 if [ ! -d /proc/{pid} ]; then rm -f "$0" {told} {done}; exit; fi
-echo "$TORPOR_INCARNATION $TORPOR_SLEPT_NS" > {told}
-while read -r number; do [ "$number" = "$TORPOR_INCARNATION" ] && exit; done < {done}
+echo "$$ ${{TORPOR_INCARNATION:-0}} ${{TORPOR_SLEPT_NS:-0}}" > {told}
+while read -r number; do [ "$number" = "$$" ] && exit; done < {done}
 """
 
 
-class _Restores:
-    """Runs hooks when init says that the sandbox was restored.
+class _Hooks:
+    """Runs hooks when init runs the programs of one of its directories, and has it wait for them.
 
-    Init runs the programs of `after-restore.d` before it answers ALIVE, and nothing is delivered before that. Ours
-    tells a thread of this process through one FIFO, and waits at another for the incarnation's number. Both ends are
-    open for both directions in here, so that neither side can block on opening one. A hook that is late is waited for
-    until init's own limit; the line that it writes then is of an incarnation that nobody asks for any more.
+    Ours tells a thread of this process through one FIFO, and waits at another for its own number, $$. Both ends are
+    open for both directions in here, so that neither side can block on opening one. Init waits for a late hook up to
+    its own limit; the line that comes then has a number that nobody waits for any more.
     """
 
-    def __init__(self) -> None:
-        self._hooks: list[Callable[[Restored], Any]] = []
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._hooks: list[Callable[[int, int], Any]] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def add(self, hook: Callable[[Restored], Any]) -> None:
+    def add(self, hook: Callable[[int, int], Any]) -> None:
+        """`hook` gets the incarnation and how many ns there was none, or zeros."""
         with self._lock:
             self._hooks.append(hook)
             if self._thread is None:
-                told, done = self._install()
-                self._thread = threading.Thread(target=self._run, args=(told, done), daemon=True, name="torpor")
+                self._thread = threading.Thread(target=self._run, args=self._install(), daemon=True, name="torpor")
                 self._thread.start()
 
     def forget(self) -> None:
-        """In a forked child there is no thread, and init runs no program for it."""
-        self.__init__()
+        self.__init__(self._directory)
 
     def _install(self) -> tuple[int, int]:
         pid = os.getpid()
-        told, done = (f"{RUN_DIRECTORY}/python-{pid}.{name}" for name in ("told", "done"))
-        hooks = os.path.join(RUN_DIRECTORY, "after-restore.d")
+        hooks = os.path.join(RUN_DIRECTORY, self._directory)
+        told, done = (f"{RUN_DIRECTORY}/python-{pid}.{self._directory}.{name}" for name in ("told", "done"))
         # 10 to 49 are left for what makes a process's random numbers its own again: hooks may want to draw some.
         script, staged = (f"{hooks}/{dot}50-python-{pid}" for dot in ("", "."))
         if not os.path.isdir(hooks):
@@ -483,14 +481,17 @@ class _Restores:
     def _run(self, told: int, done: int) -> None:
         with os.fdopen(told, "rb", 0) as lines:
             while True:
-                incarnation, slept_ns = (int(word) for word in lines.readline().split())
+                number, incarnation, slept_ns = (int(word) for word in lines.readline().split())
                 for hook in list(self._hooks):
                     try:
-                        hook(Restored(incarnation, slept_ns / 1e9))
+                        hook(incarnation, slept_ns)
                     except Exception as error:  # noqa: BLE001 one hook that fails keeps no other from running
                         sys.excepthook(type(error), error, error.__traceback__)
-                os.write(done, f"{incarnation}\n".encode())
+                os.write(done, f"{number}\n".encode())
 
 
-_restores = _Restores()
-os.register_at_fork(after_in_child=_restores.forget)
+_restores = _Hooks("after-restore.d")
+_checkpoints = _Hooks("before-checkpoint.d")
+for _hooks in (_restores, _checkpoints):
+    # In a forked child there is no thread, and init runs no program for it.
+    os.register_at_fork(after_in_child=_hooks.forget)
