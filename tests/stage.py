@@ -132,9 +132,12 @@ class Stage:
     def kill_daemon(self) -> None:
         """As `kill -9`, if there is one."""
         lock = self.home / "run/daemon.lock"
-        if lock.exists() and is_held(lock):
-            os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
-            self.wait_for_death_of_daemon()
+        while lock.exists() and is_held(lock):
+            said = lock.read_text()
+            # One that has just begun has not said yet who it is.
+            with suppress(json.JSONDecodeError, ProcessLookupError):
+                os.kill(json.loads(said)["pid"], signal.SIGKILL)
+                self.wait_for_death_of_daemon()
 
     def wait_for_death_of_daemon(self) -> None:
         with (self.home / "run/daemon.lock").open() as lock:

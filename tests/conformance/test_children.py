@@ -76,6 +76,31 @@ async def test_a_session_that_was_run_becomes_nobodys_child(scene: Scene, databa
     assert refused.value.code == "child_not_new"
 
 
+async def test_a_fork_of_the_parent_waits_for_the_same_child_and_has_it_not(scene: Scene, database: Database) -> None:
+    child_id, point = await begin(scene)
+
+    def fork(tx: Transaction) -> Scene:
+        fork_id = new_session_id(NOW)
+        parent = sessions.Parent(session_id=scene.session_id, seq=1)
+        sessions.create(tx, session_id=fork_id, name=None, spec={}, wall_ns=NOW, parent=parent)
+        made = Scene(database=database, session_id=fork_id, owner_token=acquire(tx, fork_id, seen_token=0))
+        kept = {"kind": point.kind, "call_id": None, "data": point.data, "waitpoint_id": point.waitpoint_id}
+        waitpoints.create(tx, **made.owner, **kept, wall_ns=NOW)
+        for status in (SessionStatus.RUNNING, SessionStatus.HIBERNATING):
+            sessions.set_status(tx, **made.owner, status=status, wall_ns=NOW)
+        assert sleeping.fall_asleep(tx, **made.owner, cut_seq=10**9, at_latest=None, wall_ns=NOW)
+        return made
+
+    made = await scene.write(fork)
+    await end(scene, child_id, 3)
+    assert (await made.read(lambda tx: sessions.get(tx, made.session_id))).wake_ns == sleeping.NOW
+    own = await made.read(lambda tx: waitpoints.find(tx, made.session_id, point.waitpoint_id))
+    assert own is not None
+    settled = await made.write(lambda tx: children.settle(tx, **made.owner, point=own, wall_ns=NOW))
+    assert settled.resolution == {"status": "failed", "exit_status": 3}
+    assert await made.read(lambda tx: children.list_of(tx, made.session_id)) == []
+
+
 async def test_a_parent_that_sleeps_is_due_when_its_child_has_ended(scene: Scene) -> None:
     child_id, _ = await begin(scene)
 

@@ -229,7 +229,7 @@ class Rows:
             "sessions.set_status": {"status": SessionStatus.WAITING, "wall_ns": NOW},
             "sessions.set_incarnation": {"incarnation": 1, "wall_ns": NOW},
             "sessions.set_cursor": {"cursor_seq": 1},
-            "sessions.wake_parent": {},
+            "sessions.wake_waiting": {},
             "sessions.forget": {},
             "children.add": {**self.bound, "on_cancel": OnCancel.CANCEL},
             "children.settle": {"point": self.kin, "wall_ns": NOW},

@@ -35,6 +35,7 @@ from torpor.db.database import Transaction
 from torpor.db.forks import Child
 from torpor.db.messages import Box
 from torpor.db.waitpoints import find
+from torpor.runtime.origins import find_origin
 
 DUE = NOW + 10**12
 
@@ -214,10 +215,10 @@ async def test_retention_keeps_where_children_began_and_what_was_left_is_no_way_
     assert kept[story.tip.number] is Reason.PINNED
 
 
-async def rewind(story: Story) -> Checkpoint:
+async def rewind(story: Story, point: Checkpoint | None = None) -> Checkpoint:
     def work(tx: Transaction) -> Checkpoint:
         made = {call.call_id: call for call in calls.load_calls(tx, story.session_id)}
-        origin = at_checkpoint(checkpoints.get(tx, story.point.checkpoint_id))
+        origin = at_checkpoint(checkpoints.get(tx, (point or story.point).checkpoint_id))
         past = rewinds.past_of(tx, story.session_id)
         origin = replace(origin, checkpoint=past.point(origin.checkpoint))
         planned = plan(origin, made, past.timeline, resample=True)
@@ -268,6 +269,28 @@ async def test_rewinding_twice_asks_anew_what_stands_for_the_call_by_then(story:
     assert not past.timeline.holds(first.seq)
     left = await story.read(lambda tx: checkpoints.list_left(tx, story.session_id))
     assert sorted(left) == [story.tip.number, first.number]
+    await check_logs(story)
+
+
+async def test_a_turn_is_gone_back_to_by_no_checkpoint_that_a_rewind_left(story: Story) -> None:
+    """A later cut amid the same turn was left; the turn's call is in the past all the same, by the cut that stays."""
+
+    def cut_again(tx: Transaction) -> Checkpoint:
+        row = sessions.get(tx, story.session_id)
+        later = replace(story.checkpoint(1, row.head_seq, story.asked), cursor_seq=row.cursor_seq, joinable=())
+        return checkpoints.commit(tx, **story.owner, checkpoint=later, wall_ns=NOW)
+
+    later = await story.write(cut_again)
+    await rewind(story)
+    found: dict[str, Any] = {"session_id": story.session_id, "at": "turn:2", "pump_alive": lambda _: False}
+    stays = await story.read(lambda tx: find_origin(tx, **found, branches=False))
+    left = await story.read(lambda tx: find_origin(tx, **found, branches=True))
+    assert (stays.checkpoint.number, left.checkpoint.number) == (story.point.number, later.number)
+    with pytest.raises(Conflict) as refused:
+        await rewind(story, left.checkpoint)
+    assert refused.value.code == "origin_left"
+    await rewind(story, stays.checkpoint)
+    await story.read(lambda tx: rewinds.past_of(tx, story.session_id))
     await check_logs(story)
 
 

@@ -58,10 +58,13 @@ def add(
 
 
 def of_waitpoint(tx: Transaction, point: Waitpoint) -> Child | None:
-    """The child whose end resolves it; None: it resolves by other means, or the child was forgotten."""
+    """The child whose end resolves it; None: it resolves by other means, or the child was forgotten.
+
+    A fork of a parent waits for the parent's child, which stays the parent's.
+    """
     if point.kind is not WaitpointKind.CHILD:
         return None
-    row = tx.one("child/find_of_waitpoint", session_id=point.session_id, waitpoint_id=point.waitpoint_id)
+    row = tx.one("child/find_of_waitpoint", child_id=point.data["child"])
     return None if row is None else _child_of(row)
 
 

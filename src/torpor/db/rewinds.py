@@ -77,14 +77,19 @@ def rewind(
     No sandbox of it lives, and none of its calls is `sent`.
 
     Raises:
-        Conflict: `session_ended`.
+        Conflict: `session_ended`; `origin_left`: it is not in the session's past.
     """
     owner: dict[str, Any] = {"session_id": session_id, "owner_token": owner_token}
     status = SessionStatus(held_row(tx, session_id, owner_token)["status"])
     if status in ENDED:
         raise Conflict("session_ended", f"cannot rewind session {session_id}: it has {status}")
     made = {call.call_id: call for call in calls.load_calls(tx, session_id)}
-    left = undone(origin, made.values(), past_of(tx, session_id).timeline, plan.kept)
+    timeline = past_of(tx, session_id).timeline
+    if not timeline.holds(origin.past_seq) or not timeline.holds(origin.checkpoint.seq):
+        raise Conflict(
+            "origin_left", f"cannot rewind session {session_id} to event {origin.past_seq}: an earlier rewind left it"
+        )
+    left = undone(origin, made.values(), timeline, plan.kept)
     _sleep(tx, owner, status, wall_ns)
     event = _log_it(tx, owner, origin, messages.list_handled(tx, session_id, {call.call_id for call in left}), wall_ns)
     _leave(tx, owner, origin, event.seq, wall_ns)

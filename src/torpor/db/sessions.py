@@ -244,16 +244,16 @@ def set_status(
     if not moved:
         raise refusal(tx, session_id, owner_token, changed(session_id))
     if status in ENDED:
-        wake_parent(tx, session_id=session_id, owner_token=owner_token)
+        wake_waiting(tx, session_id=session_id, owner_token=owner_token)
     data = {"from": seen.status.value, "to": status.value, "reason": reason, "exit_status": exit_status}
     draft = EventDraft(kind=Kind.SESSION_STATUS, incarnation=seen.incarnation, data=data)
     append(tx, session_id=session_id, owner_token=owner_token, drafts=[draft], wall_ns=wall_ns)
 
 
-def wake_parent(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
-    """A child has ended or goes: have a node run the session that began it, if that sleeps until it is called."""
+def wake_waiting(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
+    """A child has ended or goes: have a node run who waits for that, its parent and forks of it, if they sleep."""
     held_row(tx, session_id, owner_token)
-    tx.run("child/wake_parent_fenced", session_id=session_id, owner_token=owner_token)
+    tx.run("child/wake_waiting_fenced", session_id=session_id, owner_token=owner_token)
 
 
 def set_incarnation(
@@ -320,7 +320,7 @@ def forget(tx: Transaction, *, session_id: SessionId, owner_token: int) -> None:
 
     A parent that sleeps until it ends looks what became of it, while the row that binds them is there to find it by.
     """
-    wake_parent(tx, session_id=session_id, owner_token=owner_token)
+    wake_waiting(tx, session_id=session_id, owner_token=owner_token)
     for query in _ROWS_OF_A_SESSION:
         tx.run(query, session_id=session_id, owner_token=owner_token)
     if not tx.run("session/delete_fenced", session_id=session_id, owner_token=owner_token):

@@ -235,7 +235,8 @@ class Incarnations:
             try:
                 return await bring_to_life(sandbox)
             except SandboxFailed as failure:
-                if await asyncio.to_thread(sandbox.alive):
+                # A kernel that dies lets go of its FIFOs before it lets go of the socket at which it is asked.
+                if failure.code != "link_lost" and await asyncio.to_thread(sandbox.alive):
                     raise
                 raise _Died(failure) from failure
 

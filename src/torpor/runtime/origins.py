@@ -86,7 +86,7 @@ def _turn(tx: Transaction, session_id: SessionId, number: int, *, branches: bool
     if not branches and not rewinds.past_of(tx, session_id).timeline.holds(call.intended_seq):
         raise _left(session_id, f"turn {number}", f"turn:{number}")
     then = rewinds.past_of(tx, session_id, before_seq=call.intended_seq).timeline
-    points = [point for point in checkpoints.list_intact(tx, session_id, branches=True) if then.holds(point.seq)]
+    points = [point for point in checkpoints.list_intact(tx, session_id, branches=branches) if then.holds(point.seq)]
     origin = at_turn(points, call)
     if origin is None:
         raise Conflict(

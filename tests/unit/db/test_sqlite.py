@@ -163,7 +163,7 @@ def test_statements_find_their_rows_by_an_index(database: Database, tmp_path: Pa
         "waitpoint/list_open",
     }
     # Each goes through what it has found so far.
-    recursions = {f"SCAN {name}" for name in ("chain", "ancestor", "relative", "above", "oldest", "family")}
+    recursions = {f"SCAN {name}" for name in ("chain", "ancestor", "relative", "above", "oldest", "family", "kin")}
     with closing(sqlite3.connect(tmp_path / "torpor.db")) as connection:
         for name, text in statements().items():
             if name.startswith("search/"):
