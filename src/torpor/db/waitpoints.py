@@ -156,8 +156,7 @@ def list_open(tx: Transaction) -> list[Waitpoint]:
 
 def open_waitpoints(tx: Transaction, session_id: SessionId) -> list[Waitpoint]:
     """What a session waits on, oldest first."""
-    rows = tx.all("waitpoint/list_of_session", session_id=session_id)
-    return [point for point in map(_waitpoint_of, rows) if point.is_open]
+    return [_waitpoint_of(row) for row in tx.all("waitpoint/list_open_of_session", session_id=session_id)]
 
 
 def list_of_session(tx: Transaction, session_id: SessionId) -> list[Waitpoint]:

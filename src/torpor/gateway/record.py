@@ -420,11 +420,8 @@ class Recorder:
         """
 
         def work(tx: Transaction) -> str | None:
-            told = [
-                event
-                for event in log.events(tx, self._session_id)
-                if event.kind is Kind.AGENT_TOLD and event.call_id == call_id
-            ]
+            notes_told = log.all_of_kind(tx, self._session_id, Kind.AGENT_TOLD)
+            told = [event for event in notes_told if event.call_id == call_id]
             return notes.get(tx, told[-1]) if told else None
 
         return await self._database.read(work)
@@ -450,7 +447,8 @@ class Recorder:
 
         def work(tx: Transaction) -> tuple[Shape, bool]:
             form = (Shape.AS_SENT, False)
-            for event in log.events(tx, self._session_id):
+            begun = calls.load_call(tx, call_id).intended_seq
+            for event in log.events(tx, self._session_id, after_seq=begun - 1):
                 if event.call_id == call_id and event.kind in _CLAIMING and event.data["stream"] == stream:
                     form = form_of(event)
             return form
