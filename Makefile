@@ -14,7 +14,7 @@ demo: setup ## a coding agent survives kill -9 of everything (PROVIDER=openai|an
 	@$(PY) examples/demo/demo.py $(if $(PROVIDER),--provider $(PROVIDER))
 
 test: setup ## the whole test suite, three tests at a time
-	@$(PY) -m pytest tests -n 3 --dist worksteal
+	@$(PY) -m pytest tests -n 3 --dist worksteal --durations 40
 
 check: setup ## formatting, lint, types, layers, sizes, the C code's own checks
 	@scripts/check

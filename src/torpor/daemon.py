@@ -43,8 +43,10 @@ async def run_daemon(node: Node, *, idle_seconds_max: float | None = None) -> No
 
     Raises:
         Conflict: `daemon_running`: another process is it.
+        MachineUnfit: it could run nothing: said before anybody is told that it is there.
     """
     runtime = node.runtime
+    await runtime.runsc()
     scheduler = Scheduler(
         home=runtime.home,
         database=runtime.database,

@@ -39,6 +39,11 @@ def test_without_runsc_a_session_says_what_to_do(quick: Stage) -> None:
     assert (status, code) == (69, "runsc_missing")
     status, code, _ = refusal(quick, "run", "--", "true", TORPOR_RUNSC="/nonexistent/runsc")
     assert (status, code) == (69, "runsc_unusable")
+    for command in (("up",), ("run", "-d", "--", "true")):
+        status, code, message = refusal(quick, *command, TORPOR_RUNSC="", PATH="/nowhere")
+        assert (status, code) == (71, "node_not_started")
+        assert "cannot find runsc" in message
+    assert quick.rows("ls") == [], "a session is left that nobody could run"
 
 
 def test_debians_2022_runsc_is_refused(quick: Stage) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -147,12 +148,19 @@ async def ensure(node: Node, *, while_needed: bool) -> dict[str, Any]:
     )
     told = await node.ask_daemon("status") if started else None
     if told is None:
-        raise SandboxFailed("node_not_started", f"cannot start the node daemon: {_last_line(home)}")
+        reason, hint = _last_words(home)
+        raise SandboxFailed("node_not_started", f"cannot start the node daemon: {reason}", hint=hint)
     return told
 
 
-def _last_line(home: Home) -> str:
-    return (home.daemon_log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+def _last_words(home: Home) -> tuple[str, str]:
+    """Why a daemon ended at once, and the hint that it gave."""
+    text = home.daemon_log.read_text(errors="replace").strip()
+    said, separator, hint = text.rpartition("\n  hint: ")
+    if not separator or "\n" in hint:
+        said, hint = text, f"{home.daemon_log} has all that it said."
+    reason = said.splitlines()[-1] if said else "it said nothing"
+    return re.sub(r"^error \w+: ", "", reason), hint
 
 
 async def _end(node: Node, *, leave: bool) -> dict[str, Any] | None:

@@ -110,6 +110,8 @@ def run(
 
     async def work() -> Outcome | None:
         async with open_node() as node:
+            # First who is to run it: a session that nobody can run would only keep its name.
+            await (_ensure_daemon(node) if detach else node.runtime.runsc())
             session_id = await _create(node, request)
             if detach:
                 await _detach(node, session_id, name, as_json=json)
@@ -179,13 +181,17 @@ def env_pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
+async def _ensure_daemon(node: Node) -> dict[str, Any]:
+    from torpor.cli.daemon import ensure
+
+    return await ensure(node, while_needed=True)
+
+
 async def _detach(
     node: Node, session_id: SessionId, name: str | None, *, as_json: bool, let_go: bool = False, boot: bool = False
 ) -> None:
     """Leave a session to the node daemon, which is started if need be; returns once the session lives or has failed."""
-    from torpor.cli.daemon import ensure
-
-    told = await ensure(node, while_needed=True)
+    told = await _ensure_daemon(node)
 
     async def due(records: Records) -> dict[str, Any]:
         await records.make_due()

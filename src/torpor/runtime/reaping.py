@@ -22,13 +22,11 @@ from torpor.runtime import image_cache, leasing
 from torpor.runtime.incarnation import sweep
 from torpor.runtime.runtime import Runtime
 from torpor.runtime.spec import SessionSpec, session_of_sandbox
-from torpor.sandbox.tools import find_runsc
 
 
 async def reap(runtime: Runtime, me: leasing.Holder) -> None:
     """Free it, for as many sessions as nobody has."""
-    runsc = await asyncio.to_thread(find_runsc, runtime.home.tools, os.environ, runtime.clock)
-    driver = runtime.drivers(runsc).present
+    driver = runtime.drivers(await runtime.runsc()).present
     staged = image_cache.staging_directory(runtime.home.root)
     found = {session_of_sandbox(name) for name in driver.sandbox_ids()}
     found |= {SessionId(path.name) for path in image_cache.directories(staged)}

@@ -185,7 +185,7 @@ class Runtime(Reader):
                 hint="An imported session is there to be read: torpor turns, torpor turn, torpor search.",
             )
         store = await self.stores.of(session)  # Without its key a session stays as it is: nothing is acquired yet.
-        runsc = await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
+        runsc = await self.runsc()
         try:
             await asyncio.to_thread(keep_runsc, runsc, self.home.tools)
         except OSError as error:  # Needed by none but a later restore, after somebody has replaced the original.
@@ -306,7 +306,7 @@ class Runtime(Reader):
         """Destroy every sandbox of a session whose lock is held, and what it has staged in memory."""
         from torpor.runtime.incarnation import sweep
 
-        driver = self.drivers(await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)).present
+        driver = self.drivers(await self.runsc()).present
         spec = msgspec.convert(session.spec, SessionSpec)
         await sweep(self.home, session.session_id, spec, driver, keep=None)
         Staging(self.home.root, session.session_id).clear()
@@ -375,6 +375,14 @@ class Runtime(Reader):
             await records.release()
         finally:
             lock.release()
+
+    async def runsc(self) -> Runsc:
+        """The runsc that new sandboxes are made with.
+
+        Raises:
+            MachineUnfit: as `find_runsc`.
+        """
+        return await asyncio.to_thread(find_runsc, self.home.tools, os.environ, self.clock)
 
     def drivers(self, runsc: Runsc) -> GvisorDrivers:
         """The drivers that can be had with this runsc."""
