@@ -7,7 +7,6 @@ answers on. A session that a node has is left alone, and so is the sandbox of on
 
 import asyncio
 import contextlib
-import os
 import socket
 from pathlib import Path
 
