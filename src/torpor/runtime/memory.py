@@ -110,7 +110,10 @@ class Memory:
         return True
 
     async def _exceeded(self, life: Incarnation, reason: str, data: Mapping[str, object]) -> None:
-        await self._records.append(EventDraft(kind=Kind.MEMORY_EXCEEDED, incarnation=life.number, data=data))
+        """Say it once for each life: it may die of that while it is being parked, and is parked for its death then."""
+        _, said = await self._limit()
+        if said is None or said.incarnation != life.number:
+            await self._records.append(EventDraft(kind=Kind.MEMORY_EXCEEDED, incarnation=life.number, data=data))
         crash_point("memory.exceeded")
         await self._records.set_status(SessionStatus.HIBERNATING, reason)
 

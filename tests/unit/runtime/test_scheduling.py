@@ -184,8 +184,10 @@ async def test_who_waits_for_another_session_takes_nobodys_place_and_gets_one_ag
     async with stage(scratch, FakeClock(wall_ns=NOW)) as made:
         made.begin_at_once = False
         answered = asyncio.Event()
-        children = {await made.session(sleeping.NOW) for _ in range(3)}
+        children = {await made.session(None) for _ in range(3)}
         made.waits_for = dict.fromkeys(children, answered)
+        for child in children:
+            await made.set_wake(child, sleeping.NOW)
         made.scheduler.look()
         await made.until(lambda: len(made.wishes) == 3)
         others = [await made.session(sleeping.NOW) for _ in range(2)]
