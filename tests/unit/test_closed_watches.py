@@ -1,6 +1,8 @@
 """Claims of torpor.sandbox.closed_watches on images written here; a real one is in tests/integration."""
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -116,6 +118,23 @@ def test_a_closed_watch_gets_an_empty_mask_and_nothing_else_changes() -> None:
     closed = ONE_CLOSED[4]
     ended = closed[::-1].replace((number(2) + number(EDGE_TRIGGERED))[::-1], (number(2) + wordy_zero)[::-1], 1)[::-1]
     assert after == before.replace(closed, ended)
+
+
+def test_the_image_is_let_go_at_once_and_waits_for_no_garbage_collection() -> None:
+    """A node that sleeps and wakes all day makes hardly any garbage else, so that would come late."""
+
+    class Image(bytes):
+        pass
+
+    made = Image(image(ONE_CLOSED))
+    kept = weakref.ref(made)
+    gc.disable()
+    try:
+        end_closed_watches(made)
+        del made
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_an_image_whose_watches_are_all_open_is_left_alone() -> None:

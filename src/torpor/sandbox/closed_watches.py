@@ -202,18 +202,6 @@ class _Reader:
     def __init__(self, image: bytes, at: int) -> None:
         self._image = image
         self.at = at
-        self._by_kind: dict[int, Callable[[], Any]] = {
-            **dict.fromkeys(NUMBERS, self.number),
-            **dict.fromkeys(COMPLEX, lambda: (self.number(), self.number())),
-            **dict.fromkeys((NIL, NO_FIELDS), lambda: None),
-            REF: self._ref,
-            TEXT: lambda: self._bytes(self.number()),
-            SLICE: lambda: (self.number(), self.number(), self._ref()),
-            ARRAY: lambda: self._alike(1),
-            MAP: lambda: self._alike(2),
-            STRUCT: self._struct,
-            INTERFACE: lambda: (self._type_of(), self.value()),
-        }
 
     def begin_graph(self) -> tuple[int, dict[str, _Type]]:
         """How many objects it has, and its types by name."""
@@ -222,8 +210,8 @@ class _Reader:
             raise ValueError("no objects")
         types: dict[str, _Type] = {}
         while (before := self.at) < len(self._image) and self.number() == TYPE:
-            name = self._bytes(self.number()).decode()
-            fields = [self._bytes(self.number()).decode() for _ in range(self.number())]
+            name = self.piece(self.number()).decode()
+            fields = [self.piece(self.number()).decode() for _ in range(self.number())]
             types[name] = _Type(len(types) + 1, fields)
         self.at = before
         return objects ^ OBJECTS, types
@@ -239,18 +227,18 @@ class _Reader:
 
     def rest(self, kind: int) -> Any:
         """What follows a kind."""
-        return self._by_kind[kind]()
+        return _BY_KIND[kind](self)
 
     def number(self) -> int:
         number = shift = 0
         while True:
-            byte = self._bytes(1)[0]
+            byte = self.piece(1)[0]
             number |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return number
 
-    def _bytes(self, count: int) -> bytes:
+    def piece(self, count: int) -> bytes:
         """One piece, which has to have that many bytes."""
         start = self.at + 4
         if int.from_bytes(self._image[self.at : start]) != count or start + count > len(self._image):
@@ -258,18 +246,18 @@ class _Reader:
         self.at = start + count
         return self._image[start : self.at]
 
-    def _ref(self) -> _Ref:
+    def ref(self) -> _Ref:
         """An object's number, and the way into it: positions (twice their value) and names (by their length)."""
         root, steps = self.number(), self.number()
         for _ in range(steps):
             step = self.number()
             if step & 1:
-                self._bytes((step >> 1) + 1)
+                self.piece((step >> 1) + 1)
         if steps:
-            self._type_of()
+            self.type_of()
         return _Ref(root)
 
-    def _alike(self, columns: int) -> list[Any]:
+    def alike(self, columns: int) -> list[Any]:
         """Rows of values; only those of the first row have their kinds before them."""
         count = self.number()
         if count == 0:
@@ -283,7 +271,7 @@ class _Reader:
             first.append(self.rest(kinds[-1]))
         return [first, *([self.rest(kind) for kind in kinds] for _ in range(count - 1))]
 
-    def _struct(self) -> _Struct:
+    def struct(self) -> _Struct:
         number, before, kind = self.number(), self.at, self.number()
         if kind != FIELDS:  # One field stands alone, and none is a kind too.
             return _Struct(number, [] if kind == NO_FIELDS else [self.rest(kind)], [before])
@@ -294,13 +282,28 @@ class _Reader:
             fields.append(self.value())
         return _Struct(number, fields, starts)
 
-    def _type_of(self) -> None:
+    def type_of(self) -> None:
         """A type's number, or a pointer, an array, a slice, a map of such, or nothing."""
         kind = self.number()
         if kind in (0, 2):
             self.number()
         for _ in range({1: 1, 2: 1, 3: 1, 4: 2}.get(kind, 0)):
-            self._type_of()
+            self.type_of()
+
+
+# Of the class, and not of each reader: bound to a reader it would be a cycle, which keeps the image until it is found.
+_BY_KIND: dict[int, Callable[[_Reader], Any]] = {
+    **dict.fromkeys(NUMBERS, _Reader.number),
+    **dict.fromkeys(COMPLEX, lambda reader: (reader.number(), reader.number())),
+    **dict.fromkeys((NIL, NO_FIELDS), lambda _: None),
+    REF: lambda reader: reader.ref(),
+    TEXT: lambda reader: reader.piece(reader.number()),
+    SLICE: lambda reader: (reader.number(), reader.number(), reader.ref()),
+    ARRAY: lambda reader: reader.alike(1),
+    MAP: lambda reader: reader.alike(2),
+    STRUCT: lambda reader: reader.struct(),
+    INTERFACE: lambda reader: (reader.type_of(), reader.value()),
+}
 
 
 def _piece(byte: int) -> bytes:
