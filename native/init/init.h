@@ -32,6 +32,7 @@ struct options {
     struct sockaddr_in listen[LISTENERS_MAX];
     unsigned listen_count;
     const char *run_dir;
+    char program[4096]; /* its own path */
     uint64_t request_bytes_max, total_bytes_max;
 };
 

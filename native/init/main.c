@@ -98,6 +98,12 @@ static void parse_options(struct options *options, int argc, char **argv) {
     add_listen(options, "127.0.0.1:4101");
 }
 
+/* Once: what it is started from stays where it is, in every life. */
+static void find_program(struct options *options) {
+    ssize_t len = readlink("/proc/self/exe", options->program, sizeof options->program - 1);
+    options->program[len > 0 ? len : 0] = 0;
+}
+
 static void on_signal(int number) {
     if (number == SIGCHLD)
         child_ended = 1;
@@ -227,6 +233,7 @@ int main(int argc, char **argv) {
     if (has_duty(argc, argv, &status)) return status;
     static struct init init; /* zeroed; too large for a stack */
     parse_options(&init.options, argc, argv);
+    find_program(&init.options);
     crc32c_init();
     take_signals();
     prctl(PR_SET_CHILD_SUBREAPER, 1); /* PID 1 is one anyway; elsewhere orphans come to us too */

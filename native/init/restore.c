@@ -35,13 +35,11 @@ static void make_run_dir(const struct init *init) {
 
 /* A command for the agent: this very program, which goes by the name that it is called by. */
 static void link_guest(const struct init *init) {
-    char directory[RUN_PATH_MAX], path[RUN_PATH_MAX], target[RUN_PATH_MAX];
-    ssize_t len = readlink("/proc/self/exe", target, sizeof target - 1);
-    if (len <= 0 || !run_path(init, "bin", directory) || !run_path(init, "bin/torpor-guest", path)) return;
-    target[len] = 0;
+    char directory[RUN_PATH_MAX], path[RUN_PATH_MAX];
+    if (!run_path(init, "bin", directory) || !run_path(init, "bin/torpor-guest", path)) return;
     mkdir(directory, 0755);
     unlink(path);
-    (void)!symlink(target, path); /* what the agent has put in its place stays */
+    (void)!symlink(init->options.program, path); /* what the agent has put in its place stays */
 }
 
 static bool write_all(int fd, const void *bytes, size_t len) {

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 SWITCH_SECONDS = 0.0005
+LARGE_BLOCK_BYTES = 512 << 10
 ANSWER_SECONDS = 180
 """For what a node is asked by another process: to stop is to wait for an answer and to make a checkpoint."""
 
@@ -215,14 +216,16 @@ def _harden() -> None:
 
 def _allocate_from_one_arena() -> None:
     """A node lives for months, and glibc gives each of its threads an arena of its own, which it hardly ever shrinks:
-    what saves and restores allocate and free fragments all of them, by 0.2 MB with each sleep. Before any thread is.
+    what saves and restores allocate and free fragments all of them, by 0.2 MB with each sleep. Large blocks, as the
+    state of a kernel of 5 MB, stay out of the arena: it would keep the holes that they leave. Before any thread is.
     """
     import ctypes
 
-    m_arena_max = -8
+    m_arena_max, m_mmap_threshold = -8, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
         mallopt(m_arena_max, 1)
+        mallopt(m_mmap_threshold, LARGE_BLOCK_BYTES)
 
 
 @contextlib.asynccontextmanager
