@@ -126,13 +126,10 @@ def await_end(node: subprocess.Popen[str], seconds: float) -> int | None:
 
 
 def _exists(made: Stage) -> bool:
-    """Whether there is something to resume; a session that was killed before its first memory was saved is removed.
-
-    It would begin anew, and tell its model of other processes than before: `e2e/test_lost_memory.py` has that.
-    """
+    """Whether there is something to resume; a session that was killed before its first checkpoint is removed."""
     if not made.rows("ls"):
         return False
-    if any(point["reason"] != "start" for point in made.rows("checkpoints", "victim")):
+    if made.rows("checkpoints", "victim"):
         return True
     made.torpor("rm", "victim")
     return False
