@@ -16,6 +16,7 @@ enum {
     PROTOCOL_VERSION = 2,
     LISTENERS_MAX = 8,
     ENTROPY_BYTES = 64,
+    RUN_PATH_MAX = 4096,
     LOG_HELD_BYTES_MAX = 8192,
     SETTLE_RETRY_MS = 250, /* a belt for the braces of epoll */
     LACK_RETRY_MS = 50,
@@ -32,7 +33,7 @@ struct options {
     struct sockaddr_in listen[LISTENERS_MAX];
     unsigned listen_count;
     const char *run_dir;
-    char program[4096]; /* its own path */
+    char program[RUN_PATH_MAX]; /* its own path; empty: unknown */
     uint64_t request_bytes_max, total_bytes_max;
 };
 
@@ -140,6 +141,8 @@ void work_open(struct init *init, uint32_t stream_id, uint64_t request_id, const
 void work_drop_all(struct init *init);
 
 /* restore.c: incarnations */
+/* A path below RUN_DIR; false: it is too long. */
+bool run_path(const struct init *init, const char *name, char path[RUN_PATH_MAX]);
 void restore_begin(struct init *init, uint64_t incarnation, const uint8_t *entropy);
 void restore_restored(struct init *init, const struct frame *frame);
 void restore_reaped(struct init *init, pid_t pid);

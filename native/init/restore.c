@@ -14,9 +14,9 @@
 #include "hooks.h"
 #include "init.h"
 
-enum { RUN_PATH_MAX = 4096, RESTORED_HEAD_BYTES = 16 + ENTROPY_BYTES };
+enum { RESTORED_HEAD_BYTES = 16 + ENTROPY_BYTES };
 
-static bool run_path(const struct init *init, const char *name, char path[RUN_PATH_MAX]) {
+bool run_path(const struct init *init, const char *name, char path[RUN_PATH_MAX]) {
     int len = snprintf(path, RUN_PATH_MAX, "%s/%s", init->options.run_dir, name);
     return len > 0 && len < RUN_PATH_MAX;
 }
@@ -36,7 +36,8 @@ static void make_run_dir(const struct init *init) {
 /* A command for the agent: this very program, which goes by the name that it is called by. */
 static void link_guest(const struct init *init) {
     char directory[RUN_PATH_MAX], path[RUN_PATH_MAX];
-    if (!run_path(init, "bin", directory) || !run_path(init, "bin/torpor-guest", path)) return;
+    if (!init->options.program[0] || !run_path(init, "bin", directory) || !run_path(init, "bin/torpor-guest", path))
+        return;
     mkdir(directory, 0755);
     unlink(path);
     (void)!symlink(init->options.program, path); /* what the agent has put in its place stays */

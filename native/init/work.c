@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -69,9 +68,8 @@ static void refuse(struct init *init, struct stream *stream, int error, const ch
 
 /* Most agents have no hooks, and no process is started for them. */
 static bool has_hooks(const struct init *init) {
-    char path[4096], *names[HOOKS_MAX];
-    snprintf(path, sizeof path, "%s/" HOOKS_BEFORE_CHECKPOINT, init->options.run_dir);
-    unsigned count = hooks_list(path, names);
+    char path[RUN_PATH_MAX], *names[HOOKS_MAX];
+    unsigned count = run_path(init, HOOKS_BEFORE_CHECKPOINT, path) ? hooks_list(path, names) : 0;
     for (unsigned i = 0; i < count; i++) free(names[i]);
     return count > 0;
 }
